@@ -1,0 +1,1 @@
+"""Images in: decoding, transforms, the bundled digits, folders of images."""

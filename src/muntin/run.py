@@ -1,0 +1,216 @@
+"""A run: the folder that training writes and that every other command reads.
+
+```
+runs/NAME/
+  config.yaml          every training setting, the model's name and configuration
+  split.json           which images are train, val and test, by index (digits) or relative path (folders)
+  history.csv          epoch, train_loss, val_loss, val_accuracy, lr, seconds
+  checkpoints/         last.ckpt and best.ckpt, for `muntin train --resume`
+  tensorboard/         the same curves for TensorBoard
+  model.safetensors    the weights; its metadata alone rebuilds the model
+  metrics.json         model, parameters, test_accuracy, val_accuracy, epochs, seconds, latency_ms, ...
+  held_out/CLASS/*.png the test images of `digits`, as files
+  evaluation.json      what `muntin eval` found on the test split: confusion matrix, classes, calibration
+  predictions.csv      image, label, class1, probability1, ..., error: one row per image
+  model.onnx, report.html
+```
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from muntin.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+METADATA = "muntin"  # the key of our JSON in a safetensors file's metadata
+
+
+def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Path], object]) -> Path:
+    """Write a file whole or not at all.
+
+    `content` is the bytes, or a function that writes the file it is given (a temporary one in the same
+    folder). It is flushed to the disk and renamed; whatever fails, the earlier file stays and no other is left.
+
+    Raises `UserError` where the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if callable(content):
+            content(partial)
+        else:
+            partial.write_bytes(content)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; "
+            "free some space or choose a folder that you may write to (--out)"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut; only POSIX lets a folder be synced."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> Path:
+    """Write JSON atomically, indented, ending with a newline."""
+    return atomic_write(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON. Raises `UserError` naming the file where it is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; restore the file or train again") from error
+
+
+def save_model(
+    path: str | os.PathLike[str],
+    model: torch.nn.Module,
+    *,
+    classes: list[str],
+    preprocessing: dict[str, Any],
+) -> Path:
+    """Write a classifier's weights with the metadata that rebuilds it (`Run.open`)."""
+    from dataclasses import asdict
+
+    from safetensors.torch import save
+
+    described = {
+        "name": model.name,
+        "config": asdict(model.config),  # type: ignore[call-overload]
+        "num_classes": model.num_classes,
+        "classes": classes,
+        **preprocessing,
+    }
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    return atomic_write(path, save(weights, {METADATA: json.dumps(described)}))
+
+
+def _describe(weights: Path) -> dict[str, Any]:
+    """The `muntin` metadata of a safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, framework="pt") as file:
+            described = json.loads((file.metadata() or {}).get(METADATA, "null"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{weights} is not a readable safetensors file ({error}); "
+            "give a run's folder or its model.safetensors"
+        ) from error
+    fields = ("name", "config", "num_classes", "classes", *PREPROCESSING)
+    missing = [field for field in fields if not isinstance(described, dict) or field not in described]
+    if missing:
+        raise UserError(
+            f"{weights} does not say which model it holds (its metadata has no {METADATA}.{missing[0]}); "
+            "name the model, as in: muntin eval CHECKPOINT --model swin_t --data FOLDER"
+        )
+    return described
+
+
+PREPROCESSING = ("size", "resize", "mean", "std", "interpolation", "channels")
+
+
+class Run:
+    """A trained model with its classes and preprocessing, from a run's folder or from its weights alone.
+
+    `path` is the folder, `weights` the safetensors file, `name` and `model_config` what `create_model` takes,
+    `classes` the class names in the order of the logits, `metrics` the contents of metrics.json.
+    `preprocessing` holds plain values: `size` (H, W) of the model's input, `resize` the length of the shorter
+    side before the centre crop (None: the whole image is resized to `size`), `mean` and `std` per channel for
+    values in 0..1, `interpolation` ("bicubic"), `channels` ("RGB": every image is converted to it).
+    """
+
+    def __init__(self, path: Path, weights: Path, described: dict[str, Any], metrics: dict[str, Any]) -> None:
+        self.path = path
+        self.weights = weights
+        self.name: str = described["name"]
+        self.model_config: dict[str, Any] = {k: _tuples(v) for k, v in described["config"].items()}
+        self.num_classes: int = described["num_classes"]
+        self.classes: list[str] = described["classes"]
+        self.preprocessing: dict[str, Any] = {key: described[key] for key in PREPROCESSING}
+        self.metrics = metrics
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "Run":
+        """Open a run's folder or a model.safetensors. Raises `UserError` naming what is missing."""
+        path = Path(path)
+        if not path.exists():
+            raise UserError(f"there is no run at {path}; train one with: muntin train --out {path}")
+        folder = path if path.is_dir() else path.parent
+        weights = path / "model.safetensors" if path.is_dir() else path
+        if not weights.exists():
+            if (folder / "checkpoints" / "last.ckpt").exists():
+                raise UserError(
+                    f"{folder} has no model.safetensors yet: its training has not finished; "
+                    f"continue it with: muntin train --out {folder} --resume"
+                )
+            raise UserError(
+                f"{folder} has no checkpoint (model.safetensors is missing), so it is not a finished run; "
+                f"train one with: muntin train --out {folder}"
+            )
+        metrics = folder / "metrics.json"
+        return cls(folder, weights, _describe(weights), read_json(metrics) if metrics.exists() else {})
+
+    def model(self) -> torch.nn.Module:
+        """The classifier with its weights, in evaluation mode, on the CPU."""
+        from safetensors.torch import load_file
+
+        import muntin
+
+        if "." in self.name or ":" in self.name:
+            # A weights file must not be able to choose which Python code runs.
+            raise UserError(
+                f"{self.weights} holds the model {self.name!r}, which is not part of Muntin; build it "
+                f"yourself and load the weights with muntin.load_checkpoint(model, {str(self.weights)!r})"
+            )
+        model = muntin.create_model(self.name, num_classes=self.num_classes, **self.model_config)
+        try:
+            model.load_state_dict(load_file(self.weights))
+        except RuntimeError as error:
+            raise UserError(
+                f"{self.weights} does not fit the model {self.name!r} that it names "
+                f"({str(error).splitlines()[-1].strip()}); train again or restore the file"
+            ) from error
+        return model.eval()
+
+    def transform(self) -> "Callable[[Image], torch.Tensor]":
+        """What turns a PIL image of any mode into the model's input, (3, H, W) float."""
+        from muntin.data.transforms import Evaluate
+
+        return Evaluate(**self.preprocessing)
+
+    def update_metrics(self, **values: Any) -> None:
+        """Add to metrics.json, atomically, keeping what other commands wrote there meanwhile."""
+        path = self.path / "metrics.json"
+        self.metrics = (read_json(path) if path.exists() else {}) | values
+        write_json(path, self.metrics)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that configurations hold."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
