@@ -1,0 +1,109 @@
+"""Attention inside windows, with a learned bias for each relative position (Swin, section 3.2)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from muntin.layers.position import BiasCache, bias_matrix, constant_relative_index, relative_index
+from muntin.layers.window import Grid, SymbolicGrid, kind_masks, window_masks, window_tokens
+
+
+class SplitLinear(nn.Module):
+    """q, k and v of each head from that head's own C / h channels (EfficientViT's study): (..., C) -> (..., 3C)."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.weight = nn.Parameter(torch.empty(3 * dim, dim // heads))
+        self.bias = nn.Parameter(torch.zeros(3 * dim))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = x.unflatten(-1, (self.heads, -1))  # (..., h, d)
+        weight = self.weight.view(3, self.heads, -1, own.shape[-1])
+        return torch.einsum("...hi,phoi->...pho", own, weight).flatten(-3) + self.bias
+
+
+class WindowAttention(nn.Module):
+    """softmax(q k^T / sqrt(d) + bias) v within windows: (M, A, C) -> (M, A, C).
+
+    `bias_table` has a row for each relative offset in a window x window square and a column for each head.
+    """
+
+    def __init__(self, dim: int, heads: int, window: int, split_heads: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.window = window
+        self.scale = (dim // heads) ** -0.5
+        self.qkv = SplitLinear(dim, heads) if split_heads else nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
+        nn.init.trunc_normal_(self.bias_table, std=0.02)
+        self._cache = BiasCache()
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """`bias`: (1, h, A, A) for all, or (n, 1, h, A, A) or (1, n, h, A, A) where windows differ.
+
+        The five-dimensional forms say whether windows or images stand outermost in M.
+        """
+        windows, area, channels = x.shape
+        qkv = self.qkv(x).view(windows, area, 3, self.heads, -1)  # (M, A, 3, h, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (M, h, A, d)
+        if bias.ndim == 4 and self._fused(x):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        else:
+            logits = (q * self.scale) @ k.transpose(-2, -1)  # (M, h, A, A)
+            if bias.ndim == 4:
+                logits = logits + bias
+            else:
+                fold = (-1, *bias.shape[1:]) if bias.shape[0] == 1 else (bias.shape[0], -1, *bias.shape[2:])
+                logits = (logits.view(fold) + bias).view(-1, *logits.shape[1:])
+            out = logits.softmax(-1).to(v.dtype) @ v
+        return self.proj(out.transpose(1, 2).reshape(windows, area, channels))
+
+    def forward_stream(self, x: Tensor, grid: Grid) -> Tensor:
+        """Stream (n, B, A, C) in the grid's order -> the same."""
+        rows = x.flatten(0, 1)
+        if torch.is_grad_enabled() or not any(grid.shift):
+            return self(rows, self.window_biases(grid)).view_as(x)
+        batch, biases = x.shape[1], self.kind_biases(grid, x.dtype)
+        parts = [self(rows[g.start * batch : g.stop * batch], biases[g.kind]) for g in window_tokens(grid)[2]]
+        return torch.cat(parts).view_as(x)
+
+    @staticmethod
+    def _fused(x: Tensor) -> bool:
+        # On a CPU a bias that trains falls off the fused path, and explicit products are faster (docs/speed.md);
+        # runtimes fuse the explicit form themselves.
+        if torch.compiler.is_exporting():
+            return False
+        return x.device.type != "cpu" or not torch.is_grad_enabled()
+
+    def kind_biases(self, grid: Grid, dtype: torch.dtype) -> Tensor:
+        """Bias plus mask for each kind of window, for inference: (4, 1, h, A, A), or (1, ...) without shift."""
+        key = (grid.window, grid.shift, dtype)
+        bias = self._cache.get(key, self.bias_table)
+        if bias is None:
+            with torch.inference_mode(False), torch.no_grad():
+                bias = self._bias(grid.window)[None, None]
+                if any(grid.shift):
+                    bias = bias + kind_masks(grid, bias.device)[:, None, None]
+                bias = bias.to(dtype).contiguous()
+                self._cache.put(key, self.bias_table, bias)
+        return bias
+
+    def window_biases(self, grid: Grid) -> Tensor:
+        """The same for each window, with gradients: (n, 1, h, A, A), or (1, h, A, A) without shift."""
+        bias = self._bias(grid.window)
+        if not any(grid.shift):
+            return bias[None]
+        return (bias + window_masks(grid, bias.device)[:, None]).unsqueeze(1)
+
+    def symbolic_bias(self, grid: SymbolicGrid) -> Tensor:
+        """(1, n, h, A, A), or (1, h, A, A) without shift."""
+        bias = self._bias(grid.window)[None]
+        return bias if grid.mask is None else (bias + grid.mask[:, None]).unsqueeze(0)
+
+    def _bias(self, window: tuple[int, int]) -> Tensor:
+        make = relative_index if torch.compiler.is_compiling() else constant_relative_index
+        index = make(*window, self.window, self.bias_table.device)
+        return bias_matrix(self.bias_table, index, window[0] * window[1])  # (h, A, A)

@@ -1,0 +1,77 @@
+"""Patch embedding and patch merging (Swin, arXiv 2103.14030, section 3.1)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from muntin.layers.mlp import NORMS
+from muntin.layers.window import Grid, fresh, merge_move
+
+
+class PatchEmbed(nn.Module):
+    """Image (B, 3, H, W) -> tokens (B, N, C) and the map's sides, ceil(H / patch) and ceil(W / patch).
+
+    An image that the patch does not divide is padded with zeros at the bottom and right.
+    """
+
+    def __init__(self, dim: int, patch: int = 4, norm: str = "layer") -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch, patch)
+        self.norm = NORMS[norm](dim)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, int, int]:
+        patch = self.proj.stride[0]
+        height, width = image.shape[-2:]
+        if torch.compiler.is_exporting():
+            # a convolution specialises sizes: give it symbols of their own
+            height, width = fresh((height + patch - 1) // patch), fresh((width + patch - 1) // patch)
+            image = _pad_by_gather(_pad_by_gather(image, 2, height * patch), 3, width * patch)
+        elif torch.compiler.is_compiling() or height % patch or width % patch:
+            image = F.pad(image, (0, -width % patch, 0, -height % patch))
+        x = self.proj(image)  # (B, C, H, W)
+        if not torch.compiler.is_exporting():
+            height, width = fresh(x.shape[2]), fresh(x.shape[3])
+        return self.norm(x.flatten(2).transpose(1, 2).contiguous()), height, width
+
+
+def _pad_by_gather(image: Tensor, axis: int, size: int) -> Tensor:
+    """Zeros after the end of an axis up to `size`, which may be a symbol."""
+    place = torch.arange(size, device=image.device)
+    last = torch.scalar_tensor(image.shape[axis], dtype=torch.int64, device=image.device) - 1
+    keep = (place <= last).to(image.dtype).view([-1 if i == axis else 1 for i in range(4)])
+    return image.index_select(axis, torch.minimum(place, last)) * keep
+
+
+class PatchMerging(nn.Module):
+    """The 2x2 neighbours of a token, normalised and reduced to twice the width: 4C -> 2C."""
+
+    def __init__(self, dim: int, norm: str = "layer") -> None:
+        super().__init__()
+        self.norm = NORMS[norm](4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor, source: Grid | None, target: Grid | None, size: tuple[int, int]) -> Tensor:
+        """Stream (n, B, A, C) of a map of this size, in the source's order -> stream in the target's order."""
+        batch, channels = x.shape[1], x.shape[-1]
+        merge = merge_move(source, target, size, batch, x.device)
+        area = target.area if target else ((size[0] + 1) // 2) * ((size[1] + 1) // 2)
+        x = merge(x.reshape(-1, channels)).view(-1, batch, area, 4 * channels)
+        return self.reduction(self.norm(x))
+
+    def forward_symbolic(self, x: Tensor, height: int, width: int) -> tuple[Tensor, int, int]:
+        """(B, N, C) in raster order -> (B, N / 4, 2C), and the sides of the map."""
+        half_h, half_w = fresh((height + 1) // 2), fresh((width + 1) // 2)
+        y, keep_y = _pairs(half_h, height, (0, 1, 0, 1), x.device)  # (half_h, 4)
+        z, keep_z = _pairs(half_w, width, (0, 0, 1, 1), x.device)
+        columns = torch.scalar_tensor(width, dtype=torch.int64, device=x.device)
+        index = y[:, None] * columns + z[None]  # (half_h, half_w, 4)
+        keep = torch.logical_and(keep_y[:, None], keep_z[None]).to(x.dtype)
+        x = x.index_select(1, index.reshape(-1)) * keep.reshape(-1, 1)
+        x = x.view(-1, half_h * half_w, 4 * x.shape[-1])
+        return self.reduction(self.norm(x)), half_h, half_w
+
+
+def _pairs(half: int, side: int, offsets: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    place = 2 * torch.arange(half, device=device)[:, None] + torch.tensor(offsets, device=device)
+    last = torch.scalar_tensor(side, dtype=torch.int64, device=device) - 1
+    return torch.minimum(place, last), place <= last

@@ -1,0 +1,82 @@
+"""Relative position bias (Swin, arXiv 2103.14030, section 3.2) and the mask of shifted windows.
+
+Legend: h heads, A = w_h * w_w tokens of a window, S table side in windows (the configured window).
+"""
+
+from collections.abc import Hashable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MASKED = -100.0
+"""What the authors add to the logit of two tokens that were not neighbours before the cyclic shift."""
+
+
+def relative_index(height: int, width: int, window: int, device: torch.device | None = None) -> Tensor:
+    """Rows of a bias table made for `window`, for each pair of tokens of a height x width window: (A * A,).
+
+    The table has one row per offset, (2 * window - 1) squared of them, row-major over (dy, dx). A smaller
+    window reads the table's centre.
+    """
+    y = torch.arange(height, device=device)
+    x = torch.arange(width, device=device)
+    dy = y[:, None] - y[None, :] + (window - 1)  # (w_h, w_h)
+    dx = x[:, None] - x[None, :] + (window - 1)  # (w_w, w_w)
+    index = dy[:, None, :, None] * (2 * window - 1) + dx[None, :, None, :]  # (w_h, w_w, w_h, w_w)
+    return index.reshape(-1)
+
+
+@lru_cache(maxsize=64)
+def constant_relative_index(height: int, width: int, window: int, device: torch.device) -> Tensor:
+    """`relative_index` for sizes that are integers, made once."""
+    with torch.inference_mode(False):
+        return relative_index(height, width, window, device)
+
+
+def bias_matrix(table: Tensor, index: Tensor, area: int) -> Tensor:
+    """(S', h) table and (A * A,) index -> (h, A, A). Differentiable in the table."""
+    # embedding's backward is parallel on the CPU, that of an index_select runs row by row
+    return F.embedding(index, table).t().reshape(-1, area, area)
+
+
+def separation_mask(labels: Tensor) -> Tensor:
+    """(..., A) region labels -> (..., A, A): 0 within a region, -100 across."""
+    apart = labels[..., :, None] != labels[..., None, :]
+    return torch.zeros_like(apart, dtype=torch.float32).masked_fill_(apart, MASKED)
+
+
+class BiasCache:
+    """Position biases of one attention layer, kept while the table that they were made from is the same.
+
+    Comparing values costs microseconds on a CPU; a version counter would miss edits through `.data`. On other
+    devices a comparison would wait for the device, so nothing is kept there.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[Hashable, Tensor] = {}
+        self.table: Tensor | None = None
+
+    def get(self, key: Hashable, table: Tensor) -> Tensor | None:
+        if table.device.type != "cpu":
+            return None
+        if self.table is None or self.table.dtype != table.dtype or not torch.equal(self.table, table):
+            self.entries.clear()
+            return None
+        return self.entries.get(key)
+
+    def put(self, key: Hashable, table: Tensor, bias: Tensor) -> None:
+        if table.device.type != "cpu":
+            return
+        if len(self.entries) >= 8:
+            self.entries.clear()
+        if not self.entries:
+            self.table = table.detach().clone()
+        self.entries[key] = bias
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "BiasCache":
+        return BiasCache()
+
+    def __reduce__(self) -> tuple[type["BiasCache"], tuple[()]]:
+        return BiasCache, ()

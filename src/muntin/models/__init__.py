@@ -1,0 +1,115 @@
+"""Models by name. A new family is one file here and one line in FAMILIES."""
+
+import fnmatch
+import importlib
+from dataclasses import fields, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from muntin.errors import UserError, nearest
+from muntin.models import swin
+from muntin.models.backbone import Backbone
+from muntin.models.classifier import Classifier, check_classes
+
+FAMILIES: tuple[ModuleType, ...] = (swin,)
+"""Each has VARIANTS, TINY, CONFIG, BACKBONE and HEAD."""
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the listed models that match a shell pattern, such as "swin_free*"."""
+    names = [name for family in FAMILIES for name in family.VARIANTS]
+    return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+
+
+def create_model(
+    name: str, num_classes: int = 1000, pretrained: bool | str = False, drop_path: float = 0.0, **config: Any
+) -> Classifier:
+    """A classifier by name: image (B, 3, H, W), any H and W from 1 up -> logits (B, num_classes).
+
+    name: a listed model, or the dotted path of a configuration or of a module with VARIANTS.
+    pretrained: path of a checkpoint in any dialect that `load_checkpoint` reads.
+    drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+    config: any field of the family's configuration, such as window=(7, 14, 14, 7).
+
+    Raises UserError for an unknown name or field (with the nearest valid ones) and impossible values.
+    """
+    check_classes(num_classes)
+    family, row = _configure(name, config)
+    backbone = family.BACKBONE(row, out_indices=(-1,), drop_path=_rate(drop_path))
+    model = Classifier(name, backbone, family.HEAD(row, num_classes), num_classes)
+    _load(model, pretrained)
+    return model
+
+
+def create_backbone(
+    name: str,
+    out_indices: tuple[int, ...] | None = None,
+    out_norm: bool = False,
+    drop_path: float = 0.0,
+    **config: Any,
+) -> Backbone:
+    """A backbone by name: image (B, 3, H, W) -> list of NCHW maps, one for each stage in `out_indices`.
+
+    out_norm: a norm on each map that is returned, as detection code expects.
+    Maps smaller than a window are padded unless small_maps="shrink" is given. The rest as in `create_model`.
+    """
+    family, row = _configure(name, {"small_maps": "pad"} | config)
+    return family.BACKBONE(row, out_indices, out_norm, _rate(drop_path))
+
+
+def _rate(drop_path: float) -> float:
+    if not 0.0 <= drop_path < 1.0:
+        raise UserError(f"drop_path={drop_path}: give a rate of at least 0 and below 1")
+    return drop_path
+
+
+def _configure(name: str, overrides: dict[str, Any]) -> tuple[ModuleType, Any]:
+    family, row = _find(name)
+    valid = [field.name for field in fields(row)]
+    for key in overrides:
+        if key not in valid:
+            raise UserError(f"{name} has no field {key!r}{nearest(key, valid)} Valid are {', '.join(valid)}")
+    return family, replace(row, **overrides)
+
+
+def _find(name: str) -> tuple[ModuleType, Any]:
+    for family in FAMILIES:
+        if name in family.VARIANTS:
+            return family, family.VARIANTS[name]
+    if "." in name:
+        return _import(name)
+    raise UserError(f"no model {name!r}{nearest(name, list_models())} `muntin models` lists all of them")
+
+
+def _import(path: str) -> tuple[ModuleType, Any]:
+    """A configuration (`package.module.NAME`), or a variant of a module outside (`package.module.variant`)."""
+    module_name, _, attribute = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"model {path!r}: cannot import {module_name!r} ({error}); is it on the path?") from error
+    row = getattr(module, "VARIANTS", {}).get(attribute, getattr(module, attribute, None))
+    for family in (module, *FAMILIES):
+        if hasattr(family, "CONFIG") and isinstance(row, family.CONFIG):
+            return family, row
+    raise UserError(
+        f"model {path!r}: {module_name} has neither a variant nor a configuration {attribute!r}; give a name in its"
+        f" VARIANTS or an instance of one of {', '.join(f.CONFIG.__name__ for f in FAMILIES)}"
+    )
+
+
+def _load(model: nn.Module, pretrained: bool | str) -> None:
+    if pretrained is False:
+        return
+    if pretrained is True:
+        raise UserError(
+            "pretrained=True: no weights are hosted yet; give pretrained='FILE', a checkpoint of the authors', "
+            "timm, torchvision, transformers or Muntin"
+        )
+    from muntin.weights import load_checkpoint
+
+    with torch.no_grad():
+        load_checkpoint(model, pretrained)
