@@ -1,0 +1,283 @@
+"""Checkpoints of every dialect into a model: recognised from the names of the weights, checked both ways.
+
+Nothing is copied before everything has been checked, so a failed load leaves the model as it was.
+"""
+
+import math
+import os
+import pickle
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from muntin.errors import UserError
+from muntin.weights import swin
+from muntin.weights.rules import Translation, preview, translate, untranslate
+
+FAMILIES = {"swin": swin}
+"""Each has RULES, and `describe(weights)`: the configuration that the shapes of our weights show."""
+
+_RULES = {name: family.RULES for name, family in FAMILIES.items()}
+# An average of the weights comes before the weights, as in timm.
+_ENTRIES = ("state_dict_ema", "model_ema", "ema", "model_state_dict", "state_dict", "model", "module", "net")
+_CODE = ("Unsupported global", "Unsupported class", "Unsupported operand", "GLOBAL", "torch.jit")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of each weight. Prints as a table.
+
+    loaded, resized, replaced, missing: names in the model. `resized` are bias tables made for another window;
+    `replaced` kept the model's own values, because the file has another number of classes or none of them;
+    `missing` are not in the file. unexpected, ignored: names in the file. `ignored` are derived buffers and
+    parts that this model does not have, such as a head. nonfinite: loaded, but with NaN or infinity inside.
+    details: for some names, what is different.
+    """
+
+    dialect: str
+    loaded: tuple[str, ...] = ()
+    resized: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    nonfinite: tuple[str, ...] = ()
+    details: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{'dialect':<10}  {self.dialect}"]
+        for name in ("loaded", "resized", "replaced", "missing", "unexpected", "ignored", "nonfinite"):
+            entries = getattr(self, name)
+            shown = "" if name == "loaded" else preview([self._entry(entry) for entry in entries])
+            lines.append(f"{name:<10}  {len(entries):>5}  {shown}".rstrip())
+        return "\n".join(lines)
+
+    def _entry(self, name: str) -> str:
+        return f"{name} ({self.details[name]})" if name in self.details else name
+
+
+def load_checkpoint(
+    model: nn.Module, path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any], strict: bool = True
+) -> LoadReport:
+    """Load weights in any known dialect into a model made by `create_model` or `create_backbone`.
+
+    Takes a .safetensors file, a file of torch.save, or a state dict, also inside of the entries and prefixes that
+    training code wraps around it. Files are read as tensors only: code in them is refused and not run.
+    Bias tables of another window are resized bicubically, as the authors do. A head of another number of
+    classes, or a head or output norms that the file does not have, keep the model's values (`replaced`); a head
+    that the model does not have is `ignored`.
+    strict: raise UserError, and change nothing, where anything else does not fit; otherwise load the rest.
+
+    Raises UserError for unreadable files, unknown names, and a checkpoint of another model.
+    """
+    if isinstance(path_or_state_dict, Mapping):
+        source, content = "the state dict", path_or_state_dict
+    else:
+        source, content = os.fspath(path_or_state_dict), read_file(path_or_state_dict)
+    try:
+        translation = translate(_RULES, _unwrap(content))
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    target = {name.removeprefix("backbone."): tensor for name, tensor in model.state_dict().items()}
+    if any(tensor.is_meta for tensor in target.values()):
+        raise UserError("the model is on the meta device and has no storage: create it on a real device to load")
+    plan = _Plan(translation, target)
+    if strict:
+        plan.check(source, getattr(model, "name", type(model).__name__))
+    names = {name.removeprefix("backbone."): name for name in model.state_dict()}
+    with torch.no_grad():
+        for name, tensor in plan.values.items():
+            target[name].copy_(tensor)
+    report = plan.report(names)
+    if report.nonfinite:
+        warnings.warn(f"{source}: NaN or infinity in {preview(report.nonfinite)}", stacklevel=2)
+    return report
+
+
+def convert(state: Mapping[str, Any], to: str = "muntin") -> dict[str, Tensor]:
+    """Weights of any known dialect under the names of another: "authors", "timm", "torchvision", "mm", ..."""
+    found = translate(_RULES, _unwrap(state))
+    if found.unexpected:
+        raise UserError(f"no name in {to} for {preview(found.unexpected)}: leave these out")
+    if to != "muntin":
+        return untranslate(_RULES[found.family], found.weights, to)
+    return {n if n.startswith("head.") else f"backbone.{n}": t for n, t in found.weights.items()}
+
+
+class _Plan:
+    """Each weight of the file against the model, under our names; nothing is written yet."""
+
+    def __init__(self, translation: Translation, target: Mapping[str, Tensor]) -> None:
+        self.translation = translation
+        self.target = target
+        self.values: dict[str, Tensor] = {}
+        self.resized: list[str] = []
+        self.replaced: list[str] = []
+        self.missing: list[str] = []
+        self.misshapen: list[str] = []
+        self.ignored = list(translation.ignored)
+        self.unexpected = list(translation.unexpected)
+        self.details: dict[str, str] = {}
+        for name, tensor in translation.weights.items():
+            self._place(name, tensor)
+        for name in target:
+            if name not in translation.weights:
+                (self.replaced if self._optional(name) else self.missing).append(name)
+        self._replace_head()
+
+    def _place(self, name: str, tensor: Tensor) -> None:
+        theirs = self.translation.source[name]
+        if name not in self.target:
+            # a head that the model does not have, or norms of maps that it does not return, go nowhere
+            headless = name.startswith("head.") and not any(n.startswith("head.") for n in self.target)
+            (self.ignored if headless or name.startswith("norms.") else self.unexpected).append(theirs)
+            return
+        ours = self.target[name]
+        if tensor.shape == ours.shape:
+            self.values[name] = tensor
+        elif name.endswith("bias_table") and (table := resize_table(tensor, ours.shape)) is not None:
+            self.values[name] = table
+            self.resized.append(name)
+            self.details[name] = f"{_side(tensor)} to {_side(ours)}"
+        else:
+            self.misshapen.append(name)
+            self.details[name] = f"{_shape(tensor)} in the file, {_shape(ours)} in the model"
+
+    def _replace_head(self) -> None:
+        """A last layer for another number of classes keeps the model's values as a whole."""
+        weight = self.translation.weights.get("head.fc.weight")
+        if weight is None or "head.fc.weight" not in self.misshapen:
+            return
+        ours = self.target["head.fc.weight"]
+        if weight.ndim == 2 and weight.shape[1] == ours.shape[1]:
+            own = [name for name in self.target if name.startswith("head.fc.")]
+            self.misshapen = [name for name in self.misshapen if name not in own]
+            self.missing = [name for name in self.missing if name not in own]
+            self.values = {name: tensor for name, tensor in self.values.items() if name not in own}
+            self.replaced += own
+            self.details |= dict.fromkeys(own, f"{len(weight)} classes in the file, {len(ours)} in the model")
+
+    def _optional(self, name: str) -> bool:
+        """A backbone's file has no head, a classifier's no output norms: those keep the model's values."""
+        if name.startswith("head."):
+            return not any(n.startswith("head.fc.") for n in self.translation.weights)
+        return name.startswith("norms.") and not any(n.startswith("norms.") for n in self.translation.weights)
+
+    def check(self, source: str, model: str) -> None:
+        """UserError that says what does not fit, and whose weights they seem to be."""
+        if not (self.missing or self.unexpected or self.misshapen):
+            return
+        describe = FAMILIES[self.translation.family].describe
+        theirs, ours = describe(self.translation.weights), describe(self.target)
+        if theirs != ours:
+            raise UserError(
+                f"{source} holds weights of another model: {_like(theirs)} ({_plain(theirs)}), the model is {model} "
+                f"({_plain(ours)}); create the model that the weights belong to, or choose another file"
+            )
+        shapes = [f"{name} ({self.details[name]})" for name in self.misshapen]
+        parts = [("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", shapes)]
+        told = "; ".join(f"{len(names)} {what}: {preview(names)}" for what, names in parts if names)
+        raise UserError(f"{source} does not fit {model}: {told}. Pass strict=False to load the rest")
+
+    def report(self, names: Mapping[str, str]) -> LoadReport:
+        def own(chosen: list[str]) -> tuple[str, ...]:
+            return tuple(names[name] for name in chosen)
+
+        broken = [name for name, t in self.values.items() if t.is_floating_point() and not t.isfinite().all()]
+        return LoadReport(
+            self.translation.dialect,
+            own([name for name in self.values if name not in self.resized]),
+            own(self.resized),
+            own(self.replaced + self.misshapen),
+            own(self.missing),
+            tuple(self.unexpected),
+            tuple(self.ignored),
+            own(broken),
+            {names[name]: text for name, text in self.details.items()},
+        )
+
+
+def resize_table(table: Tensor, shape: torch.Size) -> Tensor | None:
+    """A bias table for another window: bicubic on its (2w-1) x (2w-1) grid. None where it is no such table."""
+    if table.ndim != 2 or table.shape[1] != shape[1]:
+        return None
+    side, wanted = math.isqrt(table.shape[0]), math.isqrt(shape[0])
+    if side * side != table.shape[0] or wanted * wanted != shape[0]:
+        return None
+    grid = table.float().t().reshape(1, -1, side, side)
+    grid = F.interpolate(grid, size=(wanted, wanted), mode="bicubic", align_corners=False)
+    return grid.flatten(2)[0].t().to(table.dtype)
+
+
+def read_file(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """The tensors of a .safetensors file or of one that torch.save wrote. UserError where it is neither."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: give a .safetensors, .pth or .pt file")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty (0 bytes): fetch or save it again")
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{path} is no whole safetensors file ({error}): fetch or save it again") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file makes the unpickler raise anything
+        if isinstance(error, pickle.UnpicklingError) and any(mark in str(error) for mark in _CODE):
+            raise UserError(
+                f"{path} holds pickled Python objects, which could run code, so it was not opened: where it was made, "
+                "save its tensors alone, torch.save(model.state_dict(), ...), or as .safetensors"
+            ) from error
+        raise UserError(f"{path} is no whole checkpoint of torch.save: fetch or save it again") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}: give a file with a state dict, names and tensors")
+    return content
+
+
+def _unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict itself, out of the entries that training code puts around it."""
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if tensors:
+        return tensors
+    for entry in _ENTRIES:
+        if isinstance(content.get(entry), Mapping):
+            return _unwrap(content[entry])
+    raise UserError(
+        f"no weights in it, only {preview([str(name) for name in content]) or 'nothing'}: give a state dict, or one "
+        f"under {', '.join(_ENTRIES)}"
+    )
+
+
+def _like(shown: Mapping[str, Any]) -> str:
+    """The listed model that has these values, or what can be said of it."""
+    from muntin.models import FAMILIES as MODELS
+
+    for family in MODELS:
+        for name, row in family.VARIANTS.items():
+            if all(getattr(row, key, None) == value for key, value in shown.items()):
+                return f"{name}-like"
+    return "of no listed model"
+
+
+def _plain(shown: Mapping[str, Any]) -> str:
+    texts = {k: "-".join(map(str, v)) if isinstance(v, tuple) else str(v) for k, v in shown.items()}
+    return ", ".join(f"{name} {text}" for name, text in texts.items())
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"
+
+
+def _side(table: Tensor) -> str:
+    side = math.isqrt(table.shape[0])
+    return f"{side}x{side}"

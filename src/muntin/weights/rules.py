@@ -1,0 +1,201 @@
+"""The engine behind the RULES of each family: other people's names of weights to ours, and back.
+
+A rule pairs our name with the name of each dialect. In a name `{s}` stands for a number, `{2s+1}` for arithmetic
+on it, `{m}` for a stage that begins with a merge (1 and up), `*` for the last part, and `(swin.)` for a
+part that is written but need not be there. Where two rules share our name both are read, the first is written.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from muntin.errors import UserError, nearest
+
+# In the order of preference where two dialects explain a file equally well. timm comes before the authors: a file
+# with the merges at the end of stages 0 to 2 fits the authors better, one with stages 1 to 3 both alike.
+DIALECTS = ("muntin", "timm", "authors", "torchvision", "transformers", "mm")
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
+DERIVED = re.compile(r"(^|\.)(relative_position_index|relative_coords_table|attn_mask)$")
+_TOKEN = re.compile(r"\{(\d*)([a-z])([+-]\d+)?\}|\(([^)]*)\)|(\*)")
+_FIRST = {"m": 1}
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Our name, without `backbone.`, and theirs by dialect; several names of theirs are joined along axis 0."""
+
+    ours: str
+    theirs: Mapping[str, str | tuple[str, ...]]
+    to_ours: Callable[[Tensor], Tensor] = _unchanged
+    to_theirs: Callable[[Tensor], Tensor] = _unchanged
+
+    def names(self, dialect: str) -> tuple[str, ...]:
+        """The names in a dialect: none where the dialect has no such weight."""
+        found = self.theirs.get(dialect, self.ours if dialect == "muntin" else ())
+        return (found,) if isinstance(found, str) else found
+
+
+Places = tuple[tuple[str, str], ...]
+"""What the open parts of a name stand for: (("*", "weight"), ("b", "0"), ("s", "2"))."""
+
+
+@lru_cache(maxsize=1024)
+def _compile(pattern: str) -> tuple[re.Pattern[str], tuple[tuple[str, int, int], ...]]:
+    """A regular expression for a name, and letter, factor and offset of each of its groups."""
+    text, places, end = "", [], 0
+    for token in _TOKEN.finditer(pattern):
+        factor, letter, offset, optional, _ = token.groups()
+        text += re.escape(pattern[end : token.start()])
+        if optional is not None:
+            text += f"(?:{re.escape(optional)})?"
+        elif letter is not None:
+            text += r"(\d+)"
+            places.append((letter, int(factor or 1), int(offset or 0)))
+        else:
+            text += r"([^.]+)"
+            places.append(("*", 1, 0))
+        end = token.end()
+    return re.compile(text + re.escape(pattern[end:])), tuple(places)
+
+
+def read_name(pattern: str, name: str) -> Places | None:
+    """What the open parts of `pattern` stand for in `name`; None where it does not fit."""
+    regex, places = _compile(pattern)
+    match = regex.fullmatch(name)
+    if match is None:
+        return None
+    values = {}
+    for (letter, factor, offset), text in zip(places, match.groups(), strict=True):
+        if letter != "*":
+            number, rest = divmod(int(text) - offset, factor)
+            if rest or number < _FIRST.get(letter, 0):
+                return None
+            text = str(number)
+        values[letter] = text
+    return tuple(sorted(values.items()))
+
+
+def write_name(pattern: str, places: Places) -> str:
+    """The name that `pattern` and its open parts make."""
+    values = dict(places)
+
+    def fill(token: re.Match[str]) -> str:
+        factor, letter, offset, optional, star = token.groups()
+        if optional is not None:
+            return optional
+        return values["*"] if star else str(int(factor or 1) * int(values[letter]) + int(offset or 0))
+
+    return _TOKEN.sub(fill, pattern)
+
+
+@dataclass
+class Translation:
+    """A state dict under our names. `source` gives the file's name of each; the rest went nowhere."""
+
+    family: str
+    dialect: str
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    source: dict[str, str] = field(default_factory=dict)
+    unexpected: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+
+def _forms(name: str) -> Iterator[str]:
+    """A name as it is, and without what wrappers put before it: `model.backbone.x`, `backbone.x`, `x`."""
+    yield name
+    while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
+        name = name.removeprefix(prefix)
+        yield name
+
+
+def _find(rules: list[Rule], dialect: str, name: str) -> tuple[Rule, int, Places, str] | None:
+    """The rule for a name, which of the rule's parts it is, its places, and the prefix that was in the way."""
+    for form in _forms(name):
+        for rule in rules:
+            for part, pattern in enumerate(rule.names(dialect)):
+                if (places := read_name(pattern, form)) is not None:
+                    return rule, part, places, name.removesuffix(form)
+    return None
+
+
+def _translate(family: str, dialect: str, rules: list[Rule], state: Mapping[str, Tensor]) -> Translation:
+    result = Translation(family, dialect)
+    parts: dict[tuple[str, Places], dict[int, str]] = {}
+    owners: dict[tuple[str, Places], Rule] = {}
+    wrapped = False
+    for name in state:
+        found = _find(rules, dialect, name)
+        if DERIVED.search(name):
+            result.ignored.append(name)
+        elif found is None:
+            result.unexpected.append(name)
+        else:
+            rule, part, places, prefix = found
+            wrapped |= "backbone." in prefix and dialect != "muntin"
+            key = (rule.ours, places)
+            if owners.setdefault(key, rule) is not rule or part in parts.setdefault(key, {}):
+                ours = write_name(rule.ours, places)
+                raise UserError(f"the weights hold {ours} twice, under other names ({name}): pass one model's weights")
+            parts[key][part] = name
+    if wrapped:  # a detector's or segmenter's file: its neck and heads are no part of a backbone
+        result.ignored += [name for name in result.unexpected if "backbone." not in name]
+        result.unexpected = [name for name in result.unexpected if "backbone." in name]
+    for (ours, places), names in parts.items():
+        rule = owners[ours, places]
+        if len(names) < len(rule.names(dialect)):
+            result.unexpected += names.values()
+            continue
+        joined = [state[names[part]] for part in sorted(names)]
+        tensor = joined[0] if len(joined) == 1 else torch.cat(joined)
+        name = write_name(ours, places)
+        result.weights[name] = tensor if dialect == "muntin" else rule.to_ours(tensor)
+        result.source[name] = " + ".join(names[part] for part in sorted(names))
+    return result
+
+
+def translate(families: Mapping[str, list[Rule]], state: Mapping[str, Tensor]) -> Translation:
+    """A state dict in any dialect of any family -> our names. UserError where it is none of them."""
+    results = []
+    for family, rules in families.items():
+        known = {dialect for rule in rules for dialect in rule.theirs} | {"muntin"}
+        results += [_translate(family, dialect, rules, state) for dialect in DIALECTS if dialect in known]
+    best = max(results, key=lambda result: len(result.weights))  # the first of equals
+    matched = len(state) - len(best.unexpected) - len(best.ignored)
+    if matched <= len(best.unexpected):
+        raise UserError(
+            f"no weights that are known here: {matched} of {len(state)} names fit {best.family}, "
+            f"{preview(best.unexpected)} do not; known are {', '.join(families)} by {', '.join(DIALECTS)}"
+        )
+    return best
+
+
+def untranslate(rules: list[Rule], weights: Mapping[str, Tensor], dialect: str) -> dict[str, Tensor]:
+    """Our names (without `backbone.`) -> a dialect's. UserError where the dialect has no name for a weight."""
+    known = sorted({name for rule in rules for name in rule.theirs})
+    if dialect not in known:
+        raise UserError(f"no dialect {dialect!r}{nearest(dialect, known)}; valid are muntin, {', '.join(known)}")
+    result: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        for rule in rules:
+            patterns, places = rule.names(dialect), read_name(rule.ours, name)
+            if places is not None and patterns:
+                parts = rule.to_theirs(tensor).chunk(len(patterns))
+                result |= {write_name(p, places): part for p, part in zip(patterns, parts, strict=True)}
+                break
+        else:
+            raise UserError(f"{dialect} has no name for {name}: leave it out, or choose another dialect")
+    return result
+
+
+def preview(names: list[str] | tuple[str, ...], limit: int = 3) -> str:
+    """The first few names and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
