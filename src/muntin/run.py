@@ -37,7 +37,7 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Path],
     """Write a file whole or not at all.
 
     `content` is the bytes, or a function that writes the file it is given (a temporary one in the same
-    folder). It is flushed to the disk and renamed; whatever fails, the earlier file stays and no other is left.
+    folder). It is flushed to the disk and renamed; whatever fails, the earlier file stays and nothing else.
 
     Raises `UserError` where the folder cannot be written or the disk is full.
     """

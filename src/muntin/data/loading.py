@@ -1,0 +1,201 @@
+"""Batches as pure functions: of (seed, epoch, index) for what is in an image, of (seed, epoch) for the order.
+
+Nothing is drawn from a generator that lives on, so a run that was stopped anywhere continues to the bit,
+whatever the number of workers.
+"""
+
+import contextlib
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from muntin.data.datasets import Images
+from muntin.data.transforms import to_tensor
+
+Item = tuple[int, int]  # epoch, position
+
+
+class Augment(Protocol):
+    """A training transform: RGB image and the three numbers that it may draw from -> (3, H, W) float."""
+
+    def __call__(self, image: Image.Image, seed: tuple[int, int, int]) -> Tensor: ...
+
+
+class TrainingSet(Dataset[tuple[Tensor, int]]):
+    """Augmented images, asked for by (epoch, position)."""
+
+    def __init__(self, images: Images, augment: Augment, seed: int) -> None:
+        self.images = images
+        self.augment = augment
+        self.seed = seed
+
+    def __getitem__(self, item: Item) -> tuple[Tensor, int]:
+        epoch, position = item
+        image = self.augment(self.images.open(position), (self.seed, epoch, position))
+        return image, self.images.labels[position]
+
+
+class EvaluationSet(Dataset[tuple[Tensor, int]]):
+    """Images as the model is to see them, asked for by position."""
+
+    def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.images = images
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        return self.transform(self.images.open(position)), self.images.labels[position]
+
+
+class EpochBatches:
+    """Batches of (epoch, position) in the order of (seed, epoch), from batch `start` of the first epoch on.
+
+    Batches are full: the last few images of an epoch wait for another order. A set smaller than one batch is
+    one batch.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, epoch: int = 0, start: int = 0) -> None:
+        self.count = count
+        self.batch_size = min(batch_size, count)
+        self.seed = seed
+        self.epoch = epoch
+        self.start = start
+        self.sampler = self  # Lightning calls set_epoch on `batch_sampler.sampler`
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, wherever the first one starts: Lightning counts those done before."""
+        return self.count // self.batch_size
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count).tolist()
+        for number in range(self.start, len(self)):
+            positions = order[number * self.batch_size : (number + 1) * self.batch_size]
+            yield [(self.epoch, position) for position in positions]
+
+
+def training_loader(data: TrainingSet, batches: EpochBatches, workers: int) -> DataLoader[tuple[Tensor, int]]:
+    return DataLoader(
+        data,
+        batch_sampler=batches,  # type: ignore[arg-type]  # it yields items, not integers
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=_quiet if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def evaluation_loader(data: EvaluationSet, batch_size: int, workers: int) -> DataLoader[tuple[Tensor, int]]:
+    return DataLoader(
+        data,
+        batch_size=batch_size,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=_quiet if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _quiet(_worker: int) -> None:
+    """One thread for each worker, and no repeated warnings from decoders."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+
+
+class Distort:
+    """Small rotation, scale, shear and shift of the resized image, for characters: no flip, no crop."""
+
+    def __init__(
+        self,
+        picture: Callable[[Image.Image], Image.Image],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        degrees: float = 15.0,
+        scale: float = 0.15,
+        shear: float = 0.15,
+        shift: float = 0.1,
+    ) -> None:
+        self.picture = picture
+        self.mean, self.std = mean, std
+        self.degrees, self.scale, self.shear, self.shift = degrees, scale, shear, shift
+
+    def __call__(self, image: Image.Image, seed: tuple[int, int, int]) -> Tensor:
+        draw = np.random.default_rng(seed).uniform(-1, 1, 6)
+        angle = np.deg2rad(self.degrees * draw[0])
+        rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        stretch = np.diag(np.exp(self.scale * draw[1:3])) @ np.array([[1, self.shear * draw[3]], [0, 1]])
+        matrix = rotation @ stretch
+        image = self.picture(image)
+        centre = np.array(image.size) / 2
+        offset = centre - matrix @ centre + self.shift * draw[4:] * image.size
+        affine = (*matrix[0], offset[0], *matrix[1], offset[1])
+        image = image.transform(image.size, Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
+        return to_tensor(image, self.mean, self.std)
+
+
+class Photographs:
+    """Random resized crop, flip, RandAugment and erasing: the recipe of DeiT and Swin, by timm."""
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        strength: str,
+        erasing: float,
+    ) -> None:
+        from timm.data import create_transform
+
+        self.transform = create_transform(
+            size,
+            is_training=True,
+            auto_augment=strength or None,
+            color_jitter=0.4,
+            interpolation="bicubic",
+            re_prob=erasing,
+            re_mode="pixel",
+            mean=mean,
+            std=std,
+        )
+
+    def __call__(self, image: Image.Image, seed: tuple[int, int, int]) -> Tensor:
+        with _seeded(seed):
+            return self.transform(image)
+
+
+class Plain:
+    """No augmentation: what evaluation sees."""
+
+    def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Image.Image, seed: tuple[int, int, int]) -> Tensor:
+        return self.transform(image)
+
+
+@contextlib.contextmanager
+def _seeded(seed: tuple[int, int, int]) -> Iterator[None]:
+    """The three global generators that timm draws from, seeded for a while and then put back."""
+    first, second, third = np.random.SeedSequence(seed).generate_state(3).tolist()
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(first)
+        np.random.seed(second)
+        torch.default_generator.manual_seed(third)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
