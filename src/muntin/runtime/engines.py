@@ -31,9 +31,7 @@ class Engine:
     file says about itself (empty where it says nothing), `metadata` all of it.
     """
 
-    def __init__(
-        self, path: Path, engine: str, run: Callable[[Tensor], Tensor], metadata: dict[str, Any]
-    ) -> None:
+    def __init__(self, path: Path, engine: str, run: Callable[[Tensor], Tensor], metadata: dict[str, Any]) -> None:
         self.path = path
         self.engine = engine
         self.metadata = metadata
@@ -51,15 +49,11 @@ class Engine:
         if isinstance(images, np.ndarray):
             self._check(images.shape)
             return self._run(torch.from_numpy(np.ascontiguousarray(images))).numpy()
-        raise UserError(
-            f"{type(images).__name__} given; images are a numpy array or a torch tensor, (B, 3, H, W)"
-        )
+        raise UserError(f"{type(images).__name__} given; images are a numpy array or a torch tensor, (B, 3, H, W)")
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 4 or shape[1] != 3 or min(shape) < 1:
-            raise UserError(
-                f"images of shape {shape} given to {self.path}; it takes (batch, 3, height, width)"
-            )
+            raise UserError(f"images of shape {shape} given to {self.path}; it takes (batch, 3, height, width)")
 
     def __repr__(self) -> str:
         return f"Engine({self.name or self.path.name}, {self.engine})"
@@ -81,9 +75,7 @@ def open_onnx(path: Path) -> tuple[Any, dict[str, Any]]:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no base below Exception
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{path} is not an ONNX file that ONNX Runtime can run ({reason}); export it again"
-        ) from error
+        raise UserError(f"{path} is not an ONNX file that ONNX Runtime can run ({reason}); export it again") from error
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1 or len(inputs[0].shape) != 4 or len(outputs) != 1:
         described = ", ".join(f"{i.name}{i.shape}" for i in inputs) or "nothing"
@@ -149,6 +141,4 @@ def load(path: str | os.PathLike[str]) -> Engine:
         return _load_run(path)
     if path.suffix == ".onnx":
         return _load_onnx(path)
-    raise UserError(
-        f"{path} is of a kind that Muntin does not run; give {', '.join(READABLE[:-1])} or {READABLE[-1]}"
-    )
+    raise UserError(f"{path} is of a kind that Muntin does not run; give {', '.join(READABLE[:-1])} or {READABLE[-1]}")

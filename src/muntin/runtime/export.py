@@ -124,9 +124,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _write_onnx(
-    model: nn.Module, image: Tensor, metadata: dict[str, str], path: Path, opset: int
-) -> _Written:
+def _write_onnx(model: nn.Module, image: Tensor, metadata: dict[str, str], path: Path, opset: int) -> _Written:
     try:
         import onnxscript  # noqa: F401  # torch.onnx needs it and would say so in its own words
     except ImportError as error:
@@ -176,10 +174,9 @@ def _trace_size(model: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
 
     Nothing is computed at this size, so it costs nothing to be large.
     """
-    strides: Sequence[int] = getattr(getattr(model, "backbone", model), "strides", ())
-    windows = getattr(getattr(model, "config", None), "window", 1)
-    per_stage = [windows] * len(strides) if isinstance(windows, int) else windows
-    least = max((stride * w for stride, w in zip(strides, per_stage, strict=True)), default=1)
+    strides = getattr(getattr(model, "backbone", model), "strides", (1,))
+    window = getattr(getattr(model, "config", None), "window", 1)
+    least = max(strides) * (window if isinstance(window, int) else max(window))
     return max(2 * least, size[0]), max(3 * least, size[1])
 
 
@@ -234,9 +231,7 @@ def _writable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; choose a folder that you may write to"
-        ) from error
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that you may write to") from error
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         what = "it is a folder" if path.is_dir() else f"{path.parent} is read-only"
         raise UserError(f"cannot write {path}: {what}; choose a file in a folder that you may write to")
@@ -279,9 +274,7 @@ def export(
     target, engine, write = TARGETS[path.suffix]
     outputs = getattr(model, "num_classes", None)
     if classes is not None and outputs is not None and len(classes) != outputs:
-        raise UserError(
-            f"{len(classes)} class names given for a model of {outputs} classes; give one per class"
-        )
+        raise UserError(f"{len(classes)} class names given for a model of {outputs} classes; give one per class")
     _writable(path)
     size = _input_size(model, preprocessing)
     sizes = default_sizes(size) if sizes is None else sizes
