@@ -1,0 +1,79 @@
+"""Fixtures that several test files share."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+# Models in tests are so small that threads spend their time waiting for each other, much more so under xdist.
+torch.set_num_threads(1)
+
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Weights under the authors' names, and pairs of an input and the authors' outputs."""
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    pairs: list[tuple[Tensor, list[Tensor]]]
+
+
+@pytest.fixture
+def golden() -> Callable[[str], Golden]:
+    """Reads a file of golden references by name."""
+
+    def read(name: str) -> Golden:
+        path = GOLDEN / f"{name}.safetensors"
+        if not path.is_file():
+            pytest.skip(f"the authors' outputs, {path.name}, are not beside this clone in shared/golden")
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            config = json.loads(file.metadata()["config"])
+        config.pop("note", None)
+        weights = {k.removeprefix("weight/"): t for k, t in tensors.items() if k.startswith("weight/")}
+        pairs = []
+        for i in range(sum(key.startswith("input/") for key in tensors)):
+            count = sum(key.startswith(f"output/{i}/") for key in tensors)
+            pairs.append((tensors[f"input/{i}"], [tensors[f"output/{i}/{j}"] for j in range(count)]))
+        return Golden(config, weights, pairs)
+
+    return read
+
+
+@pytest.fixture
+def randomise() -> Callable[..., nn.Module]:
+    """Fills a model with weights under which every part of it shows: norms, tables and biases far from trivial."""
+
+    def fill(model: nn.Module, seed: int = 0) -> nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                if not tensor.is_floating_point():
+                    continue
+                noise = torch.randn(tensor.shape, generator=generator)
+                if name.endswith("running_var"):
+                    tensor.copy_(0.5 + noise.abs())
+                elif tensor.ndim == 1 and name.endswith("weight"):  # of a norm
+                    tensor.copy_(1 + 0.3 * noise)
+                elif tensor.ndim == 1:
+                    tensor.copy_(0.3 * noise)
+                elif "table" in name:
+                    tensor.copy_(noise)
+                else:
+                    tensor.copy_(1.3 * noise / tensor[0].numel() ** 0.5)
+        return model
+
+    return fill
+
+
+def error_of(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference, in standard deviations of what is wanted."""
+    return ((found.double() - wanted.double()).abs().max() / wanted.double().std()).item()
