@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import error_of
 from torch import Tensor, nn
 
+from conftest import error_of
 from muntin.layers import attention, position, reference, window
 from muntin.layers import patch as patches
 from muntin.models import create_backbone, create_model
@@ -48,18 +48,18 @@ def _cases(count: int) -> Iterator[Any]:
         yield pytest.param(config, size, id=f"{size[0]}x{size[1]}-{text}")
 
 
-def inference(model: nn.Module, image: Tensor) -> list[Tensor]:
+def inference(model: Any, image: Tensor) -> list[Tensor]:
     """The windows of a block a few at a time, with biases that are kept."""
     with torch.inference_mode():
         return model(image)
 
 
-def gradients(model: nn.Module, image: Tensor) -> list[Tensor]:
+def gradients(model: Any, image: Tensor) -> list[Tensor]:
     """The forward of training."""
     return [y.detach() for y in model(image)]
 
 
-def symbolic(model: nn.Module, image: Tensor) -> list[Tensor]:
+def symbolic(model: Any, image: Tensor) -> list[Tensor]:
     """What export and compile trace: gathers alone."""
     with torch.no_grad():
         return model._forward_symbolic(image)
@@ -75,7 +75,10 @@ PATHS: dict[str, Callable[[nn.Module, Tensor], list[Tensor]]] = {
 def _largest(found: list[Tensor], wanted: list[Tensor]) -> float:
     assert [y.shape for y in found] == [y.shape for y in wanted]
     # a map of one token may have no deviation of its own worth the name: one scale for each map
-    return max(((a.double() - b.double()).abs().max() / b.double().abs().max()).item() for a, b in zip(found, wanted))
+    return max(
+        ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+        for a, b in zip(found, wanted, strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", ["swin", "swin_any_size", "swin_free"])
@@ -148,7 +151,7 @@ def _attentions(model: nn.Module) -> list[attention.WindowAttention]:
     return [module for module in model.modules() if isinstance(module, attention.WindowAttention)]
 
 
-def _tables(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+def _tables(model: Any, change: Callable[[Tensor], Tensor]) -> None:
     """Replaces each bias table, given as (2w-1, 2w-1, h)."""
     for layer in _attentions(model):
         side = 2 * layer.window - 1
@@ -156,7 +159,7 @@ def _tables(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
         layer.bias_table = nn.Parameter(change(table).reshape(side * side, -1))
 
 
-def shift_off_by_one(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def shift_off_by_one(model: Any, patch: pytest.MonkeyPatch) -> None:
     right = window.axis_rule
 
     def wrong(*args: Any) -> tuple[int, int]:
@@ -166,27 +169,27 @@ def shift_off_by_one(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(window, "axis_rule", wrong)
 
 
-def shift_on_even_blocks(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def shift_on_even_blocks(model: Any, patch: pytest.MonkeyPatch) -> None:
     for stage in model.stages:
         for block in stage.blocks:
             block.shifted = not block.shifted
 
 
-def shift_where_the_window_is_the_map(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def shift_where_the_window_is_the_map(model: Any, patch: pytest.MonkeyPatch) -> None:
     def wrong(side: int, size: int, shifted: bool, small_maps: str) -> tuple[int, int]:
         return min(size, side), min(size, side) // 2 if shifted else 0
 
     patch.setattr(window, "axis_rule", wrong)
 
 
-def roll_the_other_way(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def roll_the_other_way(model: Any, patch: pytest.MonkeyPatch) -> None:
     def wrong(side: int, size: int, shift: int, count: int) -> Tensor:
         return (torch.arange(count * size).view(count, size) - shift) % (count * size)
 
     patch.setattr(window, "_axis_source", wrong)
 
 
-def padding_after_the_roll(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def padding_after_the_roll(model: Any, patch: pytest.MonkeyPatch) -> None:
     def wrong(side: int, size: int, shift: int, count: int) -> Tensor:
         slots = torch.arange(count * size)
         return torch.where(slots < side, (slots + shift) % side, slots).view(count, size)
@@ -194,7 +197,7 @@ def padding_after_the_roll(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(window, "_axis_source", wrong)
 
 
-def padding_not_zero(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def padding_not_zero(model: Any, patch: pytest.MonkeyPatch) -> None:
     right = window._move_index
 
     def wrong(*args: Any) -> tuple[Tensor, None]:
@@ -203,7 +206,7 @@ def padding_not_zero(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(window, "_move_index", wrong)
 
 
-def padding_before_the_norm(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def padding_before_the_norm(model: Any, patch: pytest.MonkeyPatch) -> None:
     for layer in _attentions(model):  # what a padded token would be after the norm: its bias
         block = next(b for s in model.stages for b in s.blocks if b.attention is layer)
         bias = block.norm1.bias.detach().clone()
@@ -211,22 +214,22 @@ def padding_before_the_norm(model: nn.Module, patch: pytest.MonkeyPatch) -> None
         patch.setattr(layer.qkv, "forward", lambda x, f=right, b=bias: f(torch.where((x == 0).all(-1, True), b, x)))
 
 
-def padding_shut_out(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def padding_shut_out(model: Any, patch: pytest.MonkeyPatch) -> None:
     for layer in _attentions(model):
         right = layer.qkv.forward
         patch.setattr(layer.qkv, "forward", lambda x, f=right: f(x) * (x != 0).any(-1, True))
 
 
-def mask_left_out(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def mask_left_out(model: Any, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(position, "MASKED", 0.0)
 
 
-def mask_along_one_axis_only(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def mask_along_one_axis_only(model: Any, patch: pytest.MonkeyPatch) -> None:
     right = window.separation_mask
     patch.setattr(window, "separation_mask", lambda labels: right(labels % 2))
 
 
-def mask_on_the_first_windows(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def mask_on_the_first_windows(model: Any, patch: pytest.MonkeyPatch) -> None:
     right = window.kind_masks
 
     def wrong(*args: Any) -> Tensor:
@@ -236,19 +239,19 @@ def mask_on_the_first_windows(model: nn.Module, patch: pytest.MonkeyPatch) -> No
     patch.setattr(attention, "kind_masks", wrong)
 
 
-def table_transposed(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def table_transposed(model: Any, patch: pytest.MonkeyPatch) -> None:
     _tables(model, lambda table: table.transpose(0, 1))
 
 
-def table_reversed(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def table_reversed(model: Any, patch: pytest.MonkeyPatch) -> None:
     _tables(model, lambda table: table.flip(0, 1))
 
 
-def table_of_another_head(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def table_of_another_head(model: Any, patch: pytest.MonkeyPatch) -> None:
     _tables(model, lambda table: table.flip(2))
 
 
-def table_cropped_at_its_corner(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def table_cropped_at_its_corner(model: Any, patch: pytest.MonkeyPatch) -> None:
     def wrong(height: int, width: int, size: int, device: Any) -> Tensor:
         y, x = torch.arange(height), torch.arange(width)
         dy = y[:, None] - y[None] + height - 1
@@ -258,29 +261,29 @@ def table_cropped_at_its_corner(model: nn.Module, patch: pytest.MonkeyPatch) -> 
     patch.setattr(attention, "constant_relative_index", wrong)
 
 
-def eps_of_another_framework(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def eps_of_another_framework(model: Any, patch: pytest.MonkeyPatch) -> None:
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = 1e-6
 
 
-def gelu_by_tanh(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def gelu_by_tanh(model: Any, patch: pytest.MonkeyPatch) -> None:
     for module in model.modules():
         if isinstance(module, nn.GELU):
             module.approximate = "tanh"
 
 
-def scale_left_out(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def scale_left_out(model: Any, patch: pytest.MonkeyPatch) -> None:
     for layer in _attentions(model):
         layer.scale = 1.0
 
 
-def scale_by_all_channels(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def scale_by_all_channels(model: Any, patch: pytest.MonkeyPatch) -> None:
     for layer in _attentions(model):
         layer.scale *= layer.heads**-0.5
 
 
-def queries_for_keys(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def queries_for_keys(model: Any, patch: pytest.MonkeyPatch) -> None:
     for layer in _attentions(model):
         right = layer.qkv.forward
 
@@ -291,7 +294,7 @@ def queries_for_keys(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(layer.qkv, "forward", wrong)
 
 
-def heads_before_queries(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def heads_before_queries(model: Any, patch: pytest.MonkeyPatch) -> None:
     for layer in _attentions(model):
         right = layer.qkv.forward
 
@@ -301,24 +304,24 @@ def heads_before_queries(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(layer.qkv, "forward", wrong)
 
 
-def merge_row_by_row(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def merge_row_by_row(model: Any, patch: pytest.MonkeyPatch) -> None:
     for stage in model.stages[1:]:
         for parameter in stage.merge.parameters():
             parameter.data = parameter.data.unflatten(-1, (4, -1))[..., [0, 2, 1, 3], :].flatten(-2)
 
 
-def merge_padding_not_zero(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def merge_padding_not_zero(model: Any, patch: pytest.MonkeyPatch) -> None:
     right = patches.merge_move
     patch.setattr(patches, "merge_move", lambda *args: replace(right(*args), keep=None))
 
 
-def norms_swapped(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def norms_swapped(model: Any, patch: pytest.MonkeyPatch) -> None:
     for stage in model.stages:
         for block in stage.blocks:
             block.norm1, block.norm2 = block.norm2, block.norm1
 
 
-def rule_for_small_maps_swapped(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def rule_for_small_maps_swapped(model: Any, patch: pytest.MonkeyPatch) -> None:
     for stage in model.stages:
         for block in stage.blocks:
             block.small_maps = "pad"

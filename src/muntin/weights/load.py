@@ -5,7 +5,7 @@ Nothing is copied before everything has been checked, so a failed load leaves th
 
 import math
 import os
-import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,7 +27,6 @@ FAMILIES = {"swin": swin}
 _RULES = {name: family.RULES for name, family in FAMILIES.items()}
 # An average of the weights comes before the weights, as in timm.
 _ENTRIES = ("state_dict_ema", "model_ema", "ema", "model_state_dict", "state_dict", "model", "module", "net")
-_CODE = ("Unsupported global", "Unsupported class", "Unsupported operand", "GLOBAL", "torch.jit")
 
 
 @dataclass(frozen=True)
@@ -233,15 +232,25 @@ def read_file(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file makes the unpickler raise anything
-        if isinstance(error, pickle.UnpicklingError) and any(mark in str(error) for mark in _CODE):
+        if (code := _code_in(path, error)) is not None:
             raise UserError(
-                f"{path} holds pickled Python objects, which could run code, so it was not opened: where it was made, "
-                "save its tensors alone, torch.save(model.state_dict(), ...), or as .safetensors"
+                f"{path} holds Python objects ({code}), which could run code, so it was not opened: where it was "
+                "made, save the tensors alone, torch.save(model.state_dict(), ...) or as .safetensors"
             ) from error
         raise UserError(f"{path} is no whole checkpoint of torch.save: fetch or save it again") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}: give a file with a state dict, names and tensors")
     return content
+
+
+def _code_in(path: Path, error: Exception) -> str | None:
+    """What a file refused by `weights_only` holds besides tensors; None where it is no such file at all."""
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
+        return found[1]
+    if "TorchScript" in str(error):
+        return "TorchScript"
+    with path.open("rb") as file:
+        return "pickled without torch.save" if file.read(2)[:1] == b"\x80" else None
 
 
 def _unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
