@@ -26,7 +26,7 @@ from muntin.runtime.engines import INSTALL, load
 
 OPSET = 20  # the first with a Gelu operator; ONNX Runtime 1.17 and OpenVINO 2024 read it
 ONNX_LIMIT = 2**31 - 1  # bytes: protobuf holds no larger message
-MAX_RANK = 5  # Core ML and several accelerators take no tensor of more dimensions
+TOLERANCE = 1e-4  # standard deviations of the logits, float32
 
 
 class ExportError(RuntimeError):
@@ -64,9 +64,9 @@ class ExportReport:
     def max_error(self) -> float:
         return max(check.error for check in self.checks)
 
-    def json(self) -> dict[str, Any]:
-        """Plain values, for metrics and reports."""
-        return asdict(self) | {"path": self.path.name, "max_error": self.max_error}
+    def json(self) -> str:
+        """All of it as JSON text."""
+        return json.dumps(asdict(self) | {"path": str(self.path), "max_error": self.max_error}, indent=2) + "\n"
 
     def __str__(self) -> str:
         lines = [
@@ -226,6 +226,27 @@ def _compare(model: nn.Module, engine: Callable[[Tensor], Tensor], images: Tenso
     return Check(batch, height, width, error.item())
 
 
+def verify(
+    model: nn.Module,
+    engine: Callable[[Tensor], Tensor],
+    sizes: Sequence[tuple[int, int]],
+    batches: Sequence[int],
+    tick: Callable[[str], object] = lambda case: None,
+) -> list[Check]:
+    """Compare an engine with the model it was made from, on random images of every size and batch.
+
+    The model is compared in evaluation mode and left as it was. `tick` is told each case before it runs.
+    Raises ExportError where the outputs have different shapes.
+    """
+    like = next(model.parameters(), torch.empty(0))
+    checks = []
+    with _evaluation(model):
+        for size, batch in itertools.product(sizes, batches):
+            tick(f"batch {batch}, {size[0]}x{size[1]}")
+            checks.append(_compare(model, engine, _images(batch, size, like)))
+    return checks
+
+
 def _writable(path: Path) -> None:
     """Refuse at once what would otherwise fail after the tracing."""
     try:
@@ -251,7 +272,7 @@ def export(
     sizes: Sequence[tuple[int, int]] | None = None,
     batches: Sequence[int] | None = None,
     opset: int = OPSET,
-    tolerance: float = 1e-4,
+    tolerance: float = TOLERANCE,
     progress: bool = True,
 ) -> ExportReport:
     """Export a model with dynamic batch, height and width, verified in the target's runtime.
@@ -290,18 +311,17 @@ def export(
 
         like = next(model.parameters(), torch.empty(0))
         hidden = None if progress else True  # None: hidden where the output is not a terminal
-        cases = list(itertools.product(sizes, batches))
-        steps = tqdm(total=len(cases) + 1, desc=f"{target}: tracing", disable=hidden, leave=False)
-        with steps, _evaluation(model):
+        total = len(sizes) * len(batches) + 1
+        with tqdm(total=total, desc=f"{target}: tracing", disable=hidden, leave=False) as bar, _evaluation(model):
             written.append(write(model, _images(2, _trace_size(model, size), like), metadata, partial, opset))
-            steps.update()
-            loaded = load(partial)
-            for pair, batch in cases:
-                steps.set_description(f"{target}: checking batch {batch}, {pair[0]}x{pair[1]}")
-                checks.append(_compare(model, loaded, _images(batch, pair, like)))
-                steps.update()
+
+            def tick(case: str) -> None:
+                bar.set_description(f"{target}: checking {case}")
+                bar.update()
+
+            checks.extend(verify(model, load(partial), sizes, batches, tick))
         worst = max(checks, key=lambda check: check.error)
-        if not worst.error <= tolerance:  # also where the error is not a number
+        if not all(check.error <= tolerance for check in checks):  # also where an error is not a number
             raise ExportError(
                 f"{path} was not written: at batch {worst.batch}, {worst.height}x{worst.width} {engine} "
                 f"differs from PyTorch by {worst.error:.1e} standard deviations, more than {tolerance:.0e}"
