@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from muntin.errors import UserError
 from muntin.weights import swin
-from muntin.weights.rules import Translation, preview, translate, untranslate
+from muntin.weights.rules import Reading, forms, preview, recognise, translate, untranslate
 
 FAMILIES = {"swin": swin}
 """Each has RULES, and `describe(weights)`: the configuration that the shapes of our weights show."""
@@ -81,16 +81,18 @@ def load_checkpoint(
     else:
         source, content = os.fspath(path_or_state_dict), read_file(path_or_state_dict)
     try:
-        translation = translate(_RULES, _unwrap(content))
+        state = _unwrap(content)
+        reading = recognise(_RULES, state)
+        weights = translate(reading, state)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-    target = {name.removeprefix("backbone."): tensor for name, tensor in model.state_dict().items()}
+    names = {_bare(name): name for name in model.state_dict()}
+    target = {_bare(name): tensor for name, tensor in model.state_dict().items()}
     if any(tensor.is_meta for tensor in target.values()):
         raise UserError("the model is on the meta device and has no storage: create it on a real device to load")
-    plan = _Plan(translation, target)
+    plan = _Plan(reading, weights, target)
     if strict:
         plan.check(source, getattr(model, "name", type(model).__name__))
-    names = {name.removeprefix("backbone."): name for name in model.state_dict()}
     with torch.no_grad():
         for name, tensor in plan.values.items():
             target[name].copy_(tensor)
@@ -102,37 +104,45 @@ def load_checkpoint(
 
 def convert(state: Mapping[str, Any], to: str = "muntin") -> dict[str, Tensor]:
     """Weights of any known dialect under the names of another: "authors", "timm", "torchvision", "mm", ..."""
-    found = translate(_RULES, _unwrap(state))
-    if found.unexpected:
-        raise UserError(f"no name in {to} for {preview(found.unexpected)}: leave these out")
+    tensors = _unwrap(state)
+    reading = recognise(_RULES, tensors)
+    if reading.unexpected:
+        raise UserError(f"no name in {to} for {preview(reading.unexpected)}: leave these out")
+    weights = translate(reading, tensors)
     if to != "muntin":
-        return untranslate(_RULES[found.family], found.weights, to)
-    return {n if n.startswith("head.") else f"backbone.{n}": t for n, t in found.weights.items()}
+        return untranslate(_RULES[reading.family], weights, to)
+    return {name if name.startswith("head.") else f"backbone.{name}": t for name, t in weights.items()}
+
+
+def _bare(name: str) -> str:
+    """A name in a model without `backbone.` and what DDP, compile or a training module put before it."""
+    return list(forms(name))[-1]
 
 
 class _Plan:
     """Each weight of the file against the model, under our names; nothing is written yet."""
 
-    def __init__(self, translation: Translation, target: Mapping[str, Tensor]) -> None:
-        self.translation = translation
+    def __init__(self, reading: Reading, weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+        self.reading = reading
+        self.weights = weights
         self.target = target
         self.values: dict[str, Tensor] = {}
         self.resized: list[str] = []
         self.replaced: list[str] = []
         self.missing: list[str] = []
         self.misshapen: list[str] = []
-        self.ignored = list(translation.ignored)
-        self.unexpected = list(translation.unexpected)
+        self.ignored = list(reading.ignored)
+        self.unexpected = list(reading.unexpected)
         self.details: dict[str, str] = {}
-        for name, tensor in translation.weights.items():
+        for name, tensor in weights.items():
             self._place(name, tensor)
         for name in target:
-            if name not in translation.weights:
+            if name not in weights:
                 (self.replaced if self._optional(name) else self.missing).append(name)
         self._replace_head()
 
     def _place(self, name: str, tensor: Tensor) -> None:
-        theirs = self.translation.source[name]
+        theirs = str(self.reading.sources[name])
         if name not in self.target:
             # a head that the model does not have, or norms of maps that it does not return, go nowhere
             headless = name.startswith("head.") and not any(n.startswith("head.") for n in self.target)
@@ -151,7 +161,7 @@ class _Plan:
 
     def _replace_head(self) -> None:
         """A last layer for another number of classes keeps the model's values as a whole."""
-        weight = self.translation.weights.get("head.fc.weight")
+        weight = self.weights.get("head.fc.weight")
         if weight is None or "head.fc.weight" not in self.misshapen:
             return
         ours = self.target["head.fc.weight"]
@@ -166,15 +176,15 @@ class _Plan:
     def _optional(self, name: str) -> bool:
         """A backbone's file has no head, a classifier's no output norms: those keep the model's values."""
         if name.startswith("head."):
-            return not any(n.startswith("head.fc.") for n in self.translation.weights)
-        return name.startswith("norms.") and not any(n.startswith("norms.") for n in self.translation.weights)
+            return not any(n.startswith("head.fc.") for n in self.weights)
+        return name.startswith("norms.") and not any(n.startswith("norms.") for n in self.weights)
 
     def check(self, source: str, model: str) -> None:
         """UserError that says what does not fit, and whose weights they seem to be."""
         if not (self.missing or self.unexpected or self.misshapen):
             return
-        describe = FAMILIES[self.translation.family].describe
-        theirs, ours = describe(self.translation.weights), describe(self.target)
+        describe = FAMILIES[self.reading.family].describe
+        theirs, ours = describe(self.weights), describe(self.target)
         if theirs != ours:
             raise UserError(
                 f"{source} holds weights of another model: {_like(theirs)} ({_plain(theirs)}), the model is {model} "
@@ -191,7 +201,7 @@ class _Plan:
 
         broken = [name for name, t in self.values.items() if t.is_floating_point() and not t.isfinite().all()]
         return LoadReport(
-            self.translation.dialect,
+            self.reading.dialect,
             own([name for name in self.values if name not in self.resized]),
             own(self.resized),
             own(self.replaced + self.misshapen),
@@ -250,17 +260,17 @@ def _code_in(path: Path, error: Exception) -> str | None:
     if "TorchScript" in str(error):
         return "TorchScript"
     with path.open("rb") as file:
-        return "pickled without torch.save" if file.read(2)[:1] == b"\x80" else None
+        return "pickled without torch.save" if file.read(1) == b"\x80" else None
 
 
 def _unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict itself, out of the entries that training code puts around it."""
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    if tensors:
-        return tensors
     for entry in _ENTRIES:
         if isinstance(content.get(entry), Mapping):
             return _unwrap(content[entry])
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if tensors:
+        return tensors
     raise UserError(
         f"no weights in it, only {preview([str(name) for name in content]) or 'nothing'}: give a state dict, or one "
         f"under {', '.join(_ENTRIES)}"

@@ -6,7 +6,7 @@ part that is written but need not be there. Where two rules share our name both 
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -96,19 +96,37 @@ def write_name(pattern: str, places: Places) -> str:
     return _TOKEN.sub(fill, pattern)
 
 
-@dataclass
-class Translation:
-    """A state dict under our names. `source` gives the file's name of each; the rest went nowhere."""
+@dataclass(frozen=True)
+class Source:
+    """Where one of our weights comes from: the rule, and the file's names by part of the rule."""
+
+    rule: Rule
+    parts: dict[int, str] = field(default_factory=dict)
+
+    def complete(self, dialect: str) -> bool:
+        return len(self.parts) == len(self.rule.names(dialect))
+
+    def __str__(self) -> str:
+        return " + ".join(self.parts[part] for part in sorted(self.parts))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The names of a state dict, read as one family's in one dialect.
+
+    sources: by our name. unexpected, ignored: names in the file that are no weight here. twice: names in the file
+    for a weight (ours) that another name has given already.
+    """
 
     family: str
     dialect: str
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    source: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, Source] = field(default_factory=dict)
     unexpected: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    twice: dict[str, str] = field(default_factory=dict)
 
 
-def _forms(name: str) -> Iterator[str]:
+def forms(name: str) -> Iterator[str]:
     """A name as it is, and without what wrappers put before it: `model.backbone.x`, `backbone.x`, `x`."""
     yield name
     while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
@@ -118,7 +136,7 @@ def _forms(name: str) -> Iterator[str]:
 
 def _find(rules: list[Rule], dialect: str, name: str) -> tuple[Rule, int, Places, str] | None:
     """The rule for a name, which of the rule's parts it is, its places, and the prefix that was in the way."""
-    for form in _forms(name):
+    for form in forms(name):
         for rule in rules:
             for part, pattern in enumerate(rule.names(dialect)):
                 if (places := read_name(pattern, form)) is not None:
@@ -126,55 +144,61 @@ def _find(rules: list[Rule], dialect: str, name: str) -> tuple[Rule, int, Places
     return None
 
 
-def _translate(family: str, dialect: str, rules: list[Rule], state: Mapping[str, Tensor]) -> Translation:
-    result = Translation(family, dialect)
-    parts: dict[tuple[str, Places], dict[int, str]] = {}
-    owners: dict[tuple[str, Places], Rule] = {}
-    wrapped = False
-    for name in state:
+def _read(family: str, dialect: str, rules: list[Rule], names: Iterable[str]) -> Reading:
+    result = Reading(family, dialect)
+    wrapped, unknown = False, []
+    for name in names:
         found = _find(rules, dialect, name)
         if DERIVED.search(name):
             result.ignored.append(name)
         elif found is None:
-            result.unexpected.append(name)
+            unknown.append(name)
         else:
             rule, part, places, prefix = found
             wrapped |= "backbone." in prefix and dialect != "muntin"
-            key = (rule.ours, places)
-            if owners.setdefault(key, rule) is not rule or part in parts.setdefault(key, {}):
-                ours = write_name(rule.ours, places)
-                raise UserError(f"the weights hold {ours} twice, under other names ({name}): pass one model's weights")
-            parts[key][part] = name
-    if wrapped:  # a detector's or segmenter's file: its neck and heads are no part of a backbone
-        result.ignored += [name for name in result.unexpected if "backbone." not in name]
-        result.unexpected = [name for name in result.unexpected if "backbone." in name]
-    for (ours, places), names in parts.items():
-        rule = owners[ours, places]
-        if len(names) < len(rule.names(dialect)):
-            result.unexpected += names.values()
-            continue
-        joined = [state[names[part]] for part in sorted(names)]
-        tensor = joined[0] if len(joined) == 1 else torch.cat(joined)
-        name = write_name(ours, places)
-        result.weights[name] = tensor if dialect == "muntin" else rule.to_ours(tensor)
-        result.source[name] = " + ".join(names[part] for part in sorted(names))
+            ours = write_name(rule.ours, places)
+            source = result.sources.setdefault(ours, Source(rule))
+            if source.rule is not rule or part in source.parts:
+                result.twice[name] = ours
+            else:
+                source.parts[part] = name
+    for name in unknown:  # the neck and heads of a detector's or segmenter's file are no part of its backbone
+        (result.ignored if wrapped and "backbone." not in name else result.unexpected).append(name)
+    for ours in [ours for ours, source in result.sources.items() if not source.complete(dialect)]:
+        result.unexpected.extend(result.sources.pop(ours).parts.values())
     return result
 
 
-def translate(families: Mapping[str, list[Rule]], state: Mapping[str, Tensor]) -> Translation:
-    """A state dict in any dialect of any family -> our names. UserError where it is none of them."""
-    results = []
+def recognise(families: Mapping[str, list[Rule]], names: Collection[str]) -> Reading:
+    """The family and dialect that explain the most names. UserError where none explains most of them."""
+    readings = []
     for family, rules in families.items():
         known = {dialect for rule in rules for dialect in rule.theirs} | {"muntin"}
-        results += [_translate(family, dialect, rules, state) for dialect in DIALECTS if dialect in known]
-    best = max(results, key=lambda result: len(result.weights))  # the first of equals
-    matched = len(state) - len(best.unexpected) - len(best.ignored)
+        readings += [_read(family, dialect, rules, names) for dialect in DIALECTS if dialect in known]
+    best = max(readings, key=lambda reading: len(reading.sources))  # the first of equals
+    matched = len(names) - len(best.unexpected) - len(best.ignored)
     if matched <= len(best.unexpected):
         raise UserError(
-            f"no weights that are known here: {matched} of {len(state)} names fit {best.family}, "
+            f"no weights that are known here: {matched} of {len(names)} names fit {best.family}, "
             f"{preview(best.unexpected)} do not; known are {', '.join(families)} by {', '.join(DIALECTS)}"
         )
+    for theirs, ours in best.twice.items():
+        raise UserError(f"{ours} is there twice, once more as {theirs}: pass the weights of one model")
     return best
+
+
+def translate(reading: Reading, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict under our names (without `backbone.`). UserError where tensors cannot be joined or permuted."""
+    weights = {}
+    for ours, source in reading.sources.items():
+        tensors = [state[source.parts[part]] for part in sorted(source.parts)]
+        try:
+            tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+            weights[ours] = tensor if reading.dialect == "muntin" else source.rule.to_ours(tensor)
+        except (RuntimeError, IndexError) as error:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+            raise UserError(f"{source} of shape {shapes} cannot be {ours}: is the file whole?") from error
+    return weights
 
 
 def untranslate(rules: list[Rule], weights: Mapping[str, Tensor], dialect: str) -> dict[str, Tensor]:

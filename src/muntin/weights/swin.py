@@ -141,7 +141,7 @@ RULES = [
 
 
 def describe(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the shapes of weights under our names show of their configuration: `dim`, `depths`, `heads`."""
+    """What the shapes of weights under our names show of their configuration: `dim`, `depths`, `heads`, `norm`."""
     blocks: dict[int, int] = {}
     heads: dict[int, int] = {}
     for name, tensor in weights.items():
@@ -153,4 +153,7 @@ def describe(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     shown: dict[str, Any] = {}
     if "stem.proj.weight" in weights:
         shown["dim"] = weights["stem.proj.weight"].shape[0]
-    return shown | {"depths": tuple(blocks[s] for s in sorted(blocks)), "heads": tuple(heads[s] for s in sorted(heads))}
+    shown["depths"] = tuple(blocks[stage] for stage in sorted(blocks))
+    shown["heads"] = tuple(heads[stage] for stage in sorted(heads))
+    shown["norm"] = "batch" if any(name.endswith(".running_mean") for name in weights) else "layer"
+    return shown

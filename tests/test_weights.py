@@ -1,0 +1,538 @@
+"""Checkpoints in every dialect, whole and broken."""
+
+import argparse
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm.models.swin_transformer as timm_swin
+import torch
+import torch.nn.functional as F
+import torchvision
+import transformers
+from torch import Tensor, nn
+
+from muntin.errors import UserError
+from muntin.layers import reference
+from muntin.models import create_backbone, create_model
+from muntin.weights import LoadReport, convert, load_checkpoint
+from muntin.weights.rules import read_name, write_name
+from muntin.weights.swin import from_unfold, to_unfold
+
+CONFIG: dict[str, Any] = {"dim": 8, "depths": (1, 2, 3, 1), "heads": (1, 2, 4, 8), "window": 4}
+THEIRS = ["authors", "timm", "torchvision", "transformers"]
+State = dict[str, Tensor]
+
+
+@pytest.fixture
+def model(randomise: Any) -> Any:
+    return randomise(create_model("swin_t", 10, **CONFIG), seed=1).eval()
+
+
+@pytest.fixture
+def other(randomise: Any) -> Any:
+    """Another model of the same shape."""
+    return randomise(create_model("swin_t", 10, **CONFIG), seed=2).eval()
+
+
+def _copy(model: nn.Module) -> State:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def _equal(one: State, two: State) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# Dialects
+
+
+def _shapes(state: State, skip: str = "relative_position_index") -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if skip not in name}
+
+
+def _installed(dialect: str) -> nn.Module:
+    depths, heads = list(CONFIG["depths"]), list(CONFIG["heads"])
+    if dialect == "timm":
+        return timm_swin.SwinTransformer(
+            img_size=128, embed_dim=8, depths=depths, num_heads=heads, window_size=4, num_classes=10
+        )
+    if dialect == "torchvision":
+        return torchvision.models.SwinTransformer([4, 4], 8, depths, heads, [4, 4], num_classes=10)
+    config = transformers.SwinConfig(
+        image_size=128, embed_dim=8, depths=depths, num_heads=heads, window_size=4, num_labels=10
+    )
+    return transformers.SwinForImageClassification(config)
+
+
+@pytest.mark.parametrize("dialect", ["timm", "torchvision"])
+def test_names_and_shapes_are_those_of_the_libraries(dialect: str, model: Any) -> None:
+    assert _shapes(convert(model.state_dict(), dialect)) == _shapes(_installed(dialect).state_dict())
+
+
+def test_names_and_shapes_are_the_authors(golden: Any) -> None:
+    file = golden("swin")
+    made = create_model("swin_t", 10, **{k: file.config[k] for k in ("dim", "depths", "heads", "window")})
+    assert _shapes(convert(made.state_dict(), "authors")) == _shapes(file.weights)
+
+
+def test_names_of_published_transformers_files(model: Any) -> None:
+    """As in the files that transformers 4 wrote, from a file's list of names."""
+    state = convert(model.state_dict(), "transformers")
+    block = "swin.encoder.layers.2.blocks.1."
+    names = [name.removeprefix(block) for name in state if name.startswith(block)]
+    parts = ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"]
+    parts += ["intermediate.dense", "output.dense", "layernorm_before", "layernorm_after"]
+    wanted = {f"{part}.{kind}" for part in parts for kind in ("weight", "bias")}
+    assert set(names) == wanted | {"attention.self.relative_position_bias_table"}
+    assert {name for name in state if ".blocks." not in name} == {
+        "swin.embeddings.patch_embeddings.projection.weight",
+        "swin.embeddings.patch_embeddings.projection.bias",
+        "swin.embeddings.norm.weight",
+        "swin.embeddings.norm.bias",
+        *(f"swin.encoder.layers.{s}.downsample.norm.{kind}" for s in range(3) for kind in ("weight", "bias")),
+        *(f"swin.encoder.layers.{s}.downsample.reduction.weight" for s in range(3)),
+        "swin.layernorm.weight",
+        "swin.layernorm.bias",
+        "classifier.weight",
+        "classifier.bias",
+    }
+    assert state[block + "attention.self.query.weight"].shape == (32, 32)
+
+
+def test_names_of_mmdetection() -> None:
+    state = convert(create_backbone("swin_t", out_norm=True, **CONFIG).state_dict(), "mm")
+    block = "stages.2.blocks.1."
+    parts = ["attn.w_msa.qkv", "attn.w_msa.proj", "ffn.layers.0.0", "ffn.layers.1", "norm1", "norm2"]
+    assert {name.removeprefix(block) for name in state if name.startswith(block)} == {
+        "attn.w_msa.relative_position_bias_table",
+        *(f"{part}.{kind}" for part in parts for kind in ("weight", "bias")),
+    }
+    assert {name for name in state if ".blocks." not in name} == {
+        *(f"patch_embed.{part}.{kind}" for part in ("projection", "norm") for kind in ("weight", "bias")),
+        *(f"stages.{s}.downsample.norm.{kind}" for s in range(3) for kind in ("weight", "bias")),
+        *(f"stages.{s}.downsample.reduction.weight" for s in range(3)),
+        *(f"norm{s}.{kind}" for s in range(4) for kind in ("weight", "bias")),
+    }
+
+
+@pytest.mark.parametrize("dialect", THEIRS)
+def test_there_and_back_is_exact(dialect: str, model: Any, other: Any) -> None:
+    theirs = convert(model.state_dict(), dialect)
+    assert _equal(convert(theirs), dict(model.state_dict()))
+    report = load_checkpoint(other, theirs)
+    assert report.dialect == dialect
+    assert set(report.loaded) == set(model.state_dict())
+    assert _equal(_copy(other), _copy(model))
+
+
+@pytest.mark.parametrize("dialect", ["authors", "mm", "transformers"])
+def test_there_and_back_is_exact_for_backbones(dialect: str, randomise: Any) -> None:
+    model, other = (randomise(create_backbone("swin_t", out_norm=True, **CONFIG), seed) for seed in (1, 2))
+    theirs = convert(model.state_dict(), dialect)
+    report = load_checkpoint(other, theirs)
+    assert report.dialect == dialect
+    assert set(report.loaded) == set(model.state_dict())
+    assert _equal(_copy(other), _copy(model))
+
+
+def test_transformers_modules_are_read_too(model: Any) -> None:
+    theirs = _installed("transformers").state_dict()
+    report = load_checkpoint(model, theirs)
+    assert report.dialect == "transformers"
+    q, k, v = (theirs[f"swin.encoder.layers.1.blocks.1.attention.{n}_proj.weight"] for n in "qkv")
+    assert torch.equal(model.backbone.stages[1].blocks[1].attention.qkv.weight, torch.cat([q, k, v]))
+
+
+def test_transformers_without_its_prefix(model: Any, other: Any) -> None:
+    """SwinModel's own files have neither `swin.` nor a classifier."""
+    theirs = convert(model.state_dict(), "transformers")
+    bare = {name.removeprefix("swin."): tensor for name, tensor in theirs.items() if "classifier" not in name}
+    report = load_checkpoint(other, bare)
+    assert set(report.replaced) == {"head.fc.weight", "head.fc.bias"}
+    assert torch.equal(other.head.norm.weight, model.head.norm.weight)
+
+
+def test_timm_before_0_9_is_the_authors_dialect(model: Any, other: Any) -> None:
+    """Then downsampling stood at the end of a stage and the head had no `fc`."""
+    new = convert(model.state_dict(), "timm")
+    old = {}
+    for name, tensor in new.items():
+        stage = name.split(".")[1]
+        name = name.replace("head.fc.", "head.").replace(f"layers.{stage}.downsample", f"layers.{{{stage}}}.downsample")
+        old[name.replace("{1}", "0").replace("{2}", "1").replace("{3}", "2")] = tensor
+    assert load_checkpoint(other, old).dialect == "authors"
+    assert _equal(_copy(other), _copy(model))
+
+
+def test_unfold_order_is_that_of_unfold() -> None:
+    """Patch merging as mmdetection writes it, with nn.Unfold itself, equals ours with the weights permuted."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 8, 10, generator=generator, dtype=torch.float64)
+    norm = nn.LayerNorm(24).double()
+    norm.weight.data, norm.bias.data = torch.randn(2, 24, generator=generator, dtype=torch.float64)
+    reduction = nn.Linear(24, 12, bias=False).double()
+    y = nn.Unfold(kernel_size=2, stride=2)(x)  # (B, 4C, N)
+    wanted = reduction(norm(y.transpose(1, 2))).view(2, 4, 5, 12)
+    ours = {
+        "merge.norm.weight": from_unfold(norm.weight),
+        "merge.norm.bias": from_unfold(norm.bias),
+        "merge.reduction.weight": from_unfold(reduction.weight),
+    }
+    found = reference.merge_patches(x.permute(0, 2, 3, 1), ours, "merge", {"norm": "layer"})
+    assert (found - wanted).abs().max() < 1e-12
+    assert torch.equal(to_unfold(ours["merge.reduction.weight"]), reduction.weight)
+
+
+def test_names_with_arithmetic() -> None:
+    assert read_name("features.{2s+1}.{b}.norm1.*", "features.5.1.norm1.weight") == (
+        ("*", "weight"),
+        ("b", "1"),
+        ("s", "2"),
+    )
+    assert read_name("features.{2s+1}.{b}.norm1.*", "features.4.1.norm1.weight") is None
+    assert read_name("layers.{m}.downsample.*", "layers.0.downsample.x") is None
+    assert read_name("layers.{m-1}.downsample.*", "layers.0.downsample.x") == (("*", "x"), ("m", "1"))
+    assert read_name("(swin.)layernorm.*", "layernorm.bias") == (("*", "bias"),)
+    assert write_name("(swin.)a.{2s+1}.*", (("*", "bias"), ("s", "2"))) == "swin.a.5.bias"
+
+
+def test_unknown_target_of_a_conversion(model: Any) -> None:
+    with pytest.raises(UserError, match="torchvison.*did you mean 'torchvision'"):
+        convert(model.state_dict(), "torchvison")
+    norms = create_backbone("swin_t", out_norm=True, **CONFIG)
+    with pytest.raises(UserError, match="timm has no name for norms.0"):
+        convert(norms.state_dict(), "timm")
+
+
+# What is wrapped around weights
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "net.module."])
+@pytest.mark.parametrize("dialect", ["muntin", "timm"])
+def test_prefixes(prefix: str, dialect: str, model: Any, other: Any) -> None:
+    load_checkpoint(other, {prefix + name: t for name, t in convert(model.state_dict(), dialect).items()})
+    assert _equal(_copy(other), _copy(model))
+
+
+def test_into_a_wrapped_model(model: Any, other: Any) -> None:
+    """A compiled model or a training module has prefixes of its own."""
+    wrapped = nn.ModuleDict({"model": nn.ModuleDict({"_orig_mod": other})})
+    report = load_checkpoint(wrapped, convert(model.state_dict(), "timm"))
+    assert "model._orig_mod.backbone.stem.proj.weight" in report.loaded
+    assert _equal(_copy(other), _copy(model))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"model": state, "epoch": 3, "max_accuracy": torch.tensor(81.2)},
+        lambda state: {"state_dict": {f"model.{n}": t for n, t in state.items()}, "hyper_parameters": {"lr": 1e-3}},
+        lambda state: {"model": {"state_dict": state}},
+        lambda state: {"state_dict": {n: t + 1 for n, t in state.items()}, "state_dict_ema": state},
+        lambda state: {"model": {n: t + 1 for n, t in state.items()}, "model_ema": state},
+    ],
+)
+def test_entries(wrap: Callable[[State], Any], model: Any, other: Any, tmp_path: Path) -> None:
+    torch.save(wrap(convert(model.state_dict(), "authors")), tmp_path / "file.pth")
+    load_checkpoint(other, tmp_path / "file.pth")
+    assert _equal(_copy(other), _copy(model))
+
+
+def test_a_detector_gives_its_backbone(randomise: Any) -> None:
+    backbone, target = (randomise(create_backbone("swin_t", out_norm=True, **CONFIG), seed) for seed in (1, 2))
+    state = {f"backbone.{name}": tensor for name, tensor in convert(backbone.state_dict(), "mm").items()}
+    state |= {f"roi_head.{i}.weight": torch.ones(2) for i in range(300)} | {"neck.conv.weight": torch.ones(3)}
+    report = load_checkpoint(target, {"state_dict": state, "meta": {"epoch": 12}})
+    assert report.dialect == "mm"
+    assert len(report.ignored) == 301
+    assert _equal(_copy(target), _copy(backbone))
+
+
+def test_derived_buffers_are_ignored(model: Any, other: Any) -> None:
+    state = convert(model.state_dict(), "authors")
+    state["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(16, 16)
+    state["layers.0.blocks.1.attn_mask"] = torch.zeros(4, 16, 16)
+    report = load_checkpoint(other, state)
+    assert set(report.ignored) == {"layers.0.blocks.0.attn.relative_position_index", "layers.0.blocks.1.attn_mask"}
+    assert _equal(_copy(other), _copy(model))
+
+
+def test_our_own_file(model: Any, other: Any, tmp_path: Path) -> None:
+    safetensors.torch.save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
+    assert load_checkpoint(other, tmp_path).dialect == "muntin"  # a folder that holds a model.safetensors
+    assert _equal(_copy(other), _copy(model))
+
+
+def test_statistics_of_batch_norm(randomise: Any) -> None:
+    model, other = (randomise(create_model("swin_b_br", 10, **CONFIG), seed) for seed in (1, 2))
+    model.head.norm.num_batches_tracked += 7
+    report = load_checkpoint(other, model.state_dict())
+    assert "backbone.stem.norm.running_mean" in report.loaded
+    assert _equal(_copy(other), _copy(model))
+
+
+def test_other_dtypes_are_cast(model: Any, other: Any) -> None:
+    load_checkpoint(other, {name: tensor.half() for name, tensor in model.state_dict().items()})
+    assert other.head.fc.weight.dtype == torch.float32
+    assert torch.equal(other.head.fc.weight, model.head.fc.weight.half().float())
+
+
+# What need not be the same
+
+
+def test_tables_of_another_window(model: Any) -> None:
+    wider = create_model("swin_t", 10, **CONFIG | {"window": 7}).eval()
+    report = load_checkpoint(wider, convert(model.state_dict(), "authors"))
+    assert len(report.resized) == sum(CONFIG["depths"])
+    name = "backbone.stages.2.blocks.1.attention.bias_table"
+    assert report.details[name] == "7x7 to 13x13"
+    table = model.backbone.stages[2].blocks[1].attention.bias_table.detach()
+    for head in range(4):
+        grid = table[:, head].view(1, 1, 7, 7)
+        wanted = F.interpolate(grid, size=(13, 13), mode="bicubic", align_corners=False)
+        found = wider.backbone.stages[2].blocks[1].attention.bias_table[:, head]
+        assert torch.allclose(found.view(13, 13), wanted[0, 0], atol=1e-6)
+    flat = {n: torch.full_like(t, 0.25) if n.endswith("bias_table") else t for n, t in model.state_dict().items()}
+    load_checkpoint(wider, flat)
+    assert torch.allclose(wider.backbone.stages[0].blocks[0].attention.bias_table, torch.tensor(0.25))
+
+
+def test_head_of_another_class_count(model: Any) -> None:
+    wide = create_model("swin_t", 37, **CONFIG).eval()
+    before = wide.head.fc.weight.clone(), wide.head.fc.bias.clone()
+    report = load_checkpoint(wide, convert(model.state_dict(), "timm"))
+    assert set(report.replaced) == {"head.fc.weight", "head.fc.bias"}
+    assert report.details["head.fc.bias"] == "10 classes in the file, 37 in the model"
+    assert torch.equal(wide.head.fc.weight, before[0]) and torch.equal(wide.head.fc.bias, before[1])
+    assert torch.equal(wide.head.norm.weight, model.head.norm.weight)
+
+
+def test_a_classifier_into_a_backbone(model: Any, randomise: Any) -> None:
+    backbone = randomise(create_backbone("swin_t", out_norm=True, **CONFIG), seed=3)
+    norms = {name: t.clone() for name, t in backbone.state_dict().items() if name.startswith("norms.")}
+    report = load_checkpoint(backbone, convert(model.state_dict(), "timm"))
+    assert set(report.ignored) == {"norm.weight", "norm.bias", "head.fc.weight", "head.fc.bias"}
+    assert set(report.replaced) == set(norms)
+    assert all(torch.equal(backbone.state_dict()[name], t) for name, t in norms.items())
+    assert torch.equal(backbone.stages[1].merge.reduction.weight, model.backbone.stages[1].merge.reduction.weight)
+
+
+def test_detection_weights_into_a_classifier(model: Any, randomise: Any) -> None:
+    backbone = randomise(create_backbone("swin_t", out_norm=True, **CONFIG), seed=3)
+    before = _copy(model)
+    report = load_checkpoint(model, convert(backbone.state_dict(), "authors"))
+    assert set(report.ignored) == {f"norm{s}.{kind}" for s in range(4) for kind in ("weight", "bias")}
+    assert set(report.replaced) == {n for n in before if n.startswith("head.")}
+    assert torch.equal(model.head.norm.weight, before["head.norm.weight"])
+    assert torch.equal(model.backbone.stem.proj.weight, backbone.stem.proj.weight)
+
+
+def test_a_backbone_that_returns_some_stages(model: Any, randomise: Any) -> None:
+    whole = randomise(create_backbone("swin_t", out_norm=True, **CONFIG), seed=3)
+    part = create_backbone("swin_t", out_indices=(1, 2), out_norm=True, **CONFIG)
+    report = load_checkpoint(part, convert(whole.state_dict(), "authors"))
+    assert set(report.ignored) == {f"norm{s}.{kind}" for s in (0, 3) for kind in ("weight", "bias")}
+    assert torch.equal(part.norms["2"].weight, whole.norms["2"].weight)
+
+
+def test_what_was_kept_for_old_weights_is_made_anew(model: Any, other: Any) -> None:
+    """Biases are kept between calls in inference; loading must not leave the old ones behind."""
+    image = torch.randn(1, 3, 61, 83, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        wanted = model(image)
+        other(image)
+        load_checkpoint(other, convert(model.state_dict(), "torchvision"))
+        assert torch.equal(other(image), wanted)
+
+
+# What does not fit
+
+
+def _rejected(model: nn.Module, given: Any, *words: str) -> None:
+    """Refused with these words on one line, and the model is what it was."""
+    before = _copy(model)
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(model, given)
+    text = str(caught.value)
+    assert "\n" not in text
+    for word in words:
+        assert word in text, text
+    assert _equal(_copy(model), before)
+
+
+def test_missing_unexpected_and_misshapen(model: Any, other: Any) -> None:
+    state = convert(other.state_dict(), "timm")
+    short = {n: t for n, t in state.items() if n != "layers.2.blocks.1.mlp.fc1.bias"}
+    _rejected(model, short, "1 missing: stages.2.blocks.1.mlp.fc1.bias", "swin_t", "strict=False")
+    _rejected(model, state | {"layers.2.blocks.1.attn.logit_scale": torch.ones(4)}, "1 unexpected: layers.2.blocks.1")
+    bent = state | {"layers.1.blocks.0.norm2.weight": torch.ones(17)}
+    _rejected(model, bent, "1 of another shape: stages.1.blocks.0.norm2.weight (17 in the file, 16 in the model)")
+    _rejected(model, {n: t for n, t in state.items() if n != "head.fc.bias"}, "missing: head.fc.bias")
+    _rejected(model, {n: t for n, t in state.items() if not n.startswith("norm.")}, "missing: head.norm")
+
+
+def test_not_strict_loads_the_rest(model: Any, other: Any) -> None:
+    before = _copy(model)
+    state = convert(other.state_dict(), "timm")
+    del state["layers.2.blocks.1.mlp.fc1.bias"]
+    state["layers.1.blocks.0.norm2.weight"] = torch.ones(17)
+    state["extra"] = torch.ones(1)
+    report = load_checkpoint(model, state, strict=False)
+    bias, norm = "backbone.stages.2.blocks.1.mlp.fc1.bias", "backbone.stages.1.blocks.0.norm2.weight"
+    assert report.missing == (bias,)
+    assert report.unexpected == ("extra",)
+    assert report.replaced == (norm,)
+    assert report.details[norm] == "17 in the file, 16 in the model"
+    after = _copy(model)
+    assert torch.equal(after[bias], before[bias]) and torch.equal(after[norm], before[norm])
+    assert torch.equal(after["head.fc.weight"], other.head.fc.weight)
+    assert len(report.loaded) == len(before) - 2
+
+
+def test_weights_of_another_model(model: Any) -> None:
+    with torch.device("meta"):
+        states = {name: convert(create_model(name).state_dict(), "authors") for name in ("swin_b", "swin_s")}
+    small = create_model("swin_t", 1000)
+    _rejected(small, states["swin_b"], "swin_b-like", "dim 128", "the model is swin_t (dim 96, depths 2-2-6-2")
+    _rejected(small, states["swin_s"], "swin_s-like", "depths 2-2-18-2", "swin_t")
+    _rejected(model, convert(small.state_dict(), "timm"), "swin_t-like (dim 96", "(dim 8, depths 1-2-3-1")
+    batch = create_model("swin_b_br", **CONFIG)
+    _rejected(batch, model.state_dict(), "of no listed model", "norm layer", "swin_b_br", "norm batch")
+
+
+def test_weights_of_another_family(model: Any) -> None:
+    vit = {
+        "patch_embed.proj.weight": torch.ones(8, 3, 16, 16),
+        "norm.weight": torch.ones(8),
+        "cls_token": torch.ones(8),
+    }
+    vit |= {f"blocks.{i}.attn.qkv.weight": torch.ones(24, 8) for i in range(12)}
+    _rejected(model, vit, "the state dict", "2 of 15 names fit swin", "cls_token", "timm")
+    _rejected(model, {"layer1.0.conv1.weight": torch.ones(8)}, "0 of 1 names")
+
+
+def test_two_dialects_mixed(model: Any) -> None:
+    mixed = convert(model.state_dict(), "timm") | convert(model.state_dict(), "torchvision")
+    _rejected(model, mixed, "unexpected: features.0.0.weight")
+    twice = convert(model.state_dict(), "timm")
+    twice |= {f"module.{name}": tensor for name, tensor in twice.items()}
+    _rejected(model, twice, "stem.proj.weight is there twice", "module.patch_embed.proj.weight")
+
+
+def test_parts_that_cannot_be_joined(model: Any) -> None:
+    state = convert(model.state_dict(), "transformers")
+    name = "swin.encoder.layers.0.blocks.0.attention.self.key.weight"
+    _rejected(model, state | {name: torch.ones(3, 3, 3)}, name, "(3, 3, 3)", "stages.0.blocks.0.attention.qkv.weight")
+    state = convert(create_backbone("swin_t", **CONFIG).state_dict(), "mm")
+    state["stages.0.downsample.norm.weight"] = torch.ones(31)
+    _rejected(model, state, "stages.0.downsample.norm.weight of shape (31,)")
+
+
+def test_a_query_without_its_key(model: Any) -> None:
+    state = convert(model.state_dict(), "transformers")
+    del state["swin.encoder.layers.0.blocks.0.attention.self.key.weight"]
+    _rejected(model, state, "missing: stages.0.blocks.0.attention.qkv.weight", "self.query.weight")
+
+
+def test_nan_is_reported(model: Any, other: Any) -> None:
+    other.head.fc.weight.data[0, 0] = float("nan")
+    other.backbone.stem.proj.bias.data[1] = float("inf")
+    with pytest.warns(UserWarning, match="NaN or infinity in backbone.stem.proj.bias, head.fc.weight"):
+        report = load_checkpoint(model, other.state_dict())
+    assert set(report.nonfinite) == {"backbone.stem.proj.bias", "head.fc.weight"}
+    assert "nonfinite" in str(report)
+
+
+def test_no_storage_to_load_into(other: Any) -> None:
+    with torch.device("meta"):
+        empty = create_model("swin_t", 10, **CONFIG)
+    with pytest.raises(UserError, match="meta device"):
+        load_checkpoint(empty, other.state_dict())
+
+
+# Files
+
+
+class Code:
+    """Pickles as a call that leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_code_in_a_pickle_is_refused_and_not_run(form: str, model: Any, tmp_path: Path) -> None:
+    mark, path = tmp_path / "ran", tmp_path / "file.pth"
+    content = {"model": convert(model.state_dict(), "authors"), "code": Code(mark)}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    _rejected(model, path, "file.pth", "could run code", "not opened", "safetensors")
+    assert not mark.exists()
+
+
+def test_objects_of_a_training_script_are_named(model: Any, tmp_path: Path) -> None:
+    torch.save({"args": argparse.Namespace(lr=1.0), "model": model.state_dict()}, tmp_path / "file.pth")
+    _rejected(model, tmp_path / "file.pth", "argparse.Namespace", "save the tensors alone")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_broken_files(suffix: str, model: Any, tmp_path: Path) -> None:
+    path = tmp_path / f"file{suffix}"
+    _rejected(model, path, f"no checkpoint at {path}", ".safetensors")
+    path.touch()
+    _rejected(model, path, str(path), "empty (0 bytes)")
+    path.write_text("<html>404 not found</html>")
+    _rejected(model, path, str(path), "again")
+    path.write_bytes(bytes(range(256)) * 8)
+    _rejected(model, path, str(path), "again")
+    if suffix == ".pth":
+        torch.save(model.state_dict(), path)
+    else:
+        safetensors.torch.save_file(dict(model.state_dict()), path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    _rejected(model, path, str(path), "again")
+
+
+def test_files_of_something_else(model: Any, tmp_path: Path) -> None:
+    torch.save([torch.ones(2)], tmp_path / "list.pth")
+    _rejected(model, tmp_path / "list.pth", "holds a list", "state dict")
+    torch.save({"optimizer": {"lr": 1.0}, "epoch": 3}, tmp_path / "optimizer.pth")
+    _rejected(model, tmp_path / "optimizer.pth", "no weights", "optimizer, epoch", "state_dict")
+    torch.save({}, tmp_path / "nothing.pth")
+    _rejected(model, tmp_path / "nothing.pth", "no weights", "nothing")
+    _rejected(model, tmp_path, f"no checkpoint at {tmp_path}")
+
+
+# The report
+
+
+def test_report_prints_as_a_table(model: Any) -> None:
+    wide = create_model("swin_t", 37, **CONFIG | {"window": 7})
+    report = load_checkpoint(wide, convert(model.state_dict(), "torchvision"))
+    rows = {line.split()[0]: line for line in str(report).splitlines()}
+    assert rows["dialect"].endswith("torchvision")
+    assert rows["loaded"].split()[1] == str(len(report.loaded))
+    assert "7x7 to 13x13" in rows["resized"] and "and 4 more" in rows["resized"]
+    assert "head.fc.weight (10 classes in the file, 37 in the model)" in rows["replaced"]
+    assert rows["missing"].split()[1] == "0"
+
+
+def test_report_is_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        LoadReport("timm").dialect = "mm"  # type: ignore[misc]
+
+
+def test_model_by_path(model: Any, tmp_path: Path) -> None:
+    torch.save(convert(model.state_dict(), "authors"), tmp_path / "file.pth")
+    made = create_model("swin_t", 10, pretrained=str(tmp_path / "file.pth"), **CONFIG)
+    assert _equal(_copy(made), _copy(model))
