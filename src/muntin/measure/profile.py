@@ -52,19 +52,19 @@ def kind_of(operator: str) -> str:
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator: milliseconds and calls per forward pass, without what it calls itself."""
+    """One operator: milliseconds and calls in a forward pass, without what it calls itself."""
 
     name: str
     kind: str
     ms: float
-    calls: float
+    calls: int
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Milliseconds per forward pass by kind; they add up to `wall_ms`.
+    """Milliseconds of one forward pass by kind; they add up to `wall_ms`.
 
-    `wall_ms` was measured around the profiled calls, `plain_ms` (median) without the profiler, whose own cost is
+    `wall_ms` was measured around the profiled call, `plain_ms` (median) without the profiler, whose own cost is
     the difference; what no operator accounts for (Python, launching, an idle GPU) is "unattributed".
     """
 
@@ -104,22 +104,21 @@ def _wall(model: nn.Module, x: Tensor) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def _profiled(model: nn.Module, x: Tensor, calls: int) -> tuple[float, list[Operator]]:
+def _profiled(model: nn.Module, x: Tensor) -> tuple[float, list[Operator]]:
+    """Wall time of one call, and the time of each operator in it."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports on stderr that it starts and stops
     from torch.profiler import ProfilerActivity
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if x.is_cuda else [])
-    with torch.profiler.profile(activities=activities):
-        model(x)  # a first use sets the profiler up, which is not the model's time
     with torch.profiler.profile(activities=activities) as profiler:
-        wall = sum(_wall(model, x) for _ in range(calls)) / calls
+        wall = _wall(model, x)
     operators = []
     for event in profiler.key_averages():
         # Kernels are listed once more by themselves; the operator that launched them has their time already.
         if event.device_type != torch.autograd.DeviceType.CPU or "::" not in event.key:
             continue
         microseconds = event.self_device_time_total if x.is_cuda else event.self_cpu_time_total
-        operators.append(Operator(event.key, kind_of(event.key), microseconds / 1000 / calls, event.count / calls))
+        operators.append(Operator(event.key, kind_of(event.key), microseconds / 1000, event.count))
     return wall, sorted(operators, key=lambda operator: -operator.ms)
 
 
@@ -128,7 +127,7 @@ def profile(model: nn.Module, x: Tensor, *, calls: int = 5, warmup: int = 3) -> 
 
     model: any module; it runs in evaluation mode and is left as it was.
     x: (B, 3, H, W) images on the model's device.
-    calls: profiled passes, averaged; as many run before without the profiler.
+    calls: profiled passes, of which the median is taken; as many run before without the profiler.
     Raises UserError where there is nothing to run.
     """
     if calls < 1 or x.numel() == 0:
@@ -140,7 +139,9 @@ def profile(model: nn.Module, x: Tensor, *, calls: int = 5, warmup: int = 3) -> 
             for _ in range(warmup):
                 model(x)
             plain = statistics.median(_wall(model, x) for _ in range(calls))
-            wall, operators = _profiled(model, x, calls)
+            _profiled(model, x)  # a first use sets the profiler up, which is not the model's time
+            runs = sorted((_profiled(model, x) for _ in range(calls)), key=lambda run: run[0])
+            wall, operators = runs[calls // 2]
     finally:
         for module, training in modes.items():
             module.training = training

@@ -5,7 +5,7 @@ string that comes from outside is escaped here.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 Point = tuple[float, float]
@@ -23,6 +23,13 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     step = power * next(m for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _round_out(low: float, high: float, count: int = 4) -> Point:
+    """The range, widened to the ticks around it."""
+    inner = ticks(low, high, count)
+    step = inner[1] - inner[0] if len(inner) > 1 else high - low
+    return step * math.floor(low / step + 1e-9), step * math.ceil(high / step - 1e-9)
 
 
 def _number(value: float) -> str:
@@ -76,7 +83,7 @@ def _svg(width: float, height: float, label: str, content: str, style: str = "")
 def lines(
     title: str,
     x: Sequence[float],
-    series: dict[str, Sequence[float]],
+    series: Mapping[str, Sequence[float]],
     *,
     percent: bool = False,
     from_zero: bool = False,
@@ -86,10 +93,10 @@ def lines(
     values = [v for ys in series.values() for v in ys if math.isfinite(v)] or [0.0]
     low, high = (0.0 if from_zero else min(values)), max(values)
     low, high = (low, high) if high > low else (low - 0.5 * (abs(low) or 1), low + 0.5 * (abs(low) or 1))
+    if percent and 0.9 < high <= 1:
+        high = 1.0
+    low, high = _round_out(low, high)
     y_ticks = ticks(low, high, 4)
-    if percent and high <= 1:
-        high = 1.0 if high > 0.9 else high
-        y_ticks = ticks(low, high, 4)
     axes = _Axes((min(x), max(x)) if len(x) > 1 else (x[0] - 1, x[0] + 1), (low, high))
     whole = [t for t in ticks(*axes.x, 5) if float(t).is_integer()]
     parts = [axes.grid("epoch", y_ticks, whole or list(x), percent)]
@@ -178,6 +185,24 @@ def reliability(bins: Sequence[tuple[float, float, float, float, int]]) -> str:
     return _svg(WIDTH, 300, "calibration: accuracy over confidence", "".join(parts))
 
 
+def histogram(bins: Sequence[tuple[float, float, int, int]]) -> str:
+    """Confidence of right and wrong predictions: (from, to, right, wrong) for each bin."""
+    most = max((right + wrong for _, _, right, wrong in bins), default=1)
+    _, high = _round_out(0, most)
+    axes = _Axes((0, 1), (0, high), (WIDTH, 300))
+    whole = [tick for tick in ticks(0, high, 4) if float(tick).is_integer()]
+    parts = [axes.grid("confidence of the prediction", whole, (0, 0.25, 0.5, 0.75, 1))]
+    for low, to, right, wrong in bins:
+        (x0, y0), (x1, y1) = axes.at(low, 0), axes.at(to, wrong)
+        _, y2 = axes.at(to, wrong + right)
+        tip = f"confidence {low:.0%} to {to:.0%}: {right} right, {wrong} wrong"
+        for css, top, bottom in (("s1", y1, y0), ("s0", y2, y1)):
+            if bottom - top > 0:
+                parts.append(f'<rect class="pile {css}" x="{x0 + 1:.1f}" y="{top:.1f}" width="{x1 - x0 - 2:.1f}" '
+                             f'height="{bottom - top:.1f}"><title>{escape(tip)}</title></rect>')  # fmt: skip
+    return _svg(WIDTH, 300, "confidence of right and wrong predictions", "".join(parts))
+
+
 def shares(parts_of: Sequence[tuple[str, str, float]], label: str) -> str:
     """One bar cut into (name, css class, share of 1)."""
     x, drawn = 0.0, []
@@ -188,7 +213,7 @@ def shares(parts_of: Sequence[tuple[str, str, float]], label: str) -> str:
                      f'rx="2"><title>{escape(tip)}</title></rect>')  # fmt: skip
         if share > 0.075:
             drawn.append(
-                f'<text class="count on" x="{x + width / 2:.1f}" y="21.5" text-anchor="middle">{share:.0%}</text>'
+                f'<text class="count {css}" x="{x + width / 2:.1f}" y="21.5" text-anchor="middle">{share:.0%}</text>'
             )
         x += width
     return _svg(720, 34, label, "".join(drawn), "max-width:none")
@@ -205,7 +230,7 @@ font-weight:600}.back{fill:#fff}.title{font-size:15px;font-weight:600}
 
 
 def scatter(
-    title: str, x_label: str, y_label: str, families: dict[str, Sequence[tuple[str, float, float]]], source: str
+    title: str, x_label: str, y_label: str, families: Mapping[str, Sequence[tuple[str, float, float]]], source: str
 ) -> str:
     """A picture of its own: (name, x, y) of each family, joined in the order of x."""
     width, height = 760, 440

@@ -1,0 +1,728 @@
+"""One self-contained page about a run, and the picture of published accuracy over cost.
+
+The page asks for nothing from elsewhere: styles, charts (svg.py) and images are inside. Whatever a user named
+(classes, files, settings) is escaped. A part that needs something not there yet says which command makes it.
+"""
+
+import argparse
+import base64
+import csv
+import io
+import json
+import math
+import os
+import random
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from muntin.errors import UserError
+from muntin.measure import svg
+from muntin.measure.bench import MODELS, commit, machine, rounded, versions
+from muntin.measure.profile import KINDS, Profile, profile
+from muntin.run import Run, atomic_write
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from muntin.data.datasets import Images
+
+SAMPLES = 24  # images shown with their predictions
+WORST = 12  # mistakes shown
+BINS = 15  # of the calibration plot, as in `muntin eval`
+NUMBERED = 40  # classes up to which a confusion matrix is drawn
+THUMBNAIL = 160  # pixels of a shown image's longer side
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The held-out images as the model sees them: N images, K classes."""
+
+    images: "Images"
+    picture: Callable[["Image"], "Image"]
+    labels: Tensor  # (N,)
+    probabilities: Tensor  # (N, K)
+    losses: Tensor  # (N,)
+    inputs: Tensor  # (at most 8, 3, H, W)
+    data: str
+    split: str
+
+    @property
+    def predicted(self) -> Tensor:
+        return self.probabilities.argmax(1)
+
+    @property
+    def right(self) -> Tensor:
+        return self.predicted == self.labels
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.right.double().mean())
+
+    @property
+    def classes(self) -> list[str]:
+        return self.images.classes
+
+    def confusion(self) -> list[list[int]]:
+        k = len(self.classes)
+        return torch.bincount(self.labels * k + self.predicted, minlength=k * k).view(k, k).tolist()
+
+
+@dataclass(frozen=True)
+class _Page:
+    """What the sections draw from. `seen` is None, with `why` not, where the held-out images are not there."""
+
+    run: Run
+    path: str
+    model: nn.Module
+    seen: Seen | None
+    why: str
+
+    def command(self, name: str, rest: str = "") -> str:
+        return f"muntin {name} {shlex.quote(self.path)}{rest}"
+
+
+# -------------------------------------------------------------------------------------------------- collecting
+
+
+def look(run: Run, model: nn.Module, batch_size: int = 64) -> Seen:
+    """Run the model over the run's held-out images.
+
+    Raises UserError where the images are not there any more.
+    """
+    from muntin.data.loading import EvaluationSet, evaluation_loader
+    from muntin.progress import progress
+    from muntin.tasks.inference import held_out
+
+    images, data, split = held_out(run)
+    transform = run.transform()
+    workers = min(os.cpu_count() or 1, 8) if len(images) > 2000 else 0
+    loader = evaluation_loader(EvaluationSet(images, transform), batch_size, workers)
+    logits, first = [], torch.empty(0)
+    with torch.inference_mode():
+        for batch, _ in progress(loader, len(loader), "report: held-out images"):
+            first = batch[:8].clone() if not len(first) else first
+            logits.append(model(batch).float())
+    found, labels = torch.cat(logits).double(), torch.tensor(images.labels)
+    return Seen(
+        images=images,
+        picture=transform.picture,  # type: ignore[attr-defined]
+        labels=labels,
+        probabilities=found.softmax(1),
+        losses=F.cross_entropy(found, labels, reduction="none"),
+        inputs=first,
+        data=data,
+        split=split,
+    )
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """The 95% interval of a share counted as `right` of `total` (Wilson, 1927)."""
+    z, share = 1.96, right / total
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def calibration(probabilities: Tensor, labels: Tensor) -> tuple[list[tuple[float, float, float, float, int]], float]:
+    """Bins of equal width (from, to, mean confidence, accuracy, images) that hold images, and the expected
+    calibration error: the mean gap between confidence and accuracy, weighted by images."""
+    confidence, predicted = probabilities.max(1)
+    right = (predicted == labels).double()
+    number = (confidence * BINS).ceil().clamp(1, BINS).long() - 1
+    bins, gap = [], 0.0
+    for b in range(BINS):
+        inside = number == b
+        count = int(inside.sum())
+        if count:
+            mean, accuracy = float(confidence[inside].mean()), float(right[inside].mean())
+            bins.append((b / BINS, (b + 1) / BINS, mean, accuracy, count))
+            gap += count / len(labels) * abs(mean - accuracy)
+    return bins, gap
+
+
+def _data_uri(picture: "Image") -> tuple[str, bool]:
+    """An image inside the page, and whether it is so small that its pixels should be seen."""
+    small = max(picture.size) <= 64
+    file = io.BytesIO()
+    if small:
+        picture.save(file, "PNG")
+    else:
+        picture = picture.copy()
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        picture.save(file, "JPEG", quality=85)
+    kind = "png" if small else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}", small
+
+
+# ---------------------------------------------------------------------------------------------------- the parts
+
+
+def _section(name: str, title: str, lead: str, body: str) -> str:
+    lead = f'<p class="lead">{lead}</p>' if lead else ""
+    return f'<section id="{name}"><h2>{title}</h2>{lead}{body}</section>'
+
+
+def _missing(what: str, command: str) -> str:
+    return f'<p class="missing">{escape(what)} Make it with</p><pre><code>{escape(command)}</code></pre>'
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], css: str = "") -> str:
+    """Cells are HTML; the first column is text, the others numbers."""
+    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    top = f"<thead><tr>{top}</tr></thead>" if head else ""
+    body = "".join(
+        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows
+    )
+    return f'<div class="scroll"><table class="{css}">{top}<tbody>{body}</tbody></table></div>'
+
+
+def _figure(drawing: str, caption: str, legend: str = "") -> str:
+    return f"<figure><figcaption>{caption}{legend}</figcaption>{drawing}</figure>"
+
+
+def _key(names: Sequence[str]) -> str:
+    marks = "".join(f'<span class="s{i}"><i></i>{escape(name)}</span>' for i, name in enumerate(names))
+    return f'<span class="key">{marks}</span>'
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _headline(page: _Page) -> str:
+    run, metrics = page.run, page.run.metrics
+    from muntin.measure.cost import cost
+
+    height, width = run.preprocessing["size"]
+    found = cost(page.model, (height, width))
+    cards: list[tuple[str, str, str]] = []
+    if page.seen is not None:
+        right, total = int(page.seen.right.sum()), len(page.seen.labels)
+        low, high = wilson(right, total)
+        detail = f"{right} of {total} images; 95% between {low:.1%} and {high:.1%}"
+        cards.append((f"{page.seen.accuracy:.2%}", f"{escape(page.seen.split)} accuracy", detail))
+        cards.append((f"{calibration(page.seen.probabilities, page.seen.labels)[1]:.1%}", "calibration error",
+                      f"mean gap of confidence and accuracy, {BINS} bins"))  # fmt: skip
+    elif metrics.get("test_accuracy") is not None:
+        cards.append((f"{metrics['test_accuracy']:.2%}", "test accuracy", "as recorded after training"))
+    if metrics.get("latency_ms") is not None:
+        cards.append(
+            (
+                f"{rounded(metrics['latency_ms'], 0.05 * metrics['latency_ms'])} ms",
+                "latency, batch 1",
+                "median, PyTorch",
+            )
+        )
+    cards.append((_millions(found.parameters), "parameters", f"{found.gmacs:.3g} GMACs at {height} × {width} pixels"))
+    if metrics.get("seconds"):
+        cards.append((_duration(metrics["seconds"]), "training", f"{metrics.get('epochs', '?')} epochs"))
+    tiles = "".join(
+        f"<div><dd>{value}</dd><dt>{label}</dt><p>{escape(detail)}</p></div>" for value, label, detail in cards
+    )
+    return f'<dl class="cards">{tiles}</dl>'
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
+
+
+def _curves(page: _Page) -> str:
+    path = page.run.path / "history.csv"
+    rows = []
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    if not rows:
+        body = _missing("There is no history of this run's training.", "muntin train --out " + shlex.quote(page.path))
+        return _section("training", "Training", "", body)
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    epochs, accuracy = columns["epoch"], columns["val_accuracy"]
+    best = max(range(len(rows)), key=lambda i: (accuracy[i], -columns["val_loss"][i]))
+    loss = {"training": columns["train_loss"], "validation": columns["val_loss"]}
+    body = '<div class="three">'
+    body += _figure(svg.lines("loss", epochs, loss, mark=epochs[best]), "Loss", _key(list(loss)))
+    body += _figure(
+        svg.lines("validation accuracy", epochs, {"validation": accuracy}, percent=True, mark=epochs[best]),
+        "Validation accuracy",
+    )
+    body += _figure(svg.lines("learning rate", epochs, {"rate": columns["lr"]}, from_zero=True), "Learning rate")
+    lead = (
+        f"Best validation accuracy <b>{accuracy[best]:.2%}</b> after epoch {epochs[best]:.0f} of {len(rows)} "
+        f"(dashed), {_duration(sum(columns['seconds']))} in all."
+    )
+    if page.run.metrics.get("weights") == "ema":
+        lead += " The kept weights are the moving average. Training loss is of augmented, smoothed targets."
+    return _section("training", "Training", lead, body + "</div>")
+
+
+def _confusions(seen: Seen) -> list[tuple[int, str, str]]:
+    matrix = seen.confusion()
+    pairs = [
+        (matrix[i][j], seen.classes[i], seen.classes[j])
+        for i in range(len(matrix))
+        for j in range(len(matrix))
+        if i != j and matrix[i][j]
+    ]
+    return sorted(pairs, reverse=True)
+
+
+def _confusion(page: _Page) -> str:
+    if page.seen is None:
+        return _section("confusion", "Confusion", "", f'<p class="missing">{escape(page.why)}</p>')
+    seen = page.seen
+    wrong = _confusions(seen)
+    lead = "No held-out image is taken for another class."
+    if wrong:
+        told = [f"<b>{escape(a)}</b> taken for <b>{escape(b)}</b> ({n})" for n, a, b in wrong[:3]]
+        lead = "Most frequent mistakes: " + ", ".join(told) + "."
+    if len(seen.classes) <= NUMBERED:
+        body = svg.heat_map(seen.confusion(), seen.classes)
+    else:
+        rows = [[escape(a), escape(b), str(n)] for n, a, b in wrong[:30]]
+        body = _table(("true class", "taken for", "images"), rows)
+    body += _classes(seen)
+    return _section("confusion", "Classes and confusions", lead, f'<div class="two">{body}</div>')
+
+
+def _classes(seen: Seen) -> str:
+    matrix = seen.confusion()
+    rows = []
+    for i, name in enumerate(seen.classes):
+        total, taken, right = sum(matrix[i]), sum(row[i] for row in matrix), matrix[i][i]
+        recall, precision = right / total if total else 0.0, right / taken if taken else 0.0
+        f1 = 2 * right / (total + taken) if total + taken else 0.0
+        rows.append((f1, [escape(name), str(total), _bar(recall), _bar(precision), f"{f1:.3f}"]))
+    shown = [cells for _, cells in rows]
+    note = ""
+    if len(rows) > NUMBERED:
+        shown = [cells for _, cells in sorted(rows, key=lambda row: row[0])[:NUMBERED]]
+        note = f'<p class="note">The {NUMBERED} classes with the lowest F1 of {len(rows)}.</p>'
+    return "<div>" + _table(("class", "images", "recall", "precision", "F1"), shown) + note + "</div>"
+
+
+def _bar(share: float) -> str:
+    return f'<span class="meter" style="--v:{100 * share:.1f}%">{share:.1%}</span>'
+
+
+def _tile(seen: Seen, index: int, full: bool) -> str:
+    uri, small = _data_uri(seen.picture(seen.images.open(index)))
+    label, guess = int(seen.labels[index]), int(seen.predicted[index])
+    confidence = float(seen.probabilities[index, guess])
+    true, said = seen.classes[label], seen.classes[guess]
+    key = str(seen.images.keys[index])
+    state = "right" if label == guess else "wrong"
+    text = f"<b>{escape(said)}</b> {confidence:.0%}"
+    if label != guess:
+        text += f'<br><span class="muted">is {escape(true)}</span>'
+    if full:
+        text += f'<br><span class="muted">loss {float(seen.losses[index]):.2f}</span>'
+    truth = float(seen.probabilities[index, label])
+    tip = f"{key}: predicted {said} with {confidence:.1%}, truly {true} with {truth:.1%}"
+    pixels = ' class="pixels"' if small else ""
+    return (
+        f'<figure class="tile {state}" title="{escape(tip)}"><img{pixels} src="{uri}" alt="{escape(key)}" '
+        f'width="96" height="96" loading="lazy"><figcaption>{text}</figcaption></figure>'
+    )
+
+
+def _samples(page: _Page) -> str:
+    if page.seen is None:
+        return ""
+    seen = page.seen
+    chosen = sorted(random.Random(0).sample(range(len(seen.labels)), min(SAMPLES, len(seen.labels))))
+    tiles = "".join(_tile(seen, i, full=False) for i in chosen)
+    lead = (
+        f"{len(chosen)} of {len(seen.labels)} {escape(seen.split)} images, drawn at random; red where the model errs."
+    )
+    return _section("samples", "Predictions", lead, f'<div class="tiles">{tiles}</div>')
+
+
+def _mistakes(page: _Page) -> str:
+    if page.seen is None:
+        return ""
+    seen = page.seen
+    wrong = [i for i in seen.losses.argsort(descending=True).tolist() if not bool(seen.right[i])]
+    if not wrong:
+        chosen = seen.losses.argsort(descending=True)[:WORST].tolist()
+        lead = f"All {len(seen.labels)} are right; these are the least certain."
+    else:
+        chosen, lead = wrong[:WORST], f"{len(wrong)} of {len(seen.labels)} are wrong; these by the largest loss."
+    tiles = "".join(_tile(seen, i, full=True) for i in chosen)
+    return _section("mistakes", "Worst mistakes", lead, f'<div class="tiles">{tiles}</div>')
+
+
+def _calibrated(page: _Page) -> str:
+    if page.seen is None:
+        return ""
+    bins, gap = calibration(page.seen.probabilities, page.seen.labels)
+    mean = float(page.seen.probabilities.max(1).values.mean())
+    tends = "modest: it is right more often than it says" if mean < page.seen.accuracy else "overconfident"
+    lead = (
+        f"The predictions are made with {mean:.1%} confidence on average and {page.seen.accuracy:.1%} are right; "
+        f"the model is {tends}. Expected calibration error <b>{gap:.2%}</b>."
+    )
+    confidence = page.seen.probabilities.max(1).values
+    number = (confidence * BINS).ceil().clamp(1, BINS).long() - 1
+    counts = [torch.bincount(number[chosen], minlength=BINS).tolist() for chosen in (page.seen.right, ~page.seen.right)]
+    piles = [(b / BINS, (b + 1) / BINS, counts[0][b], counts[1][b]) for b in range(BINS)]
+    body = '<div class="two">'
+    body += _figure(svg.reliability(bins), "Share that is right")
+    body += _figure(svg.histogram(piles), "Images", _key(["right", "wrong"]))
+    note = '<p class="note">On the dashed line confidence is accuracy. The stronger a bar, the more images.</p>'
+    return _section("calibration", "Calibration", lead, body + "</div>" + note)
+
+
+def _latency(page: _Page) -> str:
+    path = page.run.path / "bench.json"
+    if not path.exists():
+        body = _missing("This run has not been measured yet.", page.command("bench"))
+        return _section("latency", "Latency", "", body)
+    bench = json.loads(path.read_text(encoding="utf-8"))
+    most = {batch: max(r["median_ms"] for r in bench["rows"] if r["batch"] == batch) for batch in
+            {row["batch"] for row in bench["rows"]}}  # fmt: skip
+    rows = []
+    for row in bench["rows"]:
+        low, high = row["interval_ms"]
+        half = (high - low) / 2
+        bar = f'<span class="meter" style="--v:{100 * row["median_ms"] / most[row["batch"]]:.1f}%">'
+        rows.append(
+            [
+                escape(_short(row["target"], page.path)),
+                str(row["batch"]),
+                f"{bar}{rounded(row['median_ms'], half)} ± {rounded(half, half)}</span>",
+                rounded(row["p90_ms"], half),
+                rounded(row["p99_ms"], half),
+                rounded(row["throughput"], row["throughput"] * half / row["median_ms"]),
+            ]
+        )
+    m, p = bench["machine"], bench["protocol"]
+    where = m.get("gpu") or f"{m['cpu']}, {m['cores']} cores, {m.get('memory_gb', '?')} GB"
+    lead = f"{escape(where)}; {p['dtype']}, {_several(p['threads'], 'thread')}, {p['rounds']} interleaved rounds."
+    body = _table(("model", "batch", "median, ms", "p90", "p99", "images/s"), rows)
+    note = f"± holds the median with 95% confidence. {_date(bench['created'])}, torch {bench['versions']['torch']}"
+    flags = ", ".join(m.get("flags", []))
+    note += f"; processor features {escape(flags)}." if flags else "."
+    return _section("latency", "Latency", lead, body + f'<p class="note">{note}</p>')
+
+
+def _date(iso: str) -> str:
+    when = datetime.fromisoformat(iso)
+    return f"{when.day} {when:%B %Y, %H:%M} UTC"
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}" + ("s" if count != 1 else "")
+
+
+def _short(target: str, path: str) -> str:
+    return target.replace(path, "this run", 1) if target.startswith(path) else target
+
+
+def _time(page: _Page) -> str:
+    height, width = page.run.preprocessing["size"]
+    profiles: list[Profile] = []
+    for batch in (1, 8):
+        images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+        profiles.append(profile(page.model, images, calls=3))
+    body = ""
+    order = sorted(KINDS, key=lambda kind: -profiles[-1].kinds[kind])
+    for found in profiles:
+        parts = [(kind, f"k{KINDS.index(kind)}", found.share(kind)) for kind in order if found.share(kind) > 0]
+        body += f'<p class="barname">batch {found.shape[0]}</p>' + svg.shares(parts, f"time at batch {found.shape[0]}")
+    rows = [
+        [f'<span class="swatch k{KINDS.index(kind)}"></span>{kind}']
+        + [cell for found in profiles for cell in (f"{found.kinds[kind]:.2f}", f"{found.share(kind):.1%}")]
+        for kind in order
+        if any(found.share(kind) >= 0.0005 for found in profiles)
+    ]
+    rows.append(["measured wall time"] + [c for found in profiles for c in (f"{found.wall_ms:.2f}", "100.0%")])
+    head = ("kind of operation", "ms, batch 1", "share", "ms, batch 8", "share")
+    lead = f"At batch 8, <b>{order[0]}</b> takes {profiles[-1].share(order[0]):.0%} of the time."
+    note = (
+        f"PyTorch, {_several(profiles[0].threads, 'thread')}, measured while this page was made with the profiler on; without it "
+        f"{profiles[0].plain_ms:.2f} ms and {profiles[1].plain_ms:.2f} ms. Unattributed is Python and launching; window "
+        "shifting counts every roll and gather."
+    )
+    return _section("time", "Where the time goes", lead, body + _table(head, rows) + f'<p class="note">{note}</p>')
+
+
+def _export(page: _Page) -> str:
+    path = page.run.path / "model.onnx"
+    if not path.exists():
+        body = _missing("This run has not been exported yet.", page.command("export", " --to onnx"))
+        return _section("export", "Export", "", body)
+    import onnx
+
+    from muntin.runtime.engines import load
+    from muntin.runtime.export import TOLERANCE, default_sizes, verify
+
+    height, width = page.run.preprocessing["size"]
+    sizes, batches = default_sizes((height, width)), (1, 2, 5)
+    checks = verify(page.model, load(path), sizes, batches)
+    by_case = {(c.height, c.width, c.batch): c.error for c in checks}
+    rows = [[f"{h} × {w}", *(f"{by_case[h, w, b]:.1e}" for b in batches)] for h, w in sizes]
+    worst = max(c.error for c in checks)
+    passed = all(c.error <= TOLERANCE for c in checks)
+    verdict = '<b class="good">agrees</b>' if passed else '<b class="bad">does not agree</b>'
+    lead = (
+        f"<code>model.onnx</code> {verdict} with PyTorch: the largest difference is {worst:.1e} standard deviations of "
+        f"the logits, the bound {TOLERANCE:.0e}."
+    )
+    graph = onnx.load(path).graph
+    kinds = Counter(node.op_type for node in graph.node).most_common(8)
+    told = ", ".join(f"{count} {escape(kind)}" for kind, count in kinds)
+    note = (
+        f"{path.stat().st_size / 1e6:.1f} MB, {len(graph.node)} nodes, most of them {told}. Any batch, height and "
+        "width. Compared in ONNX Runtime while this page was made."
+    )
+    body = _table(("image", *(f"batch {b}" for b in batches)), rows, "compact")
+    return _section("export", "Export check", lead, body + f'<p class="note">{note}</p>')
+
+
+def _configuration(page: _Page) -> str:
+    run = page.run
+    names = ", ".join(run.classes[:30]) + (", …" if len(run.classes) > 30 else "")
+    about = {"model": run.name, "classes": f"{len(run.classes)}: {names}"}
+    about |= {f"input {key}": _plain(value) for key, value in run.preprocessing.items()}
+    architecture = {key: _plain(value) for key, value in run.model_config.items()}
+    tables = [
+        _table((), [[escape(key), escape(value)] for key, value in fields.items()], "plain")
+        for fields in (about, architecture)
+    ]
+    body = f'<div class="two">{"".join(tables)}</div>'
+    config = run.path / "config.yaml"
+    if config.exists():
+        text = escape(config.read_text(encoding="utf-8"))
+        body += f"<details><summary>Training settings (config.yaml)</summary><pre><code>{text}</code></pre></details>"
+    return _section("configuration", "Configuration", "", body)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_plain, value))
+    return "none" if value is None else str(value)
+
+
+def _commands(page: _Page) -> str:
+    where = shlex.quote(page.path)
+    lines = []
+    if (page.run.path / "config.yaml").exists():
+        lines.append(f"muntin train --config {where}/config.yaml --out {where}-again")
+    held = f"{where}/held_out" if (page.run.path / "held_out").is_dir() else "IMAGES"
+    lines += [
+        page.command("eval"),
+        page.command("export", " --to onnx"),
+        page.command("predict", f" {held} --out {where}/predictions.csv"),
+        page.command("bench"),
+        page.command("report"),
+    ]
+    text = escape("\n".join(lines))
+    found = versions()
+    told = ", ".join(f"{name} {version}" for name, version in found.items())
+    here = machine(torch.device("cpu"))
+    source = commit()
+    note = f"{escape(told)}; on {escape(here['cpu'])}, {here['cores']} cores"
+    note += f"; source {escape(source[:12] + ('-dirty' if source.endswith('-dirty') else ''))}." if source else "."
+    return _section("reproduce", "Reproduce", "", f'<pre><code>{text}</code></pre><p class="note">{note}</p>')
+
+
+# ----------------------------------------------------------------------------------------------------- the page
+
+# Kinds of operation: arithmetic in blues and greens, what waits for memory in warm colours, the rest in greys.
+_KIND_COLOURS = (
+    "#1f5f8b #2a789f #157a6e #2b8069 #96700f #a05f16 #b4541a #9c3f3f #75628a #666c73 #c3c6c9",
+    "#4d9fd6 #2f7fb0 #2fa797 #6cc5ae #d3a944 #cf8f45 #e0854f #d9736f #a08fb6 #858c94 #5d646b",
+)
+
+STYLE = """
+:root{color-scheme:light dark;--bg:#fbfaf7;--fg:#1d2126;--muted:#5a636d;--rule:#dcd9d2;--panel:#f2f0ea;
+--s0:#1f5f8b;--s1:#b4541a;--good:#1b7043;--bad:#b3261e;--on:#ffffff;LIGHT}
+@media (prefers-color-scheme:dark){:root{--bg:#14171a;--fg:#e6e8ea;--muted:#9aa4ae;--rule:#32383f;--panel:#1d2226;
+--s0:#6cb2e6;--s1:#f0a36b;--good:#62c78f;--bad:#ff8f85;--on:#0d1013;DARK}}
+*{box-sizing:border-box}
+html{-webkit-text-size-adjust:100%}
+body{margin:0;background:var(--bg);color:var(--fg);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
+"Helvetica Neue",Arial,sans-serif;font-variant-numeric:tabular-nums}
+main{max-width:1080px;margin:0 auto;padding:44px 24px 72px}
+h1,h2{font-family:"Iowan Old Style","Palatino Linotype",Palatino,"Book Antiqua",Georgia,serif;font-weight:600;
+line-height:1.2;text-wrap:balance}
+h1{font-size:36px;margin:0;letter-spacing:-.01em;overflow-wrap:anywhere}
+h2{font-size:24px;margin:0 0 6px}
+header{display:flex;gap:18px;align-items:flex-start}
+header svg{width:46px;flex:none;margin-top:4px}
+header p{margin:6px 0 0;color:var(--muted)}
+nav{margin:26px 0 0;padding:9px 0;border-block:1px solid var(--rule);display:flex;flex-wrap:wrap;gap:4px 18px;
+font-size:13.5px}
+a{color:var(--s0);text-decoration:none}a:hover{text-decoration:underline}
+a:focus-visible,summary:focus-visible{outline:2px solid var(--s0);outline-offset:3px}
+section{margin-top:52px}
+.lead{margin:0 0 18px;max-width:46em}
+.note,.missing{color:var(--muted);font-size:14px;max-width:54em}.muted{color:var(--muted)}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(170px,1fr));gap:26px 30px;margin:34px 0 0}
+.cards div{display:flex;flex-direction:column;border-top:2px solid var(--fg);padding-top:10px}
+.cards dd{margin:0;font-size:31px;line-height:1.15;letter-spacing:-.015em;font-weight:600}
+.cards dt{font-weight:600;margin-top:3px}.cards p{margin:2px 0 0;font-size:13.5px;line-height:1.4;color:var(--muted)}
+.three{display:grid;grid-template-columns:repeat(auto-fit,minmax(290px,1fr));gap:22px 28px}
+.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(430px,100%),1fr));gap:30px 40px;align-items:start}
+.two>*{min-width:0}
+figure{margin:0}figcaption{font-size:14px;font-weight:600;margin-bottom:4px;display:flex;justify-content:space-between;
+flex-wrap:wrap;gap:0 12px}
+.key{font-weight:400;display:inline-flex;gap:14px;color:var(--muted)}.key i{display:inline-block;width:14px;height:3px;
+border-radius:2px;margin-right:6px;vertical-align:middle;background:var(--c)}
+svg{width:100%;height:auto;display:block;overflow:visible}
+svg text{font-family:inherit;fill:var(--fg)}
+.tick{font-size:11px;fill:var(--muted)!important}.name{font-size:11.5px}.count{font-size:11.5px}
+.count.on{fill:var(--on)!important}
+.grid{stroke:var(--rule);stroke-width:1}.mark{stroke:var(--muted);stroke-width:1;stroke-dasharray:3 3}
+.s0{--c:var(--s0)}.s1{--c:var(--s1)}
+.line{fill:none;stroke:var(--c);stroke-width:2;stroke-linejoin:round}.dot{fill:var(--c)}
+.ideal{stroke:var(--muted);stroke-dasharray:4 4;fill:none}.bar{fill:var(--s0)}
+.hit{fill:transparent}.hit:hover{fill:var(--fg);fill-opacity:.06}
+.cell.right{fill:var(--s0)}.cell.wrong{fill:var(--s1)}.cell:hover{stroke:var(--fg);stroke-width:1.5}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-size:14.5px}
+th,td{padding:5px 0 5px 18px;text-align:right;border-bottom:1px solid var(--rule);font-weight:400;white-space:nowrap}
+thead th{color:var(--muted);font-size:13px;vertical-align:bottom}
+th:first-child{text-align:left;padding-left:0;white-space:normal;overflow-wrap:anywhere}
+.compact{width:auto;min-width:340px}
+.plain td{text-align:left;white-space:normal;overflow-wrap:anywhere}.plain th:first-child{color:var(--muted);width:12em}
+.meter{display:inline-block;min-width:84px;padding-bottom:3px;background:linear-gradient(to right,var(--s0) var(--v),
+var(--rule) var(--v)) bottom/100% 3px no-repeat}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(96px,1fr));gap:18px 14px}
+.tile img{width:100%;max-width:120px;height:auto;aspect-ratio:1;object-fit:contain;border-radius:4px;display:block;
+background:var(--panel);outline:1px solid var(--rule)}
+.tile.wrong img{outline:2px solid var(--bad)}.tile.wrong figcaption b{color:var(--bad)}
+.tile figcaption{display:block;font-weight:400;font-size:13.5px;line-height:1.35;margin-top:6px;overflow-wrap:anywhere}
+.pixels{image-rendering:pixelated}
+.good{color:var(--good)}.bad{color:var(--bad)}
+.barname{margin:12px 0 3px;font-size:13.5px;color:var(--muted)}
+.swatch{display:inline-block;width:11px;height:11px;border-radius:2px;margin-right:9px;background:var(--k)}
+.kind{fill:var(--k)}.count[class*=" k"]{fill:var(--on)!important}.count.k10{fill:var(--fg)!important}#time .scroll{margin-top:16px;max-width:720px}
+#calibration svg{max-width:430px!important}.pile{fill:var(--c)}
+pre{background:var(--panel);padding:14px 16px;border-radius:4px;overflow-x:auto;font-size:13.5px;line-height:1.6}
+code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:.94em}
+details{margin-top:16px}summary{cursor:pointer;color:var(--s0);font-size:14.5px}
+footer{margin-top:56px;padding-top:12px;border-top:1px solid var(--rule);font-size:13.5px;color:var(--muted)}
+@media (max-width:560px){main{padding:26px 16px 48px}h1{font-size:28px}h2{font-size:21px}header svg{width:36px}
+.cards{grid-template-columns:1fr 1fr;gap:22px 18px}.cards dd{font-size:25px}section{margin-top:40px}
+th,td{padding-left:11px}table{font-size:13.5px}.meter{min-width:60px}}
+@media print{:root{--bg:#fff;--fg:#000;--muted:#444;--rule:#ccc;--panel:#f4f4f4;--s0:#1f5f8b;--s1:#b4541a;
+--good:#1b7043;--bad:#b3261e;--on:#fff;LIGHT}body{font-size:11pt}main{max-width:none;padding:0}nav{display:none}
+section{margin-top:26px}figure,tr,.cards div{break-inside:avoid}h2{break-after:avoid}
+*{-webkit-print-color-adjust:exact;print-color-adjust:exact}}
+"""
+
+ICON = (
+    '<svg viewBox="0 0 46 46" aria-hidden="true"><rect x="1.5" y="1.5" width="43" height="43" rx="3" fill="none" '
+    'stroke="var(--s0)" stroke-width="3"/><path d="M17 2v42M2 17h42M31 17v27M17 31h27" stroke="var(--s0)" '
+    'stroke-width="3" fill="none"/></svg>'
+)
+
+
+def _style() -> str:
+    light, dark = (
+        "".join(f"--k{i}:{colour};" for i, colour in enumerate(colours.split())) for colours in _KIND_COLOURS
+    )
+    kinds = "".join(f".k{i}{{--k:var(--k{i})}}" for i in range(len(KINDS)))
+    return STYLE.replace("LIGHT", light).replace("DARK", dark) + kinds
+
+
+SECTIONS: tuple[tuple[str, Callable[[_Page], str]], ...] = (
+    ("training curves", _curves),
+    ("confusion", _confusion),
+    ("samples", _samples),
+    ("mistakes", _mistakes),
+    ("calibration", _calibrated),
+    ("latency", _latency),
+    ("profile", _time),
+    ("export check", _export),
+    ("configuration", _configuration),
+    ("commands", _commands),
+)
+
+
+def _assemble(page: _Page, body: str) -> str:
+    run = page.run
+    title = escape(run.path.resolve().name)
+    data = page.seen.data if page.seen else str(run.metrics.get("data", "images"))
+    told = f"<b>{escape(run.name)}</b>, trained on {escape(data)}: {len(run.classes)} classes"
+    links = "".join(
+        f'<a href="#{name}">{text}</a>' for name, text in re.findall(r'<section id="(\w+)"><h2>(.*?)</h2>', body)
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{title}: {escape(run.name)}</title><style>{_style()}</style></head><body><main>"
+        f"<header>{ICON}<div><h1>{title}</h1><p>{told}</p></div></header>"
+        f"{_headline(page)}<nav aria-label='sections'>{links}</nav>{body}"
+        "<footer>Made by <code>muntin report</code>. Hover over a chart for its figures.</footer>"
+        "</main></body></html>\n"
+    )
+
+
+def report(run: Run | str | os.PathLike[str]) -> Path:
+    """Write `<run>/report.html`, one self-contained page, and return its path.
+
+    run: a finished run or its folder. Held-out images are evaluated, the model is profiled and an exported file
+    compared while the page is made; `muntin bench` and `muntin export` add their parts when they have run.
+    Raises UserError where the folder holds no finished run or cannot be written.
+    """
+    from muntin.progress import progress
+
+    opened = run if isinstance(run, Run) else Run.open(run)
+    path = opened.path
+    model = opened.model()
+    seen, why = None, ""
+    try:
+        seen = look(opened, model)
+    except UserError as error:
+        why = f"The held-out images are not at hand: {error}"
+    page = _Page(opened, str(path), model, seen, why)
+    parts = [draw(page) for _, draw in progress(SECTIONS, len(SECTIONS), "report")]
+    return atomic_write(path / "report.html", _assemble(page, "".join(parts)).encode())
+
+
+def pareto(table: Path | None = None) -> str:
+    """Published top-1 over GMACs as an SVG, from the generated table of models.
+
+    A row without a complete figure is left out: text such as "82.x", or a figure after other pre-training.
+    """
+    rows = json.loads((table or MODELS / "table.json").read_text(encoding="utf-8"))
+    families: dict[str, list[tuple[str, float, float]]] = {}
+    for row in rows:
+        if re.fullmatch(r"\d+(\.\d+)?", str(row.get("top1") or "")):
+            family = "Swin-Free" if row["name"].startswith("swin_free") else row["name"].split("_")[0].capitalize()
+            families.setdefault(family, []).append((row["name"], row["gmacs"], float(row["top1"])))
+    if not families:
+        raise UserError("no row of the table has a complete accuracy; write it first: python -m muntin.measure.cost")
+    return svg.scatter(
+        "Accuracy and cost of the models",
+        "GMACs of one image, every matrix product counted",
+        "ImageNet-1K top-1, %, as published",
+        families,
+        "Figures known in part are left out.",
+    )
+
+
+def main() -> None:
+    """`python -m muntin.measure.report --pareto docs/pareto.svg`."""
+    parser = argparse.ArgumentParser(description="draw published accuracy over cost")
+    parser.add_argument("--pareto", nargs="?", const="docs/pareto.svg", required=True, help="the SVG to write")
+    atomic_write(parser.parse_args().pareto, pareto().encode())
+
+
+if __name__ == "__main__":
+    main()
