@@ -282,6 +282,19 @@ def test_other_dtypes_are_cast(model: Any, other: Any) -> None:
     assert torch.equal(other.head.fc.weight, model.head.fc.weight.half().float())
 
 
+def test_a_model_of_ones_own() -> None:
+    """A backbone from outside, for which there are no rules, takes weights under its own names."""
+    one, two = (nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4)) for _ in range(2))
+    report = load_checkpoint(two, {"state_dict": {f"module.{n}": t for n, t in one.state_dict().items()}})
+    assert set(report.loaded) == set(one.state_dict())
+    assert _equal(_copy(two), _copy(one))
+    _rejected(two, {"0.weight": one[0].weight}, "missing: 0.bias")
+    twins = nn.ModuleDict({"backbone": nn.Linear(2, 2), "net": nn.Linear(2, 2)})  # `weight` twice without prefixes
+    other = {name: tensor + 1 for name, tensor in twins.state_dict().items()}
+    load_checkpoint(twins, other)
+    assert _equal(_copy(twins), other)
+
+
 # What need not be the same
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from muntin.errors import UserError
 from muntin.weights import swin
-from muntin.weights.rules import Reading, forms, preview, recognise, translate, untranslate
+from muntin.weights.rules import Reading, explains, forms, preview, read_plainly, recognise, translate, untranslate
 
 FAMILIES = {"swin": swin}
 """Each has RULES, and `describe(weights)`: the configuration that the shapes of our weights show."""
@@ -67,6 +67,7 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load weights in any known dialect into a model made by `create_model` or `create_backbone`.
 
+    A model of a family without rules, such as one's own, takes weights under its own names.
     Takes a .safetensors file, a file of torch.save, or a state dict, also inside of the entries and prefixes that
     training code wraps around it. Files are read as tensors only: code in them is refused and not run.
     Bias tables of another window are resized bicubically, as the authors do. A head of another number of
@@ -80,14 +81,16 @@ def load_checkpoint(
         source, content = "the state dict", path_or_state_dict
     else:
         source, content = os.fspath(path_or_state_dict), read_file(path_or_state_dict)
+    own = model.state_dict()
+    names = _bare_names(own)
+    target = {bare: own[name] for bare, name in names.items()}
     try:
         state = _unwrap(content)
-        reading = recognise(_RULES, state)
+        known = any(explains(rules, target) for rules in _RULES.values())
+        reading = recognise(_RULES, state) if known else read_plainly(target, state)
         weights = translate(reading, state)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-    names = {_bare(name): name for name in model.state_dict()}
-    target = {_bare(name): tensor for name, tensor in model.state_dict().items()}
     if any(tensor.is_meta for tensor in target.values()):
         raise UserError("the model is on the meta device and has no storage: create it on a real device to load")
     plan = _Plan(reading, weights, target)
@@ -114,9 +117,11 @@ def convert(state: Mapping[str, Any], to: str = "muntin") -> dict[str, Tensor]:
     return {name if name.startswith("head.") else f"backbone.{name}": t for name, t in weights.items()}
 
 
-def _bare(name: str) -> str:
-    """A name in a model without `backbone.` and what DDP, compile or a training module put before it."""
-    return list(forms(name))[-1]
+def _bare_names(names: Iterable[str]) -> dict[str, str]:
+    """A model's names by what is left without `backbone.` and what DDP, compile or a training module put before."""
+    names = list(names)
+    bare = {list(forms(name))[-1]: name for name in names}
+    return bare if len(bare) == len(names) else {name: name for name in names}
 
 
 class _Plan:
@@ -183,9 +188,8 @@ class _Plan:
         """UserError that says what does not fit, and whose weights they seem to be."""
         if not (self.missing or self.unexpected or self.misshapen):
             return
-        describe = FAMILIES[self.reading.family].describe
-        theirs, ours = describe(self.weights), describe(self.target)
-        if theirs != ours:
+        family = FAMILIES.get(self.reading.family)
+        if family is not None and (theirs := family.describe(self.weights)) != (ours := family.describe(self.target)):
             raise UserError(
                 f"{source} holds weights of another model: {_like(theirs)} ({_plain(theirs)}), the model is {model} "
                 f"({_plain(ours)}); create the model that the weights belong to, or choose another file"
@@ -237,10 +241,14 @@ def read_file(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError) as error:
+        except safetensors.SafetensorError as error:
             raise UserError(f"{path} is no whole safetensors file ({error}): fetch or save it again") from error
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error}): check its permissions") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read ({error}): check its permissions") from error
     except Exception as error:  # a foreign file makes the unpickler raise anything
         if (code := _code_in(path, error)) is not None:
             raise UserError(

@@ -187,6 +187,23 @@ def recognise(families: Mapping[str, list[Rule]], names: Collection[str]) -> Rea
     return best
 
 
+def explains(rules: list[Rule], names: Collection[str]) -> bool:
+    """Whether most of a model's names (without `backbone.`) are a family's."""
+    return 2 * len(_read("", "muntin", rules, names).sources) > len(names)
+
+
+def read_plainly(ours: Collection[str], names: Iterable[str]) -> Reading:
+    """Names that are the model's own, but for prefixes."""
+    result = Reading("", "muntin")
+    for name in names:
+        own = next((form for form in forms(name) if form in ours), None)
+        if own is None:
+            result.unexpected.append(name)
+        else:
+            result.sources[own] = Source(Rule(own, {}), {0: name})
+    return result
+
+
 def translate(reading: Reading, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict under our names (without `backbone.`). UserError where tensors cannot be joined or permuted."""
     weights = {}
