@@ -95,9 +95,7 @@ def load_digits() -> Images:
     def open_digit(index: int) -> Image.Image:
         return Image.fromarray(pixels[index]).convert("RGB")
 
-    return Images(
-        list(range(len(pixels))), data.target.tolist(), [str(digit) for digit in range(10)], open_digit
-    )
+    return Images(list(range(len(pixels))), data.target.tolist(), [str(digit) for digit in range(10)], open_digit)
 
 
 def select(images: Images, positions: Sequence[int]) -> Images:
@@ -107,9 +105,7 @@ def select(images: Images, positions: Sequence[int]) -> Images:
     def open_chosen(position: int) -> Image.Image:
         return images.open(chosen[position])
 
-    return Images(
-        [images.keys[i] for i in chosen], [images.labels[i] for i in chosen], images.classes, open_chosen
-    )
+    return Images([images.keys[i] for i in chosen], [images.labels[i] for i in chosen], images.classes, open_chosen)
 
 
 def digits_splits(seed: int, size: int) -> Splits:
@@ -165,9 +161,7 @@ def read_folder(path: str | os.PathLike[str]) -> Path:
     """The path as a folder. Raises `UserError` where it is none."""
     folder = Path(path)
     if not folder.exists():
-        raise UserError(
-            f"there is no data at {folder}; give a folder of images, or digits for the bundled set"
-        )
+        raise UserError(f"there is no data at {folder}; give a folder of images, or digits for the bundled set")
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; give a folder with one sub-folder of images for each class")
     return folder
@@ -195,9 +189,7 @@ def folder_splits(path: str, seed: int, size: int, on_bad_image: str) -> Splits:
             f"{len(parts['train'].classes)} classes); add images so that a class has at least three"
         )
     test = parts.get("test")
-    return Splits(
-        parts["train"], parts["val"], test if test is not None and len(test) else None, median(sides) <= size
-    )
+    return Splits(parts["train"], parts["val"], test if test is not None and len(test) else None, median(sides) <= size)
 
 
 def _given_parts(root: Path) -> dict[str, Images]:
@@ -226,9 +218,7 @@ def _given_parts(root: Path) -> dict[str, Images]:
 
 def _refuse_empty_classes(root: Path, images: Images) -> None:
     if not len(images):
-        raise UserError(
-            f"{root} has no images ({', '.join(sorted(SUFFIXES))}) in its class folders; add some"
-        )
+        raise UserError(f"{root} has no images ({', '.join(sorted(SUFFIXES))}) in its class folders; add some")
     present = set(images.labels)
     empty = [name for label, name in enumerate(images.classes) if label not in present]
     if empty:
@@ -248,8 +238,7 @@ def _readable(root: Path, parts: dict[str, Images], on_bad_image: str) -> tuple[
     for error in bad.values():
         print(f"left out: {error}", file=sys.stderr)
     kept = {
-        name: select(part, [i for i, key in enumerate(part.keys) if key not in bad])
-        for name, part in parts.items()
+        name: select(part, [i for i, key in enumerate(part.keys) if key not in bad]) for name, part in parts.items()
     }
     return kept, [side for side in found if isinstance(side, int)]
 

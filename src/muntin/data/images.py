@@ -46,9 +46,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """Decode a file to upright RGB. Raises `BadImage` naming the file and what is wrong with it."""
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # odd EXIF or palettes are decoded all the same; bombs are refused below
+        warnings.simplefilter("ignore")  # odd EXIF or palettes are decoded all the same; bombs are refused below
         with _reading(Path(path)), Image.open(path) as image:
             _refuse_bomb(Path(path), image)
             return to_rgb(image)

@@ -5,6 +5,7 @@ whatever the number of workers.
 """
 
 import contextlib
+import math
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -115,25 +116,26 @@ def _quiet(_worker: int) -> None:
 
 
 class Distort:
-    """Small rotation, scale, shear and shift of the resized image, for characters: no flip, no crop."""
+    """Small rotation, scale, shear and shift of the resized image, for characters: no flip, no crop.
+
+    At strength 1 up to 15 degrees, a factor of 1.16 each way, 0.15, and a tenth of the side.
+    """
 
     def __init__(
         self,
         picture: Callable[[Image.Image], Image.Image],
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        degrees: float = 15.0,
-        scale: float = 0.15,
-        shear: float = 0.15,
-        shift: float = 0.1,
+        strength: float = 1.0,
     ) -> None:
         self.picture = picture
         self.mean, self.std = mean, std
-        self.degrees, self.scale, self.shear, self.shift = degrees, scale, shear, shift
+        self.radians = strength * math.radians(15)
+        self.scale, self.shear, self.shift = 0.15 * strength, 0.15 * strength, 0.1 * strength
 
     def __call__(self, image: Image.Image, seed: tuple[int, int, int]) -> Tensor:
         draw = np.random.default_rng(seed).uniform(-1, 1, 6)
-        angle = np.deg2rad(self.degrees * draw[0])
+        angle = self.radians * draw[0]
         rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         stretch = np.diag(np.exp(self.scale * draw[1:3])) @ np.array([[1, self.shear * draw[3]], [0, 1]])
         matrix = rotation @ stretch

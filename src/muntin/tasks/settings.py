@@ -28,7 +28,7 @@ class Settings:
     lr: AdamW's peak rate at this batch size, after `warmup` epochs, then a cosine down to a hundredth
     mixup, cutmix: their Beta parameter, 0 for none; where both are set, each takes half of the batches
     ema_decay: of the average of the weights per step, 0 for none; the better of average and raw is saved
-    augment: "photographs" (crop, flip, `randaugment`, `erasing`), "distort" (characters) or "none"
+    augment: "photographs" (crop, flip, `randaugment`, `erasing`), "distort" (characters, by `distortion`) or "none"
     precision: "bf16", "32", or "auto": bf16 where the hardware multiplies it natively and the model is wide
     patience: stop after so many epochs without a better validation accuracy, 0 for never
     weights: what to start from: "" (random), "pretrained", or a checkpoint's path
@@ -52,6 +52,7 @@ class Settings:
     augment: str = "photographs"
     randaugment: str = "rand-m9-mstd0.5-inc1"
     erasing: float = 0.25
+    distortion: float = 1.0
     drop_path: float | None = None
     precision: str = "auto"
     workers: int | None = None
@@ -68,16 +69,14 @@ class Settings:
             _require(self, name, lambda value: value >= 0, "give a whole number of at least 0")
         for name in ("lr", "save_minutes"):
             _require(self, name, lambda value: value > 0, "give a positive number")
-        for name in ("weight_decay", "warmup", "clip", "mixup", "cutmix"):
+        for name in ("weight_decay", "warmup", "clip", "mixup", "cutmix", "distortion"):
             _require(self, name, lambda value: value >= 0, "give a number of at least 0")
         for name in ("label_smoothing", "ema_decay", "erasing", "drop_path"):
             _require(self, name, lambda value: 0 <= value < 1, "give a number from 0 up to, but not, 1")
         for name, valid in (("augment", AUGMENTS), ("precision", PRECISIONS), ("on_bad_image", ON_BAD_IMAGE)):
             value = getattr(self, name)
             if value not in valid:
-                raise UserError(
-                    f"{name}={value!r} is unknown; valid are {', '.join(valid)}{nearest(value, valid)}"
-                )
+                raise UserError(f"{name}={value!r} is unknown; valid are {', '.join(valid)}{nearest(value, valid)}")
 
     def flat(self) -> dict[str, Any]:
         """Plain values under the names that `--set` takes: what config.yaml holds."""
@@ -114,8 +113,8 @@ def settings_from(*layers: Mapping[str, Any]) -> Settings:
                 values[name] = _convert(name, value)
             else:
                 raise UserError(
-                    f"there is no setting {name!r}{nearest(name, TYPES) or '; valid are ' + ', '.join(TYPES)}; "
-                    f"a field of the model's configuration is written {MODEL_PREFIX}FIELD"
+                    f"there is no setting {name!r}{nearest(name, TYPES) or '.'} Valid are {', '.join(TYPES)}, and "
+                    f"{MODEL_PREFIX}FIELD for a field of the model's configuration"
                 )
     return Settings(**values, model_config=model_config)
 
@@ -153,9 +152,7 @@ def parse_sets(pairs: typing.Iterable[str]) -> dict[str, Any]:
         try:
             values[name.strip()] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise UserError(
-                f"--set {pair}: the value is not valid YAML; quote it or check its brackets"
-            ) from error
+            raise UserError(f"--set {pair}: the value is not valid YAML; quote it or check its brackets") from error
     return values
 
 
@@ -181,9 +178,7 @@ def read_config(given: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"cannot read {path}: {' '.join(str(error).split())}; give a YAML file of settings"
-        ) from error
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}; give a YAML file of settings") from error
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):

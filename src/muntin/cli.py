@@ -1,0 +1,287 @@
+"""The command `muntin`: each subcommand is a thin call of the library.
+
+Exit codes: 0 done, 1 a fault of ours, 2 bad input (one line that says what to do), 128 + N stopped by signal N.
+Only the parser is imported here; what a subcommand needs it imports itself, so that help answers at once.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from muntin.errors import UserError, nearest
+
+EXTRAS = {
+    "train": "jsonargparse lightning PIL sklearn tensorboard timm torchmetrics torchvision tqdm yaml numpy",
+    "export": "onnx onnxscript onnxruntime",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with these arguments (by default the process's own); returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        return _dispatch([argument for argument in arguments if argument != "--debug"])
+    except SystemExit as stop:  # the parser's: help and wrong arguments
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            import traceback
+
+            traceback.print_exc()
+        code, message = _explain(error)
+        print(f"muntin: {' '.join(message.split())}", file=sys.stderr)
+        return code
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    """The exit code and what to say."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + getattr(error, "number", 2), str(error) or (
+            "stopped; a training run that has saved something continues with: muntin train --out RUN --resume"
+        )
+    if isinstance(error, ModuleNotFoundError):
+        for extra, modules in EXTRAS.items():
+            if (error.name or "").partition(".")[0] in modules.split():
+                return 2, f'this needs the package {error.name}; install it with: pip install "muntin[{extra}]"'
+    if isinstance(error, BrokenPipeError):
+        return 1, "the program that was reading the output has ended"
+    return 1, f"internal error: {type(error).__name__}: {error} (the traceback: the same command with --debug)"
+
+
+def _dispatch(arguments: list[str]) -> int:
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter):
+        """Without "(default: null)" after every option: the texts say what is worth knowing."""
+
+        def _get_help_string(self, action: Any) -> str | None:
+            return action.help
+
+    parser = ArgumentParser(
+        prog="muntin",
+        formatter_class=Formatter,
+        allow_abbrev=False,
+        description="Efficient hierarchical vision transformers: from a folder of images to a trained, measured, "
+        "exported model.",
+        epilog="example: muntin train --data digits --out runs/digits. Any subcommand takes --debug, which shows "
+        "tracebacks.",
+    )
+    subcommands = parser.add_subcommands(dest="command", required=True, title="subcommands")
+    for name, (describe, help_text, example, _) in COMMANDS.items():
+        sub = ArgumentParser(
+            description=help_text[0].upper() + help_text[1:] + ".",
+            epilog=f"example: {example}",
+            formatter_class=Formatter,
+            allow_abbrev=False,
+        )
+        describe(sub)
+        subcommands.add_subcommand(name, sub, help=help_text)
+    command = next((a for a in arguments if not a.startswith("-")), None)
+    if command is not None and command not in COMMANDS:
+        valid = ", ".join(COMMANDS)
+        raise UserError(f"there is no subcommand {command!r}{nearest(command, COMMANDS)} Valid are {valid}")
+    parsed = parser.parse_args(arguments)
+    return COMMANDS[parsed.command][3](parsed[parsed.command])
+
+
+def _describe_models(parser: Any) -> None:
+    parser.add_argument("pattern", nargs="?", default="*", help='a shell pattern, as in "swin_free*"')
+
+
+def _models(args: Any) -> int:
+    import fnmatch
+    import json
+    from importlib import resources
+
+    table = json.loads((resources.files("muntin") / "models" / "table.json").read_text(encoding="utf-8"))
+    rows = [row for row in table if fnmatch.fnmatchcase(row["name"], args.pattern)]
+    if not rows:
+        names = [row["name"] for row in table]
+        raise UserError(f"no model matches {args.pattern!r}{nearest(args.pattern, names)} See all with: muntin models")
+    cells = [["name", "parameters", "GMACs", "size", "top-1", "source"]]
+    for row in rows:
+        top1 = row["top1"] or "-"
+        cells.append(
+            [row["name"], f"{row['parameters']:,}", f"{row['gmacs']:.3f}", str(row["size"]), top1, row["source"] or "-"]
+        )
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    for line in cells:
+        numbers = "  ".join(text.rjust(width) for text, width in zip(line[1:5], widths[1:5], strict=True))
+        print(f"{line[0]:<{widths[0]}}  {numbers}  {line[5]}".rstrip())
+    return 0
+
+
+def _describe_train(parser: Any) -> None:
+    parser.add_argument("--model", help="name of a model (see: muntin models); swin_free_digits for digits")
+    parser.add_argument("--data", help="digits (default), or a folder: FOLDER/CLASS/*, or FOLDER/{train,val}/CLASS/*")
+    parser.add_argument("--out", help="the run's folder (default: runs/DATA-MODEL)")
+    parser.add_argument("--epochs", help="passes over the training images")
+    parser.add_argument("--size", help="side of the model's input in pixels")
+    parser.add_argument("--seed", help="of the split, the weights, the order and the augmentation (default: 0)")
+    parser.add_argument("--resume", action="store_true", help="continue a stopped run where it was, to the bit")
+    parser.add_argument("--config", help="a YAML file of settings, such as another run's config.yaml, or a recipe")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other setting, or model.FIELD: --set lr=1e-3 --set model.window=[4,8,4,2]; may be repeated",
+    )
+
+
+def _train(args: Any) -> int:
+    from muntin.tasks.settings import parse_sets
+
+    direct = {name: args[name] for name in ("model", "data", "epochs", "size", "seed") if args[name] is not None}
+    settings = parse_sets(args.set) | direct
+
+    from muntin.tasks import train
+
+    train(args.out, resume=args.resume, config=args.config, **settings)
+    return 0
+
+
+def _describe_eval(parser: Any) -> None:
+    parser.add_argument("run", help="a run's folder, its model.safetensors, or any checkpoint together with --model")
+    parser.add_argument("--data", help="digits, or a folder (default: the run's own test split)")
+    parser.add_argument("--split", help="train, val or test, where the data has them")
+    parser.add_argument("--model", help="name of the model that a foreign checkpoint holds")
+    parser.add_argument("--size", type=int, help="side of the input for a foreign checkpoint (default: 224)")
+    parser.add_argument("--json", help="write everything to this file too")
+
+
+def _eval(args: Any) -> int:
+    from muntin.run import Run, write_json
+    from muntin.tasks import evaluate
+
+    run = args.run if args.model else Run.open(args.run)
+    found = evaluate(run, args.data, split=args.split, model=args.model, size=args.size)
+    print(found)
+    if isinstance(run, Run) and args.data is None and found.split == "test":
+        write_json(run.path / "evaluation.json", found.json())
+    if args.json:
+        write_json(args.json, found.json())
+    return 0
+
+
+def _describe_predict(parser: Any) -> None:
+    parser.add_argument("run", help="a run's folder or its model.safetensors")
+    parser.add_argument("images", nargs="+", help="files, folders, or .txt lists with one path per line")
+    parser.add_argument("--out", help="write a table to this .csv file")
+    parser.add_argument("--top", type=int, default=5, help="classes per image (default: 5)")
+
+
+def _predict(args: Any) -> int:
+    from muntin.tasks import predict
+    from muntin.tasks.inference import write_predictions
+
+    rows = predict(args.run, args.images, top=args.top)
+    for row in rows:
+        if row.error:
+            print(f"muntin: {row.error}", file=sys.stderr)
+        elif not args.out:
+            ranked = zip(row.classes, row.probabilities, strict=True)
+            print(row.image, *(f"{name} {probability:.1%}" for name, probability in ranked), sep="  ")
+    broken = sum(bool(row.error) for row in rows)
+    if broken == len(rows):
+        raise UserError(f"none of the {broken} images could be read; give images such as PNG or JPEG files")
+    if args.out:
+        write_predictions(rows, args.out)
+        print(f"{args.out}: {len(rows)} images" + (f", {broken} of them unreadable" if broken else ""))
+    return 0
+
+
+def _describe_export(parser: Any) -> None:
+    parser.add_argument("run", help="a run's folder or its model.safetensors")
+    parser.add_argument("--to", default="onnx", help="the format (default: onnx)")
+    parser.add_argument("--out", help="the file (default: RUN/model.onnx)")
+
+
+def _export(args: Any) -> int:
+    from muntin.run import Run
+
+    if args.to != "onnx":
+        raise UserError(f"--to {args.to} is unknown{nearest(args.to, ['onnx'])} Valid is onnx")
+    run = Run.open(args.run)
+
+    import muntin
+
+    out = args.out or run.path / f"model.{args.to}"
+    print(muntin.export(run.model(), out, classes=run.classes, preprocessing=run.preprocessing))
+    return 0
+
+
+def _describe_bench(parser: Any) -> None:
+    parser.add_argument("targets", nargs="+", help="model names, run folders, timm:NAME, torchvision:NAME, .onnx files")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
+    parser.add_argument("--size", type=int, help="side of the input in pixels (default: each target's own)")
+    parser.add_argument("--threads", type=int, help="of the CPU (default: all)")
+    parser.add_argument("--dtype", default="float32", help="of weights and images (default: float32)")
+    parser.add_argument("--device", help="cpu or cuda (default: the GPU where there is one)")
+    parser.add_argument("--rounds", type=int, default=10, help="turns per target, interleaved (default: 10)")
+    parser.add_argument("--json", help="write the results with machine, versions and protocol to this file")
+
+
+def _bench(args: Any) -> int:
+    from muntin.measure import bench
+    from muntin.run import atomic_write
+
+    report = bench(
+        args.targets,
+        batch_sizes=args.batch,
+        size=args.size,
+        threads=args.threads,
+        dtype=args.dtype,
+        device=args.device,
+        rounds=args.rounds,
+    )
+    print(report.table())
+    if args.json:
+        atomic_write(args.json, report.json().encode())
+    return 0
+
+
+def _describe_report(parser: Any) -> None:
+    parser.add_argument("run", help="a run's folder")
+
+
+def _report(args: Any) -> int:
+    from muntin.measure import report
+    from muntin.run import Run
+
+    print(report(Run.open(args.run)))
+    return 0
+
+
+COMMANDS: dict[str, tuple[Any, str, str, Any]] = {
+    "models": (_describe_models, "list the models", 'muntin models "swin_free*"', _models),
+    "train": (
+        _describe_train,
+        "train a classifier",
+        "muntin train --data photos --model swin_free_t --epochs 50 --out runs/photos",
+        _train,
+    ),
+    "eval": (_describe_eval, "evaluate a run or a checkpoint", "muntin eval runs/photos --data holiday", _eval),
+    "predict": (
+        _describe_predict,
+        "classify images",
+        "muntin predict runs/photos cat.jpg holiday --out predictions.csv",
+        _predict,
+    ),
+    "export": (
+        _describe_export,
+        "export a run, verified in the target's runtime",
+        "muntin export runs/photos --to onnx",
+        _export,
+    ),
+    "bench": (
+        _describe_bench,
+        "measure latency and throughput",
+        "muntin bench swin_t timm:swin_tiny_patch4_window7_224 --batch 1 8",
+        _bench,
+    ),
+    "report": (_describe_report, "make one HTML page about a run", "muntin report runs/photos", _report),
+}

@@ -1,0 +1,29 @@
+"""Training, evaluation and prediction in one call each.
+
+from muntin.tasks import evaluate, predict, train
+
+run = train("runs/flowers", data="flowers", model="swin_free_t", epochs=50)
+print(evaluate(run))
+rows = predict(run, ["photos"])
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from muntin.tasks.classification import train
+    from muntin.tasks.inference import evaluate, predict
+
+__all__ = ["evaluate", "predict", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Training imports Lightning, which takes seconds; the others do without."""
+    if name == "train":
+        from muntin.tasks.classification import train
+
+        return train
+    if name in ("evaluate", "predict"):
+        from muntin.tasks import inference
+
+        return getattr(inference, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

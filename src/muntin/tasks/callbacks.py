@@ -1,0 +1,261 @@
+"""Saving, stopping and showing a training run, on Lightning's hooks."""
+
+import csv
+import io
+import math
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.types import _PATH
+
+from muntin.errors import UserError
+from muntin.run import atomic_write
+from muntin.tasks.base import Task
+
+HISTORY = ("epoch", "train_loss", "val_loss", "val_accuracy", "lr", "seconds")
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM came, and the run has been saved. Lightning would turn a KeyboardInterrupt into an exit."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class AtomicCheckpoints(CheckpointIO):
+    """Checkpoints that are whole or not there, and hold nothing but tensors and plain values."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
+        def save(partial: Path) -> None:
+            with open(partial, "wb") as file:
+                try:
+                    torch.save(checkpoint, file)
+                except RuntimeError as error:
+                    # Closing its archive fails after a write failed, and hides why.
+                    raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+        atomic_write(path, save)
+
+    def load_checkpoint(
+        self, path: _PATH, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: _PATH) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of ours. Raises `UserError` for damaged files and for pickles that hold code."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is refused: it is not one of Muntin's checkpoints, or it holds code, which is not run; "
+            "restore the file, or train again into another folder"
+        ) from error
+    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); train again into another folder") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path} is not one of Muntin's checkpoints; train again into another folder")
+    return checkpoint
+
+
+class Saver(lightning.Callback):
+    """Keeps last.ckpt, best.ckpt and history.csv, and stops between two steps when asked to.
+
+    `best` describes the best validation result so far: epoch, accuracy, loss, and which weights ("raw", "ema").
+    """
+
+    def __init__(self, folder: Path, patience: int, save_minutes: float) -> None:
+        self.folder = folder
+        self.last = folder / "checkpoints" / "last.ckpt"
+        self.best_path = folder / "checkpoints" / "best.ckpt"
+        self.patience = patience
+        self.save_seconds = 60 * save_minutes
+        self.best: dict[str, Any] = {}
+        self.history: list[dict[str, float]] = []
+        self.seconds = 0.0  # of all sessions before this one
+        self.signal: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "history": self.history, "seconds": self.elapsed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.history = state_dict["best"], state_dict["history"]
+        self.seconds = state_dict["seconds"]
+
+    def elapsed(self) -> float:
+        """Seconds of training, over all sessions."""
+        return self.seconds + (time.monotonic() - self._started if hasattr(self, "_started") else 0.0)
+
+    def exhausted(self) -> bool:
+        """Whether patience has run out."""
+        return bool(self.patience and self.history) and (
+            self.history[-1]["epoch"] - self.best["epoch"] >= self.patience
+        )
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._started = self._saved = self._epoch_started = time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            # Lightning has set its own by now, and puts the original ones back at the end.
+            signal.signal(signal.SIGINT, self._on_signal)
+            signal.signal(signal.SIGTERM, self._on_signal)
+        if self.exhausted():
+            trainer.should_stop = True
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        """The first asks for a stop after this step; the second does not wait."""
+        if self.signal is not None:
+            raise Stopped(number)
+        self.signal = number
+        print(f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once", file=sys.stderr)
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._epoch_started = time.monotonic()
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        # At the start of a step all of Lightning's counters agree on what is done; at its end they do not.
+        due = time.monotonic() - self._saved > self.save_seconds
+        if batch_idx and (due or self.signal is not None):
+            self._save_last(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, Task)
+        results: dict[str, dict[str, float]] = pl_module.results  # type: ignore[assignment]
+        name = max(results, key=lambda key: (results[key]["accuracy"], -results[key]["loss"]))
+        found = results[name]
+        epoch = trainer.current_epoch + 1
+        self._refuse_nan(pl_module, epoch)
+        self.history.append(
+            {
+                "epoch": epoch,
+                "train_loss": pl_module.train_loss(),
+                "val_loss": found["loss"],
+                "val_accuracy": found["accuracy"],
+                "lr": trainer.optimizers[0].param_groups[0]["lr"],
+                "seconds": time.monotonic() - self._epoch_started,
+            }
+        )
+        if not self.best or (found["accuracy"], -found["loss"]) > (self.best["accuracy"], -self.best["loss"]):
+            self.best = {"epoch": epoch, "weights": name, **found}
+            trainer.save_checkpoint(self.best_path, weights_only=True)
+        atomic_write(self.folder / "history.csv", history_csv(self.history))
+        self._save_last(trainer, pl_module)
+        if self.exhausted():
+            trainer.should_stop = True
+
+    def _save_last(self, trainer: lightning.Trainer, task: Any) -> None:
+        self._refuse_nan(task, trainer.current_epoch + 1)
+        trainer.save_checkpoint(self.last)
+        self._saved = time.monotonic()
+        if self.signal is not None:
+            raise Stopped(self.signal)
+
+    def _refuse_nan(self, task: Task, epoch: int) -> None:
+        """Checked before saving, so that no checkpoint holds the damage."""
+        if not math.isfinite(task.train_loss()):
+            raise UserError(
+                f"the training loss became {task.train_loss()} in epoch {epoch}; lower the learning rate "
+                f"(--set lr={task.settings.lr / 4:g}), lengthen the warm-up (--set warmup=...) or train in full "
+                "precision (--set precision=32)"
+            )
+
+
+def history_csv(rows: list[dict[str, float]]) -> bytes:
+    """history.csv: one line per epoch."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(HISTORY)
+    for row in rows:
+        writer.writerow(row[name] if name == "epoch" else f"{row[name]:.6g}" for name in HISTORY)
+    return text.getvalue().encode()
+
+
+class Progress(lightning.Callback):
+    """In a terminal one bar over the whole training, with rate and time left; elsewhere a line per epoch.
+
+    Comes after the `Saver`, whose history it shows, and writes the curves for TensorBoard.
+    """
+
+    EVERY = 50  # steps between two points of the curves within an epoch
+
+    def __init__(self, saver: Saver, epochs: int) -> None:
+        self.saver = saver
+        self.epochs = epochs
+        self.terminal = sys.stderr.isatty()
+        self.bar: Any = None
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        if self.terminal:
+            from tqdm import tqdm
+
+            total = self.epochs * pl_module.steps_per_epoch
+            self.bar = tqdm(total=total, initial=trainer.global_step, unit="step", dynamic_ncols=True)
+        self._first, self._started = trainer.global_step, time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.bar is not None:
+            self.bar.update()
+        if trainer.logger is not None and trainer.global_step % self.EVERY == 0:
+            rate = trainer.optimizers[0].param_groups[0]["lr"]
+            trainer.logger.log_metrics({"step/loss": float(outputs["loss"]), "step/lr": rate}, trainer.global_step)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        row = self.saver.history[-1]
+        if trainer.logger is not None:
+            values = {f"epoch/{name}": value for name, value in row.items() if name != "epoch"}
+            trainer.logger.log_metrics(values, trainer.global_step)
+        if self.bar is not None:
+            self.bar.set_description(f"epoch {row['epoch']}/{self.epochs}", refresh=False)
+            self.bar.set_postfix_str(f"loss {row['train_loss']:.3f}, val {row['val_accuracy']:.2%}")
+            return
+        rate = (trainer.global_step - self._first) / max(time.monotonic() - self._started, 1e-9)
+        left = (self.epochs * pl_module.steps_per_epoch - trainer.global_step) / max(rate, 1e-9)
+        print(
+            f"epoch {row['epoch']:>3}/{self.epochs}  train loss {row['train_loss']:.3f}  "
+            f"val loss {row['val_loss']:.3f}  val accuracy {row['val_accuracy']:.2%}  "
+            f"{rate:.1f} steps/s  {duration(left)} left",
+            flush=True,
+        )
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self._close()
+
+    def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 05 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def remove_partial_files(folder: Path) -> None:
+    """What a killed process left of files that it was writing."""
+    for base, _, files in os.walk(folder):
+        for name in files:
+            if name.startswith(".") and ".tmp" in name:
+                (Path(base) / name).unlink(missing_ok=True)

@@ -1,0 +1,417 @@
+"""Image classification: the task, and `train`, from settings to a finished run."""
+
+import contextlib
+import logging
+import os
+import platform
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchvision.transforms import v2
+
+import muntin
+from muntin.data.datasets import (
+    Splits,
+    digits_splits,
+    folder_splits,
+    splits_from_json,
+    write_held_out,
+)
+from muntin.data.loading import (
+    Augment,
+    Distort,
+    EpochBatches,
+    EvaluationSet,
+    Photographs,
+    Plain,
+    TrainingSet,
+    evaluation_loader,
+    training_loader,
+)
+from muntin.data.transforms import CROP, IMAGENET_MEAN, IMAGENET_STD, Evaluate
+from muntin.errors import UserError
+from muntin.run import Run, atomic_write, read_json, save_model, write_json
+from muntin.tasks.base import Task
+from muntin.tasks.callbacks import (
+    AtomicCheckpoints,
+    Progress,
+    Saver,
+    Stopped,
+    duration,
+    read_checkpoint,
+    remove_partial_files,
+)
+from muntin.tasks.inference import evaluate_images
+from muntin.tasks.settings import Settings, read_config, recipes, settings_from, write_config
+
+FREE_TO_CHANGE = {"workers", "save_minutes"}  # on --resume: they do not touch the result
+WIDE = 10_000_000  # parameters from which bf16 pays on a CPU: see `choose_precision`
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by a signal; what was done is saved. `number` is the signal's."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class Classification(Task):
+    """Cross-entropy with label smoothing on batches mixed by mixup or cutmix; accuracy of raw and averaged weights.
+
+    `results` holds the last validation: {"raw" | "ema": {"accuracy", "loss"}}.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings, steps_per_epoch: int, num_classes: int) -> None:
+        super().__init__(model, settings, steps_per_epoch)
+        self.mixes: list[nn.Module] = []
+        if settings.mixup:
+            self.mixes.append(v2.MixUp(alpha=settings.mixup, num_classes=num_classes))
+        if settings.cutmix:
+            self.mixes.append(v2.CutMix(alpha=settings.cutmix, num_classes=num_classes))
+        self.meters = nn.ModuleDict(
+            {f"{name}_{what}": MeanMetric() for name in self.candidates() for what in ("accuracy", "loss")}
+        )
+        self.results: dict[str, dict[str, float]] = {}
+
+    def training_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, targets = batch
+        if self.mixes:
+            mix = self.mixes[int(torch.randint(len(self.mixes), ()))]
+            images, targets = mix(images, targets)
+        logits = self.model(images)
+        return F.cross_entropy(logits.float(), targets, label_smoothing=self.settings.label_smoothing)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        for name, model in self.candidates().items():
+            logits = model(images).float()
+            self.meters[f"{name}_accuracy"].update((logits.argmax(1) == labels).float())
+            self.meters[f"{name}_loss"].update(F.cross_entropy(logits, labels, reduction="none"))
+
+    def on_validation_epoch_end(self) -> None:
+        found = {}
+        for key, meter in self.meters.items():
+            assert isinstance(meter, MeanMetric)
+            found[key] = float(meter.compute())
+            meter.reset()
+        self.results = {
+            name: {"accuracy": found[f"{name}_accuracy"], "loss": found[f"{name}_loss"]} for name in self.candidates()
+        }
+
+
+def train(
+    out: str | os.PathLike[str] | None = None,
+    *,
+    resume: bool = False,
+    config: str | os.PathLike[str] | None = None,
+    report: Callable[[str], None] = print,
+    **settings: Any,
+) -> Run:
+    """Train a classifier and evaluate it on the test split; the run is the folder `out`.
+
+    `settings` are fields of `Settings`, or fields of the model's configuration as `{"model.window": (4, 8, 4, 2)}`;
+    they win over the YAML file or recipe `config`, and that over the recipe of the data. With `resume` a run that
+    was stopped in any way continues, to the bit as if it had not been stopped.
+
+    Raises `UserError` for bad input, before anything is written; `Interrupted` when a signal stopped it.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    from_file = read_config(os.fspath(config)) if config is not None else {}
+    chosen = _layered(from_file, given)
+    folder = Path(out) if out is not None else Path("runs") / _run_name(chosen)
+    if resume:
+        chosen = _resumed(folder, from_file | given, report)
+        if (folder / "model.safetensors").exists() and (folder / "metrics.json").exists():
+            report(f"{folder} is finished; nothing to resume. See it with: muntin report {folder}")
+            return Run.open(folder)
+        remove_partial_files(folder)
+    elif (folder / "config.yaml").exists() or (folder / "checkpoints").exists():
+        raise UserError(f"{folder} holds a run already; continue it with --resume, or choose another folder with --out")
+    return _train(folder, chosen, resume, report)
+
+
+def _layered(from_file: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
+    """Recipe of the data, then the file, then what was given."""
+    data = given.get("data", from_file.get("data", Settings.data))
+    recipe = read_config(recipes()[data]) if data in recipes() else {}
+    return settings_from(recipe, from_file, given)
+
+
+def _run_name(settings: Settings) -> str:
+    return f"{Path(settings.data).resolve().name if settings.data != 'digits' else 'digits'}-{_model_name(settings)}"
+
+
+def _model_name(settings: Settings) -> str:
+    return settings.model or "swin_t"
+
+
+def _resumed(folder: Path, given: Mapping[str, Any], report: Callable[[str], None]) -> Settings:
+    """The run's own settings. Raises `UserError` for a run that is not there, or when told otherwise than then."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise UserError(f"there is no run to resume at {folder} (no config.yaml); leave --resume out to start one")
+    stored = settings_from(read_config(path))
+    if given:
+        wanted = settings_from(stored.flat(), given)
+        for name, value in wanted.flat().items():
+            if name not in FREE_TO_CHANGE and value != stored.flat().get(name):
+                raise UserError(
+                    f"{name}={value} differs from {name}={stored.flat().get(name)} in {path}; leave it out to resume, "
+                    f"or start another run from these weights with: --set weights={folder / 'model.safetensors'}"
+                )
+        stored = wanted
+    return stored
+
+
+def _train(folder: Path, settings: Settings, resume: bool, report: Callable[[str], None]) -> Run:
+    settings = _with_defaults(settings)
+    torch.manual_seed(settings.seed)
+    name = _model_name(settings)
+    probe = _build(settings, num_classes=2, meta=True)  # refuses a wrong configuration before reading any image
+    splits, preprocessing = _data(folder, settings, resume)
+    model = _build(settings, num_classes=len(splits.train.classes))
+    if settings.precision == "auto":
+        precision, why = choose_precision(sum(p.numel() for p in probe.parameters()))
+        settings = replace(settings, precision=precision)
+        report(f"precision {precision}: {why}")
+    if not resume:
+        settings = replace(settings, model=name, model_config=asdict(model.config))
+        write_json(folder / "split.json", splits.json() | {"preprocessing": preprocessing})
+        atomic_write(folder / "config.yaml", write_config(settings))  # last: it makes the folder a run
+    test = len(splits.test) if splits.test else 0
+    report(
+        f"{name} with {sum(p.numel() for p in model.parameters()):,} parameters on {settings.data}: "
+        f"{len(splits.train)} train, {len(splits.val)} val, {test} test images in {len(splits.train.classes)} classes"
+    )
+    # The test split goes no further than this: training and selection are handed the other two.
+    seconds, best = _fit(folder, settings, model, replace(splits, test=None), preprocessing, report)
+    return _finish(folder, settings, splits, preprocessing, seconds, best, report)
+
+
+def _with_defaults(settings: Settings) -> Settings:
+    """What was left to the data and the model."""
+    name = _model_name(settings)
+    workers = settings.workers if settings.workers is not None else min(os.cpu_count() or 1, 8)
+    size = settings.size or published_size(name)
+    drop_path = settings.drop_path if settings.drop_path is not None else published_drop_path(name)
+    return replace(settings, workers=workers, size=size, drop_path=drop_path)
+
+
+def _published(name: str) -> dict[str, Any]:
+    """What the papers say about a variant, as far as the package lists it."""
+    import tomllib
+    from importlib import resources
+
+    path = resources.files("muntin") / "models" / "published.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8")).get(name, {})
+
+
+def published_size(name: str) -> int:
+    return int(_published(name).get("size", 224))
+
+
+def published_drop_path(name: str) -> float:
+    return float(_published(name).get("drop_path", 0.1))
+
+
+def _build(settings: Settings, num_classes: int, meta: bool = False) -> Any:
+    """The model with what it starts from; on "meta" only its shapes."""
+    with torch.device("meta") if meta else contextlib.nullcontext():
+        model = muntin.create_model(
+            _model_name(settings),
+            num_classes=num_classes,
+            drop_path=settings.drop_path or 0.0,
+            **settings.model_config,
+        )
+    if settings.weights and not meta:
+        muntin.load_checkpoint(model, settings.weights)
+    return model
+
+
+def _data(folder: Path, settings: Settings, resume: bool) -> tuple[Splits, dict[str, Any]]:
+    """The splits and the preprocessing: made now, or read back from split.json."""
+    assert settings.size is not None
+    if resume and (folder / "split.json").exists():
+        stored = read_json(folder / "split.json")
+        preprocessing = stored["preprocessing"]
+        return splits_from_json(settings.data, stored, preprocessing["resize"] is None), preprocessing
+    if settings.data == "digits":
+        splits = digits_splits(settings.seed, settings.size)
+    else:
+        splits = folder_splits(settings.data, settings.seed, settings.size, settings.on_bad_image)
+    preprocessing = {
+        "size": [settings.size, settings.size],
+        "resize": None if splits.plain_resize else round(settings.size / CROP),
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+        "interpolation": "bicubic",
+        "channels": "RGB",
+    }
+    return splits, preprocessing
+
+
+def choose_precision(parameters: int) -> tuple[str, str]:
+    """`precision=auto`: what is used, and why. Decided by rule, not by timing, so that runs can be repeated."""
+    if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "this GPU multiplies bfloat16 natively"
+        return "32", "this GPU has no native bfloat16"
+    if torch.backends.mps.is_available():
+        return "32", "bfloat16 is untested on this device"
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if not any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")):
+        return "32", f"this {platform.machine()} CPU is not known to multiply bfloat16 natively"
+    if parameters < WIDE:
+        return "32", "in a model this small, casting costs more than native bfloat16 products save"
+    return "bf16", "this CPU multiplies bfloat16 natively"
+
+
+def augmentation(settings: Settings, preprocessing: Mapping[str, Any]) -> Augment:
+    """The training transform that the settings name."""
+    mean, std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
+    evaluate = Evaluate(**preprocessing)
+    if settings.augment == "distort":
+        return Distort(evaluate.picture, mean, std, settings.distortion)
+    if settings.augment == "photographs":
+        height, width = preprocessing["size"]
+        return Photographs((height, width), mean, std, settings.randaugment, settings.erasing)
+    return Plain(evaluate)
+
+
+def _fit(
+    folder: Path,
+    settings: Settings,
+    model: nn.Module,
+    splits: Splits,
+    preprocessing: Mapping[str, Any],
+    report: Callable[[str], None],
+) -> tuple[float, dict[str, Any]]:
+    """Train to the end, from the last checkpoint if there is one; seconds, and the best epoch's description."""
+    workers = settings.workers or 0
+    saver = Saver(folder, settings.patience, settings.save_minutes)
+    batches = EpochBatches(len(splits.train), settings.batch_size, settings.seed)
+    checkpoint = saver.last if saver.last.exists() else None
+    if checkpoint is not None:
+        step = read_checkpoint(checkpoint)["global_step"]
+        batches.epoch, batches.start = divmod(step, len(batches))
+        report(f"resuming after step {step} (epoch {batches.epoch + 1}, batch {batches.start})")
+    task = Classification(model, settings, len(batches), len(splits.train.classes))
+    training = TrainingSet(splits.train, augmentation(settings, preprocessing), settings.seed)
+    validation = EvaluationSet(splits.val, Evaluate(**preprocessing))
+    trainer = _trainer(folder, settings, [saver, Progress(saver, settings.epochs)])
+    try:
+        with quiet_lightning():
+            trainer.fit(
+                task,
+                training_loader(training, batches, workers),
+                evaluation_loader(validation, min(2 * settings.batch_size, len(splits.val)), workers),
+                ckpt_path=checkpoint,
+                weights_only=True,
+            )
+    except Stopped as stop:
+        raise Interrupted(
+            f"stopped by {stop}; continue with: muntin train --out {folder} --resume", stop.number
+        ) from stop
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the device has too little memory for batch_size={settings.batch_size} at size={settings.size}; "
+            f"lower it, as in --set batch_size={max(settings.batch_size // 2, 1)}"
+        ) from error
+    return saver.elapsed(), saver.best
+
+
+def _trainer(folder: Path, settings: Settings, callbacks: list[lightning.Callback]) -> lightning.Trainer:
+    with quiet_lightning():
+        return lightning.Trainer(
+            max_epochs=settings.epochs,
+            precision="bf16-mixed" if settings.precision == "bf16" else "32-true",
+            devices=1,
+            logger=TensorBoardLogger(folder, name="tensorboard", version=""),
+            callbacks=callbacks,
+            plugins=[AtomicCheckpoints()],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            log_every_n_steps=1,
+        )
+
+
+@contextlib.contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Without Lightning's remarks on the hardware, on its own use of torch, and on loaders that cannot resume: ours
+    is told where to start.
+    """
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        remarks = ("does not have many workers", "dataloader is not resumable", "LeafSpec", "in eval mode at the start")
+        for message in (f".*{remark}.*" for remark in remarks):
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _finish(
+    folder: Path,
+    settings: Settings,
+    splits: Splits,
+    preprocessing: dict[str, Any],
+    seconds: float,
+    best: dict[str, Any],
+    report: Callable[[str], None],
+) -> Run:
+    """The best weights as model.safetensors, their test accuracy, metrics.json."""
+    model = _build(replace(settings, weights=""), num_classes=len(splits.train.classes))
+    state = read_checkpoint(folder / "checkpoints" / "best.ckpt")["state_dict"]
+    prefix = {"raw": "model.", "ema": "average.module."}[best["weights"]]
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    save_model(folder / "model.safetensors", model, classes=splits.train.classes, preprocessing=preprocessing)
+    run = Run.open(folder)
+    if settings.data == "digits" and splits.test is not None:
+        write_held_out(splits.test, folder / "held_out")
+    from muntin.measure.bench import machine, versions
+
+    metrics = {
+        "model": run.name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "test_accuracy": None,
+        "val_accuracy": best["accuracy"],
+        "best_epoch": best["epoch"],
+        "weights": best["weights"],
+        "epochs": settings.epochs,
+        "seconds": round(seconds, 2),
+        "precision": settings.precision,
+        "seed": settings.seed,
+        "data": settings.data,
+        "versions": versions(),
+        "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "latency_ms": None,
+    }
+    if splits.test is not None:
+        found = evaluate_images(run.model(), splits.test, run.transform(), settings.data, "test")
+        write_json(folder / "evaluation.json", found.json())
+        metrics["test_accuracy"] = found.top1
+    run.update_metrics(**metrics)
+    shutil.rmtree(folder / "checkpoints" / "lightning_logs", ignore_errors=True)
+    shown = f"test accuracy {metrics['test_accuracy']:.2%}" if splits.test is not None else "no test split"
+    report(
+        f"{folder}: {shown}, val accuracy {best['accuracy']:.2%} ({best['weights']} weights of epoch "
+        f"{best['epoch']}), trained in {duration(seconds)}"
+    )
+    return run

@@ -1,0 +1,373 @@
+"""A trained classifier at work: `evaluate` on labelled images, `predict` on any."""
+
+import csv
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from muntin.data.datasets import (
+    Images,
+    class_folders,
+    digits_splits,
+    folder_images,
+    image_files,
+    read_folder,
+    splits_from_json,
+)
+from muntin.data.images import BadImage, open_image
+from muntin.data.loading import EvaluationSet, evaluation_loader
+from muntin.data.transforms import CROP, IMAGENET_MEAN, IMAGENET_STD, Evaluate
+from muntin.errors import UserError, nearest
+from muntin.progress import progress
+from muntin.run import Run, atomic_write, read_json
+from muntin.tasks.settings import read_config
+
+BINS = 15  # of the expected calibration error (Guo et al., arXiv 1706.04599)
+TOP5_FROM = 10  # classes from which top-5 says anything
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model does on labelled images.
+
+    `confusion[i][j]` counts images of class i that were taken for class j. `calibration_error` is the expected
+    gap between confidence and accuracy over 15 bins. Shares are 0..1.
+    """
+
+    data: str
+    split: str
+    images: int
+    top1: float
+    top5: float | None
+    loss: float
+    calibration_error: float
+    classes: list[str]
+    confusion: list[list[int]]
+
+    def per_class(self) -> list[dict[str, Any]]:
+        """Images, recall (correct among those of the class) and precision (among those taken for it)."""
+        rows = []
+        for i, name in enumerate(self.classes):
+            images, taken = sum(self.confusion[i]), sum(row[i] for row in self.confusion)
+            correct = self.confusion[i][i]
+            rows.append(
+                {
+                    "class": name,
+                    "images": images,
+                    "correct": correct,
+                    "recall": correct / images if images else None,
+                    "precision": correct / taken if taken else None,
+                }
+            )
+        return rows
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self) | {"per_class": self.per_class()}
+
+    def __str__(self) -> str:
+        top5 = f", top-5 {self.top5:.2%}" if self.top5 is not None else ""
+        lines = [
+            f"{self.data}, {self.split}: {self.images} images, top-1 {self.top1:.2%}{top5}, loss {self.loss:.4f}, "
+            f"calibration error {self.calibration_error:.2%}",
+            "",
+        ]
+        width = max(map(len, ("class", *self.classes)))
+        lines.append(f"{'class':<{width}}  images  recall  precision  most often taken for")
+        for i, row in enumerate(self.per_class()):
+            wrong = sorted(
+                ((n, self.classes[j]) for j, n in enumerate(self.confusion[i]) if j != i and n), reverse=True
+            )
+            mistaken = ", ".join(f"{name} ({n})" for n, name in wrong[:3])
+            line = (
+                f"{row['class']:<{width}}  {row['images']:>6}  {_share(row['recall'])}  {_share(row['precision']):>9}"
+            )
+            lines.append(f"{line}  {mistaken}".rstrip())
+        if len(self.classes) <= 20:
+            lines += ["", *_confusion_table(self.classes, self.confusion)]
+        return "\n".join(lines)
+
+
+def _share(value: float | None) -> str:
+    return "     -" if value is None else f"{value:>6.1%}"
+
+
+def _confusion_table(classes: list[str], confusion: list[list[int]]) -> list[str]:
+    wide = max(len(str(max(max(row) for row in confusion))), max(map(len, classes))) + 1
+    lines = ["confusion (rows: true class, columns: predicted)"]
+    lines.append(" " * wide + "".join(f"{name:>{wide}}" for name in classes))
+    for name, row in zip(classes, confusion, strict=True):
+        lines.append(f"{name:>{wide}}" + "".join(f"{count or '.':>{wide}}" for count in row))
+    return lines
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def evaluate_images(
+    model: nn.Module,
+    images: Images,
+    transform: Callable[[Image.Image], Tensor],
+    data: str,
+    split: str,
+    batch_size: int = 64,
+) -> Evaluation:
+    """Run the model over labelled images. Raises `UserError` naming an image that cannot be read."""
+    device = _device()
+    model = model.to(device).eval()
+    workers = min(os.cpu_count() or 1, 8) if len(images) > 2000 else 0
+    loader = evaluation_loader(EvaluationSet(images, transform), batch_size, workers)
+    logits = []
+    with torch.inference_mode():
+        for batch, _ in progress(loader, len(loader), "evaluating"):
+            logits.append(model(batch.to(device)).float().cpu())
+    return _summarise(torch.cat(logits), torch.tensor(images.labels), images.classes, data, split)
+
+
+def _summarise(logits: Tensor, labels: Tensor, classes: list[str], data: str, split: str) -> Evaluation:
+    count = len(classes)
+    predicted = logits.argmax(1)
+    confusion = torch.bincount(labels * count + predicted, minlength=count * count).view(count, count)
+    top5 = None
+    if count >= TOP5_FROM:
+        top5 = float((logits.topk(5, 1).indices == labels[:, None]).any(1).double().mean())
+    return Evaluation(
+        data=data,
+        split=split,
+        images=len(labels),
+        top1=float((predicted == labels).double().mean()),
+        top5=top5,
+        loss=float(F.cross_entropy(logits.double(), labels)),
+        calibration_error=calibration_error(logits.softmax(1), labels),
+        classes=classes,
+        confusion=confusion.tolist(),
+    )
+
+
+def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
+    """Expected calibration error: sum over bins of share * |accuracy - mean confidence|; (N, K) and (N,)."""
+    confidence, predicted = probabilities.double().max(1)
+    right = (predicted == labels).double()
+    bins = (confidence * BINS).ceil().clamp(1, BINS).long() - 1  # bin b holds (b / 15, (b + 1) / 15]
+    gaps = torch.zeros(BINS, dtype=torch.double).index_add_(0, bins, right - confidence)
+    return float(gaps.abs().sum() / len(labels))
+
+
+def evaluate(
+    run: Run | str | os.PathLike[str],
+    data: str | None = None,
+    *,
+    split: str | None = None,
+    model: str | None = None,
+    size: int | None = None,
+    batch_size: int = 64,
+) -> Evaluation:
+    """Evaluate a run, its weights, or a foreign checkpoint (with `model`, the name of what it holds).
+
+    data: "digits", a folder (FOLDER/CLASS/*, or FOLDER/{test,val}/CLASS/* by `split`), or None for the run's own
+    data, whose test split is taken, or val where there is no test split.
+
+    Raises `UserError` for classes that the model does not know and images that cannot be read.
+    """
+    if split not in (None, "train", "val", "test"):
+        raise UserError(f"split {split!r} is unknown; valid are train, val and test")
+    if model is not None:
+        images, where, shown = _foreign_images(data, split)
+        network, transform = _foreign(Path(os.fspath(run)), model, images.classes, size)  # type: ignore[arg-type]
+        return evaluate_images(network, images, transform, where, shown, batch_size)
+    opened = run if isinstance(run, Run) else Run.open(run)
+    own = _own_data(opened)
+    if data is None or (data == own and data == "digits"):
+        images, where, shown = _own_images(opened, own, split)
+    else:
+        images, where, shown = _foreign_images(data, split)
+        images = _in_classes_of(opened, images, where)
+    return evaluate_images(opened.model(), images, opened.transform(), where, shown, batch_size)
+
+
+def held_out(run: Run, split: str | None = None) -> tuple[Images, str, str]:
+    """A run's own test images, or val where there is no test split, with the names of the data and the split.
+
+    Raises `UserError` where the run does not say which they are, or they are not there any more.
+    """
+    return _own_images(run, _own_data(run), split)
+
+
+def _own_data(run: Run) -> str | None:
+    path = run.path / "config.yaml"
+    return str(read_config(path).get("data", "")) if path.exists() else None
+
+
+def _own_images(run: Run, data: str | None, split: str | None) -> tuple[Images, str, str]:
+    stored = run.path / "split.json"
+    if data is None or not stored.exists():
+        raise UserError(f"{run.path} does not say which images it was trained on; give some with --data FOLDER")
+    splits = splits_from_json(data, read_json(stored), run.preprocessing["resize"] is None)
+    split = split or ("test" if splits.test is not None else "val")
+    images = {"train": splits.train, "val": splits.val, "test": splits.test}[split]
+    if images is None:
+        raise UserError(f"{run.path} has no test split; evaluate on --split val, or give images with --data FOLDER")
+    return images, data, split
+
+
+def _foreign_images(data: str | None, split: str | None) -> tuple[Images, str, str]:
+    if data is None:
+        raise UserError("no data given; say what to evaluate on with --data FOLDER (FOLDER/CLASS/*) or --data digits")
+    if data == "digits":
+        splits = digits_splits(seed=0, size=32)
+        split = split or "test"
+        images = {"train": splits.train, "val": splits.val, "test": splits.test}[split]
+        assert images is not None
+        return images, data, split
+    root = read_folder(data)
+    present = [name for name in ("test", "val", "train") if (root / name).is_dir()]
+    if split is not None and split not in present:
+        raise UserError(f"{root} has no folder {split}; leave --split out, or give the folder of classes itself")
+    chosen = split or (present[0] if "train" in present or len(present) == 2 else None)
+    folder = root / chosen if chosen else root
+    images = folder_images(folder, folder, class_folders(folder))
+    if not len(images):
+        raise UserError(f"{folder} has no images in its class folders; add some or give another folder")
+    return images, str(data), chosen or "all"
+
+
+def _in_classes_of(run: Run, images: Images, where: str) -> Images:
+    """The images with labels in the order of the run's classes."""
+    for name in images.classes:
+        if name not in run.classes:
+            raise UserError(
+                f"{where} has a class {name!r} that {run.path} was not trained on{nearest(name, run.classes)}; "
+                f"its classes are {', '.join(run.classes[:20])}"
+            )
+    labels = [run.classes.index(images.classes[label]) for label in images.labels]
+    return Images(images.keys, labels, run.classes, images.open)
+
+
+def _foreign(
+    path: Path, name: str, classes: list[str], size: int | None
+) -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
+    """A model of a listed name with someone's weights, and the papers' preprocessing."""
+    import muntin
+
+    network = muntin.create_model(name, num_classes=len(classes))
+    if not path.exists():
+        raise UserError(f"there is no checkpoint at {path}; check the path")
+    loaded = muntin.load_checkpoint(network, path)
+    if loaded.replaced:
+        raise UserError(
+            f"{path} classifies into another number of classes than the {len(classes)} class folders of the data; "
+            "give the data that it was trained for, with every class"
+        )
+    side = size or 224
+    return network, Evaluate((side, side), round(side / CROP), IMAGENET_MEAN, IMAGENET_STD)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image's most probable classes, best first; or `error`, why it could not be read.
+
+    `label` is the name of the image's folder where that is one of the classes, otherwise "".
+    """
+
+    image: str
+    label: str
+    classes: list[str]
+    probabilities: list[float]
+    error: str = ""
+
+
+def find_images(inputs: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Files as they are, folders with all images below them, .txt files as lists of paths, one per line.
+
+    A path that does not exist is kept, to be reported with the unreadable ones.
+    """
+    found: list[Path] = []
+    for entry in map(Path, inputs):
+        if entry.is_dir():
+            found += image_files(entry)
+        elif entry.suffix == ".txt":
+            try:
+                lines = entry.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"cannot read the list {entry} ({error}); give one path per line") from error
+            found += [Path(line.strip()) for line in lines if line.strip()]
+        else:
+            found.append(entry)
+    if not found:
+        given = ", ".join(str(entry) for entry in inputs)
+        raise UserError(f"no images found in {given or 'nothing'}; give files, folders or a .txt list of paths")
+    return found
+
+
+def predict(
+    run: Run | str | os.PathLike[str],
+    inputs: Iterable[str | os.PathLike[str]],
+    *,
+    top: int = 5,
+    batch_size: int = 32,
+) -> list[Prediction]:
+    """Classify images: one row each, in order; a broken image has its `error` and the rest goes on."""
+    if top < 1:
+        raise UserError(f"top={top}: give a whole number of at least 1")
+    opened = run if isinstance(run, Run) else Run.open(run)
+    files = find_images(list(inputs))
+    device = _device()
+    model = opened.model().to(device)
+    rows: list[Prediction] = []
+    batches = [files[i : i + batch_size] for i in range(0, len(files), batch_size)]
+    for batch, images in progress(_decoded(batches, opened.transform()), len(batches), "predicting"):
+        good = [image for image in images if isinstance(image, Tensor)]
+        with torch.inference_mode():
+            found = model(torch.stack(good).to(device)).float().softmax(1).cpu() if good else torch.empty(0)
+        scores = iter(found)
+        rows += [_row(opened, file, image, scores, top) for file, image in zip(batch, images, strict=True)]
+    return rows
+
+
+def _decoded(
+    batches: Sequence[list[Path]], transform: Callable[[Image.Image], Tensor]
+) -> Iterator[tuple[list[Path], list[Tensor | BadImage]]]:
+    def decode(file: Path) -> Tensor | BadImage:
+        try:
+            return transform(open_image(file))
+        except BadImage as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        for batch in batches:
+            yield batch, list(pool.map(decode, batch))
+
+
+def _row(run: Run, file: Path, image: Tensor | BadImage, scores: Iterator[Tensor], top: int) -> Prediction:
+    label = file.parent.name if file.parent.name in run.classes else ""
+    if isinstance(image, BadImage):
+        return Prediction(str(file), label, [], [], str(image))
+    best = next(scores).topk(min(top, len(run.classes)))
+    return Prediction(str(file), label, [run.classes[i] for i in best.indices.tolist()], best.values.tolist())
+
+
+def predictions_csv(rows: Sequence[Prediction]) -> bytes:
+    """predictions.csv: image, label, class1, probability1, class2, ..., error."""
+    top = max(len(row.classes) for row in rows)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [name for i in range(1, top + 1) for name in (f"class{i}", f"probability{i}")]
+    writer.writerow(["image", "label", *names, "error"])
+    for row in rows:
+        pairs = list(zip(row.classes, row.probabilities, strict=True))
+        cells = [cell for name, probability in pairs for cell in (name, f"{probability:.6f}")]
+        writer.writerow([row.image, row.label, *(cells or [""] * (2 * top)), row.error])
+    return text.getvalue().encode()
+
+
+def write_predictions(rows: Sequence[Prediction], path: str | os.PathLike[str]) -> Path:
+    return atomic_write(path, predictions_csv(rows))
