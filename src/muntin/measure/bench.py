@@ -351,8 +351,7 @@ class _Builder:
     def build(self, target: Target) -> list[_Ready]:
         if isinstance(target, tuple):
             label, model = target
-            # a copy: it is put into evaluation mode and moved, and the caller's may be in training
-            return self._with_optimized(label, copy.deepcopy(model), self.size or (224, 224))
+            return self._with_optimized(label, self._given(model), self.size or (224, 224))
         prefix, colon, name = target.partition(":")
         if colon and prefix in PREFIXES:
             return self._prefixed(prefix, name)
@@ -381,6 +380,15 @@ class _Builder:
         if prefix == "muntin":
             return self._with_optimized(name, model, size)
         return [self._eager(f"{prefix}:{name}", model, size)]
+
+    def _given(self, model: nn.Module) -> nn.Module:
+        """The caller's module as it is where it is ready to run, otherwise a copy to change."""
+        tensors = [*model.parameters(), *model.buffers()]
+        floating = [t for t in tensors if t.is_floating_point()]
+        placed = all(t.device.type == self.device.type for t in tensors) and all(
+            t.dtype == self.dtype for t in floating
+        )
+        return model if placed and not model.training else copy.deepcopy(model)
 
     def _eager(self, label: str, model: nn.Module, size: tuple[int, int]) -> _Ready:
         return _Ready(label, model.eval().to(self.device, self.dtype), size)

@@ -6,9 +6,12 @@ explicit products) is counted alike, and on the meta device without computing an
 B batch, N tokens, C channels, h heads, w window
 """
 
+import argparse
+import json
 import math
+import tomllib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muntin.errors import UserError
+from muntin.run import atomic_write
 
 MODELS = Path(__file__).parent.parent / "models"
 
@@ -196,3 +200,53 @@ def cost(model: nn.Module, size: int | tuple[int, int] = 224) -> Cost:
         height=height,
         width=width,
     )
+
+
+def table(published: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each listed variant: its cost at its input size, and what is published about it.
+
+    published: by name, any of `size` (pixels), `top1` (text: a figure known in part stays as it is) and `source`.
+    """
+    import muntin
+
+    rows = []
+    for name in muntin.list_models():
+        known = published.get(name, {})
+        with torch.device("meta"):
+            model = muntin.create_model(name)
+        size = known.get("size", 224)
+        found = cost(model, size)
+        rows.append(
+            {
+                "name": name,
+                "parameters": found.parameters,
+                "exported_parameters": found.exported_parameters,
+                "gmacs": round(found.gmacs, 3),
+                "size": size,
+                "top1": known.get("top1"),
+                "source": known.get("source"),
+            }
+        )
+    return rows
+
+
+def table_text() -> str:
+    """The contents of models/table.json, from the code and models/published.toml."""
+    published = tomllib.loads((MODELS / "published.toml").read_text(encoding="utf-8"))
+    return json.dumps(table(published), indent=1) + "\n"
+
+
+def main() -> None:
+    """`python -m muntin.measure.cost --write-table`."""
+    parser = argparse.ArgumentParser(description="count what the listed models cost")
+    parser.add_argument("--write-table", action="store_true", help="write models/table.json (otherwise print it)")
+    arguments = parser.parse_args()
+    text = table_text()
+    if arguments.write_table:
+        atomic_write(MODELS / "table.json", text.encode())
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

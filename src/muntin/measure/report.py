@@ -294,7 +294,7 @@ def _confusion(page: _Page) -> str:
         rows = [[escape(a), escape(b), str(n)] for n, a, b in wrong[:30]]
         body = _table(("true class", "taken for", "images"), rows)
     body += _classes(seen)
-    return _section("confusion", "Classes and confusions", lead, f'<div class="two">{body}</div>')
+    return _section("confusion", "Classes", lead, f'<div class="two">{body}</div>')
 
 
 def _classes(seen: Seen) -> str:
@@ -452,9 +452,9 @@ def _time(page: _Page) -> str:
     head = ("kind of operation", "ms, batch 1", "share", "ms, batch 8", "share")
     lead = f"At batch 8, <b>{order[0]}</b> takes {profiles[-1].share(order[0]):.0%} of the time."
     note = (
-        f"PyTorch, {_several(profiles[0].threads, 'thread')}, measured while this page was made with the profiler on; without it "
-        f"{profiles[0].plain_ms:.2f} ms and {profiles[1].plain_ms:.2f} ms. Unattributed is Python and launching; window "
-        "shifting counts every roll and gather."
+        f"PyTorch, {_several(profiles[0].threads, 'thread')}, measured while this page was made with the profiler on; "
+        f"without it {profiles[0].plain_ms:.2f} ms and {profiles[1].plain_ms:.2f} ms. Unattributed is Python and "
+        "launching; window shifting counts every roll and gather."
     )
     return _section("time", "Where the time goes", lead, body + _table(head, rows) + f'<p class="note">{note}</p>')
 
@@ -610,8 +610,9 @@ background:var(--panel);outline:1px solid var(--rule)}
 .good{color:var(--good)}.bad{color:var(--bad)}
 .barname{margin:12px 0 3px;font-size:13.5px;color:var(--muted)}
 .swatch{display:inline-block;width:11px;height:11px;border-radius:2px;margin-right:9px;background:var(--k)}
-.kind{fill:var(--k)}.count[class*=" k"]{fill:var(--on)!important}.count.k10{fill:var(--fg)!important}#time .scroll{margin-top:16px;max-width:720px}
-#calibration svg{max-width:430px!important}.pile{fill:var(--c)}
+.kind{fill:var(--k)}.count[class*=" k"]{fill:var(--on)!important}.count.k10{fill:var(--fg)!important}
+#time .scroll{margin-top:16px;max-width:720px}
+#calibration figure{max-width:430px}.pile{fill:var(--c)}
 pre{background:var(--panel);padding:14px 16px;border-radius:4px;overflow-x:auto;font-size:13.5px;line-height:1.6}
 code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:.94em}
 details{margin-top:16px}summary{cursor:pointer;color:var(--s0);font-size:14.5px}

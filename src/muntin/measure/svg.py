@@ -33,7 +33,7 @@ def _round_out(low: float, high: float, count: int = 4) -> Point:
 
 
 def _number(value: float) -> str:
-    if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
+    if value and (abs(value) < 1e-4 or abs(value) >= 1e5):
         return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:g}"
 
