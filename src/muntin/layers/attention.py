@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muntin.layers.position import BiasCache, bias_matrix, constant_relative_index, relative_index
-from muntin.layers.window import Grid, SymbolicGrid, kind_masks, window_masks, window_tokens
+from muntin.layers.position import BiasCache, bias_matrix, constant_relative_index
+from muntin.layers.window import Grid, SymbolicGrid, kind_masks, move, window_masks, window_tokens
 
 
 class SplitLinear(nn.Module):
@@ -41,33 +41,46 @@ class WindowAttention(nn.Module):
         nn.init.trunc_normal_(self.bias_table, std=0.02)
         self._cache = BiasCache()
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor, real: Tensor | None = None) -> Tensor:
         """`bias`: (1, h, A, A) for all, or (n, 1, h, A, A) or (1, n, h, A, A) where windows differ.
 
-        The five-dimensional forms say whether windows or images stand outermost in M.
+        The five-dimensional forms say whether windows or images stand outermost in M. `real`: (M, A, 1), zero
+        where a token is padding, given where there is any.
         """
         windows, area, channels = x.shape
-        qkv = self.qkv(x).view(windows, area, 3, self.heads, -1)  # (M, A, 3, h, d)
+        qkv = self.project(x, real).view(windows, area, 3, self.heads, -1)  # (M, A, 3, h, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (M, h, A, d)
-        if bias.ndim == 4 and self._fused(x):
+        if self._fused(x):
+            if bias.ndim == 5:
+                bias = bias.expand(windows // (bias.shape[0] * bias.shape[1]), -1, -1, -1, -1).flatten(0, 1)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
         else:
             logits = (q * self.scale) @ k.transpose(-2, -1)  # (M, h, A, A)
-            if bias.ndim == 4:
-                logits = logits + bias
-            else:
+            if bias.ndim == 5:
                 fold = (-1, *bias.shape[1:]) if bias.shape[0] == 1 else (bias.shape[0], -1, *bias.shape[2:])
                 logits = (logits.view(fold) + bias).view(-1, *logits.shape[1:])
+            else:
+                logits = logits + bias
             out = logits.softmax(-1).to(v.dtype) @ v
         return self.proj(out.transpose(1, 2).reshape(windows, area, channels))
 
+    def project(self, x: Tensor, real: Tensor | None) -> Tensor:
+        """q, k and v of (M, A, C): (M, A, 3C). Padding is zero after the norm, so it yields the biases."""
+        return self.qkv(x)
+
     def forward_stream(self, x: Tensor, grid: Grid) -> Tensor:
         """Stream (n, B, A, C) in the grid's order -> the same."""
-        rows = x.flatten(0, 1)
-        if torch.is_grad_enabled() or not any(grid.shift):
-            return self(rows, self.window_biases(grid)).view_as(x)
-        batch, biases = x.shape[1], self.kind_biases(grid, x.dtype)
-        parts = [self(rows[g.start * batch : g.stop * batch], biases[g.kind]) for g in window_tokens(grid)[2]]
+        rows, batch = x.flatten(0, 1), x.shape[1]
+        real = None
+        if not grid.aligned:
+            keep = move(None, grid, (grid.height, grid.width), batch, x.device).keep
+            real = None if keep is None else keep.view(-1, grid.area, 1)
+        if torch.is_grad_enabled():
+            return self(rows, self.window_biases(grid), real).view_as(x)
+        biases, parts = self.kind_biases(grid, x.dtype), []
+        for group in window_tokens(grid)[2]:
+            part = slice(group.start * batch, group.stop * batch)
+            parts.append(self(rows[part], biases[group.kind], None if real is None else real[part]))
         return torch.cat(parts).view_as(x)
 
     @staticmethod
@@ -80,7 +93,7 @@ class WindowAttention(nn.Module):
 
     def kind_biases(self, grid: Grid, dtype: torch.dtype) -> Tensor:
         """Bias plus mask for each kind of window, for inference: (4, 1, h, A, A), or (1, ...) without shift."""
-        key = (grid.window, grid.shift, dtype)
+        key = (grid.window, grid.shift, dtype, self.bias_table.device)
         bias = self._cache.get(key, self.bias_table)
         if bias is None:
             with torch.inference_mode(False), torch.no_grad():
@@ -100,10 +113,9 @@ class WindowAttention(nn.Module):
 
     def symbolic_bias(self, grid: SymbolicGrid) -> Tensor:
         """(1, n, h, A, A), or (1, h, A, A) without shift."""
-        bias = self._bias(grid.window)[None]
+        bias = bias_matrix(self.bias_table, grid.offsets, grid.area)[None]
         return bias if grid.mask is None else (bias + grid.mask[:, None]).unsqueeze(0)
 
     def _bias(self, window: tuple[int, int]) -> Tensor:
-        make = relative_index if torch.compiler.is_compiling() else constant_relative_index
-        index = make(*window, self.window, self.bias_table.device)
+        index = constant_relative_index(*window, self.window, self.bias_table.device)
         return bias_matrix(self.bias_table, index, window[0] * window[1])  # (h, A, A)

@@ -19,8 +19,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, dim, patch, patch)
         self.norm = NORMS[norm](dim)
 
+    @property
+    def stride(self) -> int:
+        return self.proj.kernel_size[0]
+
     def forward(self, image: Tensor) -> tuple[Tensor, int, int]:
-        patch = self.proj.stride[0]
+        patch = self.stride
         height, width = image.shape[-2:]
         if torch.compiler.is_exporting():
             # a convolution specialises sizes: give it symbols of their own

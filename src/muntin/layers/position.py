@@ -51,32 +51,35 @@ class BiasCache:
     """Position biases of one attention layer, kept while the table that they were made from is the same.
 
     Comparing values costs microseconds on a CPU; a version counter would miss edits through `.data`. On other
-    devices a comparison would wait for the device, so nothing is kept there.
+    devices a comparison would wait for the device, so nothing is kept there unless the table is `frozen`,
+    which promises that it never changes again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, frozen: bool = False) -> None:
+        self.frozen = frozen
         self.entries: dict[Hashable, Tensor] = {}
         self.table: Tensor | None = None
 
     def get(self, key: Hashable, table: Tensor) -> Tensor | None:
-        if table.device.type != "cpu":
-            return None
-        if self.table is None or self.table.dtype != table.dtype or not torch.equal(self.table, table):
+        if not self.frozen and not self._unchanged(table):
             self.entries.clear()
-            return None
         return self.entries.get(key)
 
     def put(self, key: Hashable, table: Tensor, bias: Tensor) -> None:
-        if table.device.type != "cpu":
-            return
         if len(self.entries) >= 8:
             self.entries.clear()
         if not self.entries:
             self.table = table.detach().clone()
         self.entries[key] = bias
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "BiasCache":
-        return BiasCache()
+    def _unchanged(self, table: Tensor) -> bool:
+        kept = self.table
+        if kept is None or table.device.type != "cpu" or kept.dtype != table.dtype:
+            return False
+        return torch.equal(kept, table)
 
-    def __reduce__(self) -> tuple[type["BiasCache"], tuple[()]]:
-        return BiasCache, ()
+    def __deepcopy__(self, memo: dict[int, object]) -> "BiasCache":
+        return BiasCache(self.frozen)
+
+    def __reduce__(self) -> tuple[type["BiasCache"], tuple[bool]]:
+        return BiasCache, (self.frozen,)

@@ -17,14 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muntin.layers.position import separation_mask
+from muntin.layers.position import relative_index, separation_mask
 
 
 def fresh(size: int) -> int:
-    """The same size as a symbol of its own under export and compile, so that expressions never nest."""
+    """The same size as a symbol of its own, under export and `muntin.compile`, so that expressions never nest.
+
+    Elsewhere, and in compiled training, sizes stay as they are: a backward pass asks more of them.
+    """
     if not torch.compiler.is_compiling():
         return size
-    symbol = int(torch.scalar_tensor(size, dtype=torch.int64).item())
+    inference = not torch.is_grad_enabled() and torch._dynamo.config.capture_scalar_outputs
+    if not (torch.compiler.is_exporting() or inference):
+        return size
+    symbol: Any = torch.scalar_tensor(size, dtype=torch.int64).item()  # a symbol, not an int
     torch._check(symbol >= 1)
     return symbol
 
@@ -284,7 +290,7 @@ class SymbolicGrid:
     """A partition whose sizes may be symbols: index tensors for (B, N, C) tokens in raster order.
 
     enter: (n * A,) tokens of each slot, clamped; keep: (n * A, 1), zero where a slot is padding;
-    leave: (N,) slots of each token; mask: (n, A, A), or None without shift.
+    leave: (N,) slots of each token; mask: (n, A, A), or None without shift; offsets: (A * A,) rows of a bias table.
     """
 
     window: tuple[int, int]
@@ -293,6 +299,7 @@ class SymbolicGrid:
     keep: Tensor
     leave: Tensor
     mask: Tensor | None
+    offsets: Tensor
 
     @property
     def area(self) -> int:
@@ -317,7 +324,13 @@ def symbolic_grid(
         labels = y.label.view(rows, 1, wh, 1) * 3 + x.label.view(1, cols, 1, ww)
         mask = separation_mask(labels.reshape(rows * cols, wh * ww))
     return SymbolicGrid(
-        (wh, ww), rows * cols, enter.reshape(-1), inside.reshape(-1, 1).float(), leave.reshape(-1), mask
+        window=(wh, ww),
+        count=rows * cols,
+        enter=enter.reshape(-1),
+        keep=inside.reshape(-1, 1).float(),
+        leave=leave.reshape(-1),
+        mask=mask,
+        offsets=relative_index(wh, ww, window, device),
     )
 
 

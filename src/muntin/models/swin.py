@@ -10,8 +10,9 @@ blocks the tokens are a stream (n, B, A, C) in the order of the last block's win
 single window that is the map, is (1, B, N, C). See layers/window.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,7 @@ def _check(config: Swin) -> None:
                 f"dim={config.dim} gives {config.dim * 2**s} channels in stage {s}, which heads={heads} does not"
                 f" divide: change dim or heads"
             )
-    choices = {"norm": NORMS, "act": ACTIVATIONS, "small_maps": ("shrink", "pad")}
+    choices: dict[str, Collection[str]] = {"norm": NORMS, "act": ACTIVATIONS, "small_maps": ("shrink", "pad")}
     for field, valid in choices.items():
         if getattr(config, field) not in valid:
             raise UserError(f"{field}={getattr(config, field)!r}: valid are {', '.join(map(repr, valid))}")
@@ -159,8 +160,11 @@ class SwinBlock(nn.Module):
         """(B, N, C) in raster order -> the same, for sizes that may be symbols."""
         if self.norm1 is not None and self.attention is not None:
             batch, _, channels = x.shape
-            y = self.norm1(x).index_select(1, grid.enter) * grid.keep.to(x.dtype)
-            y = self.attention(y.view(batch * grid.count, grid.area, channels), self.attention.symbolic_bias(grid))
+            real = grid.keep.to(x.dtype)  # (n * A, 1)
+            y = self.norm1(x).index_select(1, grid.enter) * real
+            y = y.view(batch * grid.count, grid.area, channels)
+            real = real.expand(batch, -1, -1).reshape(batch * grid.count, grid.area, 1)
+            y = self.attention(y, self.attention.symbolic_bias(grid), real)
             y = y.view(batch, grid.count * grid.area, channels).index_select(1, grid.leave)
             x = x + self.drop_path(y)
         return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -180,8 +184,10 @@ class SwinStage(nn.Module):
         """Stream, its order and its map's sides -> the same after the stage. `run(block, ...)` calls a block."""
         if self.merge is not None:
             half = (size[0] + 1) // 2, (size[1] + 1) // 2
-            target = self.blocks[0].order(None, half)
+            first: Any = self.blocks[0]
+            target = first.order(None, half)
             x, source, size = self.merge(x, source, target, size), target, half
+        block: Any
         for block in self.blocks:
             x = run(block, x, source, size)
             source = block.order(source, size)
@@ -194,6 +200,7 @@ class SwinStage(nn.Module):
         if self.merge is not None:
             x, height, width = self.merge.forward_symbolic(x, height, width)
         grids: dict[bool, SymbolicGrid] = {}
+        block: Any
         for block in self.blocks:
             if block.shifted not in grids:
                 grids[block.shifted] = symbolic_grid(
@@ -244,7 +251,8 @@ class SwinBackbone(Backbone):
 
     def _forward_symbolic(self, image: Tensor) -> list[Tensor]:
         x, height, width = self.stem(image)
-        maps = []
+        maps: list[Tensor] = []
+        stage: Any
         for number, stage in enumerate(self.stages[: self.out_indices[-1] + 1]):
             x, height, width = stage.forward_symbolic(x, height, width, self.run_block)
             if number in self.out_indices:
