@@ -17,7 +17,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, dim: int, patch: int = 4, norm: str = "layer") -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, dim, patch, patch)
-        self.norm = NORMS[norm](dim)
+        self.norm: nn.Module = NORMS[norm](dim)
 
     @property
     def stride(self) -> int:
@@ -51,7 +51,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, dim: int, norm: str = "layer") -> None:
         super().__init__()
-        self.norm = NORMS[norm](4 * dim)
+        self.norm: nn.Module = NORMS[norm](4 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor, source: Grid | None, target: Grid | None, size: tuple[int, int]) -> Tensor:

@@ -35,7 +35,7 @@ def fresh(size: int) -> int:
     return symbol
 
 
-def axis_rule(side: int, window: int, shifted: bool, small_maps: str) -> tuple[int, int]:
+def axis_rule(side: Any, window: int, shifted: bool, small_maps: str) -> tuple[Any, Any]:
     """Window and shift along one axis of a map, for integers and symbols alike.
 
     "shrink": where the window is no smaller than the map the window is the map, and nothing shifts.

@@ -1,4 +1,7 @@
-"""Backbone + head: image -> logits."""
+"""Backbone + head: image -> logits.
+
+A head maps the last map to logits and has `features(map)`, the map after the head's norm, and `reset(num_classes)`.
+"""
 
 from typing import Any
 
@@ -11,12 +14,12 @@ from muntin.models.backbone import Backbone
 class Classifier(nn.Module):
     """(B, 3, H, W) -> (B, num_classes)."""
 
-    def __init__(self, name: str, backbone: Backbone, head: nn.Module, num_classes: int) -> None:
+    def __init__(self, name: str, backbone: Backbone, head: Any, num_classes: int) -> None:
         super().__init__()
         self.name = name
         self.num_classes = num_classes
         self.backbone = backbone
-        self.head = head
+        self.head: Any = head
 
     @property
     def config(self) -> Any:

@@ -17,7 +17,8 @@ class Compiled(nn.Module):
     def __init__(self, model: nn.Module, **options: Any) -> None:
         super().__init__()
         self.model = model
-        self._least = getattr(model, "backbone", model).stem.stride + 1
+        backbone: Any = getattr(model, "backbone", model)
+        self._least = backbone.stem.stride + 1
         self._inference = torch.compile(model, fullgraph=True, **options)
         self._training = torch.compile(model, fullgraph=True, dynamic=False, **options)
 

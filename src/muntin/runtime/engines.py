@@ -65,7 +65,7 @@ def open_onnx(path: Path) -> tuple[Any, dict[str, Any]]:
     Raises UserError for a file that ONNX Runtime does not read, or that is no image classifier.
     """
     try:
-        import onnxruntime  # type: ignore[import-untyped]
+        import onnxruntime
     except ImportError as error:
         raise UserError(f"{path} needs the package onnxruntime; {INSTALL}") from error
     options = onnxruntime.SessionOptions()

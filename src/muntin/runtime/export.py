@@ -307,7 +307,7 @@ def export(
     written: list[_Written] = []
 
     def write_and_check(partial: Path) -> None:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
 
         like = next(model.parameters(), torch.empty(0))
         hidden = None if progress else True  # None: hidden where the output is not a terminal

@@ -5,7 +5,6 @@ are not public, so each is tried on a small product first and left out where it 
 """
 
 import copy
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -43,28 +42,35 @@ def fold(model: nn.Module) -> nn.Module:
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     with torch.no_grad():
         for module in list(fast.modules()):
-            if isinstance(module, PatchEmbed) and isinstance(module.norm, TokenBatchNorm):
-                _fold_after(module.norm, module.proj)
-                module.norm = nn.Identity()
-            elif isinstance(module, PatchMerging) and isinstance(module.norm, TokenBatchNorm):
-                module.reduction = _fold_before(module.norm, module.reduction)
-                module.norm = nn.Identity()
-            elif isinstance(module, WindowAttention) and isinstance(module.qkv, nn.Linear):
+            if isinstance(module, WindowAttention) and isinstance(module.qkv, nn.Linear):
                 _fold_scale(module)
-            if isinstance(getattr(module, "norm2", None), TokenBatchNorm):
-                module.mlp.fc1 = _fold_before(module.norm2, module.mlp.fc1)
-                module.norm2 = nn.Identity()
-            attention = getattr(module, "attention", None)
-            if isinstance(getattr(module, "norm1", None), TokenBatchNorm) and isinstance(attention.qkv, nn.Linear):
-                module.attention = FoldedAttention(attention, module.norm1)
-                module.norm1 = nn.Identity()
+        for module in list(fast.modules()):
+            _fold_norms(module)
     return fast
+
+
+def _fold_norms(module: Any) -> None:
+    """The BatchNorms that this module holds, by where they stand."""
+    if isinstance(module, PatchEmbed) and isinstance(module.norm, TokenBatchNorm):
+        _fold_after(module.norm, module.proj)
+        module.norm = nn.Identity()
+    if isinstance(module, PatchMerging) and isinstance(module.norm, TokenBatchNorm):
+        module.reduction = _fold_before(module.norm, module.reduction)
+        module.norm = nn.Identity()
+    if isinstance(getattr(module, "norm1", None), TokenBatchNorm) and isinstance(module.attention.qkv, nn.Linear):
+        module.attention = FoldedAttention(module.attention, module.norm1)
+        module.norm1 = nn.Identity()
+    if isinstance(getattr(module, "norm2", None), TokenBatchNorm):
+        module.mlp.fc1 = _fold_before(module.norm2, module.mlp.fc1)
+        module.norm2 = nn.Identity()
 
 
 class FoldedAttention(WindowAttention):
     """Attention whose norm is folded into q, k and v. Padding still yields what it yielded: the biases alone."""
 
-    def __init__(self, attention: WindowAttention, norm: TokenBatchNorm) -> None:
+    padding: Tensor
+
+    def __init__(self, attention: Any, norm: TokenBatchNorm) -> None:
         nn.Module.__init__(self)
         self.heads, self.window, self.scale = attention.heads, attention.window, attention.scale
         self.register_buffer("padding", attention.qkv.bias.clone())
@@ -78,7 +84,7 @@ class FoldedAttention(WindowAttention):
         return qkv if real is None else torch.where(real > 0, qkv, self.padding)
 
 
-def _affine(norm: TokenBatchNorm) -> tuple[Tensor, Tensor]:
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
     """The factor and summand that a BatchNorm is in evaluation mode, in float64."""
     factor = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
     return factor, norm.bias.double() - norm.running_mean.double() * factor
@@ -93,13 +99,13 @@ def _fold_before(norm: TokenBatchNorm, linear: nn.Linear) -> nn.Linear:
     return folded.eval()
 
 
-def _fold_after(norm: TokenBatchNorm, conv: nn.Conv2d) -> None:
+def _fold_after(norm: TokenBatchNorm, conv: Any) -> None:
     factor, summand = _affine(norm)
     conv.weight.copy_(conv.weight.double() * factor[:, None, None, None])
     conv.bias.copy_(conv.bias.double() * factor + summand)
 
 
-def _fold_scale(attention: WindowAttention) -> None:
+def _fold_scale(attention: Any) -> None:
     channels = attention.proj.in_features
     attention.qkv.weight[:channels] *= attention.scale
     attention.qkv.bias[:channels] *= attention.scale
@@ -134,10 +140,7 @@ class PackedLinear(nn.Module):
 
 
 _ALGORITHM = {"none": "", "relu": "", "gelu": "none"}
-_ACTIVATION: dict[type[nn.Module], tuple[str, Callable[[Tensor], Tensor]]] = {
-    nn.GELU: ("gelu", F.gelu),
-    nn.ReLU: ("relu", F.relu),
-}
+_ACTIVATION: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.ReLU: "relu"}
 
 
 @lru_cache
@@ -157,12 +160,16 @@ def _packs(dtype: torch.dtype, act: str) -> bool:
 def _pack(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, Mlp) and isinstance(module.fc1, nn.Linear):
-            act = _ACTIVATION[type(module.act)][0]
-            if _packable(module.fc1, act):
-                module.fc1, module.act = PackedLinear(module.fc1, act), nn.Identity()
+            _pack_mlp(module)
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and not isinstance(module, PackedLinear) and _packable(child, "none"):
                 setattr(module, name, PackedLinear(child))
+
+
+def _pack_mlp(mlp: Any) -> None:
+    act = _ACTIVATION[type(mlp.act)]
+    if _packable(mlp.fc1, act):
+        mlp.fc1, mlp.act = PackedLinear(mlp.fc1, act), nn.Identity()
 
 
 def _packable(linear: nn.Linear, act: str) -> bool:

@@ -1,0 +1,49 @@
+# `make run` is the main job, `make test` the tests; both set up .venv first where that is needed.
+SHELL := /bin/sh
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+RUN ?= runs/digits
+
+.PHONY: run test lint bench docs setup clean
+.DEFAULT_GOAL := run
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Muntin needs Python 3.11 or newer: install it, or say make PYTHON=/path/to/python"; exit 2; }
+	@echo "Setting up .venv with $$($(PYTHON) --version): 6 GB the first time, seconds from uv's cache"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[all,dev]"
+	@touch $@
+
+run: .venv/ready  ## train, evaluate, export, predict, measure and report on handwritten digits
+	@echo "== Training on scikit-learn's handwritten digits into $(RUN)"
+	@$(BIN)/muntin train --data digits --out $(RUN) --resume
+	@echo "== Evaluating on the test split"
+	@$(BIN)/muntin eval $(RUN)
+	@echo "== Exporting to ONNX and comparing with PyTorch"
+	@$(BIN)/muntin export $(RUN) --to onnx
+	@echo "== Predicting held-out images"
+	@$(BIN)/muntin predict $(RUN) $(RUN)/held_out --out $(RUN)/predictions.csv
+	@echo "== Measuring latency"
+	@$(BIN)/muntin bench $(RUN)
+	@echo "== Writing the report"
+	@$(BIN)/muntin report $(RUN)
+
+test: .venv/ready  ## tests that need no network and no GPU
+	@echo "Running the tests"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: .venv/ready  ## ruff and mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: .venv/ready  ## latency against timm, torchvision and transformers, same weights, interleaved
+	@$(BIN)/python benchmarks/peers.py
+
+docs: .venv/ready  ## the generated tables and pictures
+	@$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf .venv build dist
