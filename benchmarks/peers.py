@@ -59,7 +59,8 @@ def timm_peer(config: Any, fused: bool, classes: int = 1000) -> nn.Module:
             drop_path_rate=0.0,
         )
         if _free(config):
-            for s, stage in enumerate(model.layers):
+            stages: Any = model.layers
+            for s, stage in enumerate(stages):
                 stage.blocks = nn.Sequential(
                     *(
                         SwinTransformerBlock(

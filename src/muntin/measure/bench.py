@@ -269,7 +269,7 @@ def _timm(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, tuple[int
 
 
 def _torchvision(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, tuple[int, int]]:
-    from torchvision import models  # type: ignore[import-untyped]
+    from torchvision import models
 
     valid = models.list_models(module=models)
     if name not in valid:
@@ -280,9 +280,9 @@ def _torchvision(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, tu
 class LogitsOnly(nn.Module):
     """A transformers classifier that returns its logits."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(pixel_values=images).logits
@@ -300,7 +300,7 @@ def transformers_swin(name: str, size: tuple[int, int], num_classes: int = 1000)
 
     with torch.device("meta"):
         ours = muntin.create_model(name)
-    shape = asdict(ours.config)  # type: ignore[call-overload]
+    shape = asdict(ours.config)
     windows = shape.get("window")
     one_window = windows if isinstance(windows, int) else (windows or (0,))[0]
     plain = {"dim", "depths", "heads"} <= shape.keys() and isinstance(shape.get("mlp_ratio"), (int, float))
@@ -524,7 +524,7 @@ class _Progress:
         self.bar: Any = None
         if shown:
             try:
-                from tqdm import tqdm  # type: ignore[import-untyped]
+                from tqdm import tqdm
             except ImportError:
                 return
             self.bar = tqdm(total=total, desc="bench", disable=None, leave=False, file=sys.stderr)

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,14 +113,25 @@ def _profiled(model: nn.Module, x: Tensor) -> tuple[float, list[Operator]]:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if x.is_cuda else [])
     with torch.profiler.profile(activities=activities) as profiler:
         wall = _wall(model, x)
-    operators = []
-    for event in profiler.key_averages():
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for event in profiler.events():
         # Kernels are listed once more by themselves; the operator that launched them has their time already.
-        if event.device_type != torch.autograd.DeviceType.CPU or "::" not in event.key:
-            continue
-        microseconds = event.self_device_time_total if x.is_cuda else event.self_cpu_time_total
-        operators.append(Operator(event.key, kind_of(event.key), microseconds / 1000, event.count))
+        if event.device_type == torch.autograd.DeviceType.CPU and "::" in event.name:
+            microseconds = event.self_device_time_total if x.is_cuda else event.self_cpu_time_total
+            found[event.name, _kind_in_context(event)].append(microseconds / 1000)
+    operators = [Operator(name, kind, sum(times), len(times)) for (name, kind), times in found.items()]
     return wall, sorted(operators, key=lambda operator: -operator.ms)
+
+
+def _kind_in_context(event: Any) -> str:
+    """What an operator calls is of its kind (a roll's copies are shifting), but a product's copies are copies."""
+    kind = kind_of(event.name)
+    outer = event.cpu_parent
+    while outer is not None:
+        if kind_of(outer.name) not in ("other", "matrix product", "copy and reshape", "element-wise"):
+            kind = kind_of(outer.name)
+        outer = outer.cpu_parent
+    return kind
 
 
 def profile(model: nn.Module, x: Tensor, *, calls: int = 5, warmup: int = 3) -> Profile:

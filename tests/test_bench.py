@@ -1,0 +1,216 @@
+"""Bench: the protocol, the statistics, the targets, and what it refuses."""
+
+import json
+import random
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import muntin
+from muntin.errors import UserError
+from muntin.measure import bench
+from muntin.measure.bench import _listed_size, median_interval, percentile, rounded, transformers_swin
+from muntin.run import Run, save_model
+
+TINY: dict[str, Any] = {"dim": 16, "depths": (1, 1, 2, 1), "heads": (1, 2, 4, 8)}
+QUICK: dict[str, Any] = {"rounds": 3, "seconds": 0.03, "progress": False}
+PREPROCESSING: dict[str, Any] = {
+    "size": (32, 32),
+    "resize": None,
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.25, 0.25, 0.25),
+    "interpolation": "bicubic",
+    "channels": "RGB",
+}
+
+
+class Sleeper(nn.Module):
+    """Takes a known time and writes down that it was called."""
+
+    def __init__(self, seconds, log=None, name=""):
+        super().__init__()
+        self.seconds, self.log, self.name = seconds, log, name
+        self.eval()
+
+    def forward(self, x):
+        assert torch.is_inference_mode_enabled()
+        if self.log is not None:
+            self.log.append(self.name)
+        time.sleep(self.seconds)
+        return x
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    model = muntin.create_model("swin_t", num_classes=3, **TINY)
+    folder = tmp_path / "run"
+    save_model(folder / "model.safetensors", model, classes=["a", "b", "c"], preprocessing=PREPROCESSING)
+    Run.open(folder).update_metrics(model="swin_t", test_accuracy=0.5)
+    return folder
+
+
+def test_known_times_and_speeds():
+    report = bench([("slow", Sleeper(0.008)), ("fast", Sleeper(0.002))], (1, 4), 8, rounds=6, seconds=0.1)
+    slow, fast, *_ = report.rows
+    assert [(r.target, r.batch) for r in report.rows] == [("slow", 1), ("fast", 1), ("slow", 4), ("fast", 4)]
+    assert 8 <= slow.median_ms <= slow.p90_ms <= slow.p99_ms
+    assert slow.interval_ms[0] <= slow.interval_ms[1]
+    assert slow.throughput == pytest.approx(1000 / slow.median_ms)
+    assert slow.speed == 1.0
+    assert 1.5 < fast.speed and fast.speed_interval[0] > 1
+    assert report.rows[2].throughput == pytest.approx(4000 / report.rows[2].median_ms)
+
+
+def test_turns_are_interleaved_and_shuffled():
+    log: list[str] = []
+    names = ["a", "b", "c"]
+    bench([(n, Sleeper(0.001, log, n)) for n in names], (1,), 8, rounds=8, seconds=0.008, seed=1, progress=False)
+    turns = [n for i, n in enumerate(log) if i == 0 or log[i - 1] != n]
+    turns = turns[3:]  # after the warm-up of each
+    assert len(turns) >= 20  # equal neighbours across two rounds merge
+    orders = {tuple(turns[i : i + 3]) for i in range(len(turns) - 2)}
+    assert len({o for o in orders if len(set(o)) == 3}) > 1
+    calls = {n: log.count(n) for n in names}
+    assert min(calls.values()) >= 3 + 8 * 2  # warm-up, then one untimed and at least one timed call per turn
+
+
+def test_ties_are_called_ties():
+    model = Sleeper(0.002)
+    report = bench([("one", model), ("same", model)], (1,), 8, rounds=10, seconds=0.1, progress=False)
+    low, high = report.rows[1].speed_interval
+    table = report.table()
+    assert ("tie" in table) == (low <= 1 <= high)
+    assert "95% confidence" in table and "base" in table
+
+
+def test_json_records_the_protocol():
+    content = json.loads(bench([("x", Sleeper(0.001))], (1,), (9, 7), **QUICK).json())
+    assert content["protocol"]["threads"] == torch.get_num_threads()
+    assert content["protocol"]["rounds"] == 3 and content["protocol"]["dtype"] == "float32"
+    assert content["machine"]["cores"] and content["machine"]["cpu"]
+    assert content["versions"]["torch"] == torch.__version__.split("+")[0] or content["versions"]["torch"]
+    row = content["rows"][0]
+    assert (row["height"], row["width"], row["target"]) == (9, 7, "x")
+    assert {"median_ms", "p90_ms", "p99_ms", "throughput", "iqr_ms", "calls"} <= row.keys()
+
+
+def test_threads_and_random_state_are_put_back():
+    before, state = torch.get_num_threads(), torch.get_rng_state()
+    report = bench([("x", Sleeper(0.001))], (1,), 8, threads=2, **QUICK)
+    assert report.protocol["threads"] == 2
+    assert torch.get_num_threads() == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_module_in_training_is_not_touched():
+    model = muntin.create_model("swin_t", num_classes=3, **TINY).train()
+    bench([("mine", model)], (1,), 32, dtype="bfloat16", **QUICK)
+    assert model.training and next(model.parameters()).dtype == torch.float32
+
+
+def test_a_run_gets_its_results(run_folder):
+    report = bench([str(run_folder)], (1, 2), **QUICK)
+    assert (report.rows[0].height, report.rows[0].width) == (32, 32)
+    kept = json.loads((run_folder / "bench.json").read_text())
+    assert [row["batch"] for row in kept["rows"]] == [1, 2]
+    metrics = json.loads((run_folder / "metrics.json").read_text())
+    assert metrics["latency_ms"] == pytest.approx(report.rows[0].median_ms, abs=1e-3)
+    assert metrics["test_accuracy"] == 0.5
+
+
+def test_peers_by_name():
+    timm = pytest.importorskip("timm")
+    pytest.importorskip("torchvision")
+    before = timm.layers.config._USE_FUSED_ATTN
+    report = bench(["timm:resnet10t", "torchvision:squeezenet1_1"], (1,), 32, **QUICK)
+    assert [row.target for row in report.rows] == ["timm:resnet10t", "torchvision:squeezenet1_1"]
+    assert timm.layers.config._USE_FUSED_ATTN == before
+
+
+def test_transformers_peer_has_our_shape():
+    pytest.importorskip("transformers")
+    with torch.device("meta"):
+        peer = transformers_swin("swin_t", (224, 224))
+        ours = muntin.create_model("swin_t")
+    assert sum(p.numel() for p in peer.parameters()) == sum(p.numel() for p in ours.parameters())
+    assert peer.model.config._attn_implementation == "sdpa"
+    with pytest.raises(UserError, match="swin_free_t.*one window"):
+        transformers_swin("swin_free_t", (224, 224))
+
+
+def test_default_sizes_come_from_the_table():
+    assert _listed_size("swin_free_digits") == 32
+    assert _listed_size("swin_t") == 224
+
+
+@pytest.mark.parametrize(
+    ("targets", "options", "words"),
+    [
+        ([], {}, "no target"),
+        (["swin_q"], {}, "swin_t"),
+        (["timm:resnet5"], {}, "resnet50"),
+        (["torchvision:swn_t"], {}, "swin_t"),
+        (["hf:swin"], {}, "transformers:NAME"),
+        (["missing.onnx"], {}, "missing.onnx"),
+        (["swin_t"], {"batch_sizes": (0,)}, "at least 1"),
+        (["swin_t"], {"size": 0}, "at least 1 pixel"),
+        (["swin_t"], {"dtype": "bfloat"}, "bfloat16"),
+        (["swin_t"], {"device": "gpu"}, "cuda"),
+        (["swin_t"], {"rounds": 1}, "at least 2"),
+    ],
+)
+def test_bad_input_names_the_remedy(targets, options, words):
+    if targets and targets[0].partition(":")[1]:
+        pytest.importorskip({"hf": "torch"}.get(targets[0].partition(":")[0], targets[0].partition(":")[0]))
+    with pytest.raises(UserError, match=words):
+        bench(targets, **options)
+
+
+def test_an_error_inside_a_model_is_not_the_users():
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        bench([("broken", Broken())], (1,), 8, **QUICK)
+
+
+def test_percentile_is_numpys():
+    values = random.Random(0).choices(range(1000), k=37)
+    for share in (0.0, 0.25, 0.5, 0.9, 0.99, 1.0):
+        assert percentile(values, share) == pytest.approx(np.percentile(values, 100 * share))
+
+
+def test_median_interval_covers_the_median():
+    assert median_interval(range(1, 11)) == (2, 9)  # 97.9%; (3, 8) would be 89%
+    assert median_interval([3.0]) == (3.0, 3.0)
+    assert median_interval([1, 2, 3]) == (1, 3)
+    source = random.Random(0)
+    held = 0
+    for _ in range(2000):
+        low, high = median_interval([source.expovariate(1) for _ in range(12)])
+        held += low <= 0.6931 <= high
+    assert 0.95 <= held / 2000 <= 0.99
+    assert statistics.median(range(1, 11)) == 5.5
+
+
+@pytest.mark.parametrize(
+    ("value", "uncertainty", "text"),
+    [
+        (123.456, 10, "120"),
+        (123.456, 1, "123"),
+        (12.3456, 0.04, "12.3"),
+        (12.3456, 0.4, "12.3"),
+        (9.87654, 0.04, "9.88"),
+        (0.012345, 0, "0.0123"),
+        (1087.0, 200, "1100"),
+        (0, 1, "0"),
+    ],
+)
+def test_no_more_digits_than_the_noise_supports(value, uncertainty, text):
+    assert rounded(value, uncertainty) == text
