@@ -16,6 +16,7 @@ runs/NAME/
 ```
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -59,7 +60,8 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Path],
             "free some space or choose a folder that you may write to (--out)"
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it was renamed, or its folder is none
+            partial.unlink()
     return path
 
 
@@ -119,8 +121,7 @@ def _describe(weights: Path) -> dict[str, Any]:
             described = json.loads((file.metadata() or {}).get(METADATA, "null"))
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"{weights} is not a readable safetensors file ({error}); "
-            "give a run's folder or its model.safetensors"
+            f"{weights} is not a readable safetensors file ({error}); give a run's folder or its model.safetensors"
         ) from error
     fields = ("name", "config", "num_classes", "classes", *PREPROCESSING)
     missing = [field for field in fields if not isinstance(described, dict) or field not in described]
@@ -182,11 +183,11 @@ class Run:
 
         import muntin
 
-        if "." in self.name or ":" in self.name:
-            # A weights file must not be able to choose which Python code runs.
+        if "." in self.name and not self._trained_here():
+            # A weights file must not be able to choose which Python module is imported.
             raise UserError(
-                f"{self.weights} holds the model {self.name!r}, which is not part of Muntin; build it "
-                f"yourself and load the weights with muntin.load_checkpoint(model, {str(self.weights)!r})"
+                f"{self.weights} holds the model {self.name!r}, which is not part of Muntin; build it yourself "
+                f"and load the weights with muntin.load_checkpoint(model, {str(self.weights)!r})"
             )
         model = muntin.create_model(self.name, num_classes=self.num_classes, **self.model_config)
         try:
@@ -197,6 +198,11 @@ class Run:
                 f"({str(error).splitlines()[-1].strip()}); train again or restore the file"
             ) from error
         return model.eval()
+
+    def _trained_here(self) -> bool:
+        """Whether config.yaml beside the weights names the same model."""
+        config = self.path / "config.yaml"
+        return config.exists() and f"model: {self.name}" in config.read_text(encoding="utf-8").splitlines()
 
     def transform(self) -> "Callable[[Image], torch.Tensor]":
         """What turns a PIL image of any mode into the model's input, (3, H, W) float."""

@@ -74,7 +74,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except BadImage:
         raise
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _bomb(path) from error
     except UnidentifiedImageError as error:
         raise BadImage(f"{path} is not a readable image; remove it or convert it to PNG or JPEG") from error

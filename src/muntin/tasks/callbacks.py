@@ -131,13 +131,15 @@ class Saver(lightning.Callback):
         if batch_idx and (due or self.signal is not None):
             self._save_last(trainer, pl_module)
 
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self._refuse_nan(pl_module, trainer.current_epoch + 1)
+
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Task)
         results: dict[str, dict[str, float]] = pl_module.results  # type: ignore[assignment]
         name = max(results, key=lambda key: (results[key]["accuracy"], -results[key]["loss"]))
         found = results[name]
         epoch = trainer.current_epoch + 1
-        self._refuse_nan(pl_module, epoch)
         self.history.append(
             {
                 "epoch": epoch,
@@ -164,7 +166,7 @@ class Saver(lightning.Callback):
             raise Stopped(self.signal)
 
     def _refuse_nan(self, task: Task, epoch: int) -> None:
-        """Checked before saving, so that no checkpoint holds the damage."""
+        """Checked before validation and saving, so that no checkpoint holds the damage."""
         if not math.isfinite(task.train_loss()):
             raise UserError(
                 f"the training loss became {task.train_loss()} in epoch {epoch}; lower the learning rate "

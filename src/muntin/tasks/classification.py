@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import platform
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -408,10 +407,18 @@ def _finish(
         write_json(folder / "evaluation.json", found.json())
         metrics["test_accuracy"] = found.top1
     run.update_metrics(**metrics)
-    shutil.rmtree(folder / "checkpoints" / "lightning_logs", ignore_errors=True)
+    measure_latency(run)
     shown = f"test accuracy {metrics['test_accuracy']:.2%}" if splits.test is not None else "no test split"
     report(
         f"{folder}: {shown}, val accuracy {best['accuracy']:.2%} ({best['weights']} weights of epoch "
         f"{best['epoch']}), trained in {duration(seconds)}"
     )
     return run
+
+
+def measure_latency(run: Run) -> None:
+    """A first `latency_ms` for metrics.json; `muntin bench RUN` measures at length."""
+    from muntin.measure import bench
+
+    bench([str(run.path)], batch_sizes=(1,), rounds=2, seconds=0.5, progress=False)
+    run.metrics = Run.open(run.path).metrics

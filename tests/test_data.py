@@ -1,0 +1,269 @@
+"""Decoding, splits, and batches that are pure functions."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from muntin.data.datasets import (
+    Images,
+    Splits,
+    digits_splits,
+    folder_splits,
+    load_digits,
+    splits_from_json,
+    stratified,
+)
+from muntin.data.images import BadImage, check_image, open_image
+from muntin.data.loading import Distort, EpochBatches, Photographs, TrainingSet
+from muntin.data.transforms import Evaluate
+from muntin.errors import UserError
+
+
+def folder_of(root, counts, size=(16, 16)):
+    """FOLDER/CLASS/*.png with noise."""
+    noise = np.random.default_rng(0)
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            pixels = noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+# Decoding
+
+
+def written(tmp_path, image, name="image.png", **options):
+    image.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+def test_transparency_is_shown_over_white(tmp_path):
+    image = Image.new("RGBA", (4, 4), (255, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 255, 0))
+    image.putpixel((2, 0), (0, 0, 255, 128))
+    found = open_image(written(tmp_path, image))
+    assert found.mode == "RGB"
+    assert found.getpixel((0, 0)) == (255, 0, 0)
+    assert found.getpixel((1, 0)) == (255, 255, 255)
+    assert found.getpixel((2, 0)) == pytest.approx((127, 127, 255), abs=1)
+
+
+def test_a_palette_with_a_transparent_entry(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    found = open_image(written(tmp_path, image, transparency=1))
+    assert [found.getpixel((x, 0)) for x in (0, 1)] == [(10, 20, 30), (255, 255, 255)]
+
+
+@pytest.mark.parametrize("mode, name", [("L", "a.png"), ("1", "a.png"), ("LA", "a.png"), ("L", "a.jpg")])
+def test_grey_becomes_three_equal_channels(tmp_path, mode, name):
+    found = open_image(written(tmp_path, Image.new("L", (3, 2), 255).convert(mode), name))
+    assert found.mode == "RGB" and found.getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_cmyk(tmp_path):
+    found = open_image(written(tmp_path, Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "image.jpg", quality=100))
+    red, green, blue = found.getpixel((4, 4))
+    assert red > 200 and green < 60 and blue < 60
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    found = open_image(written(tmp_path, Image.fromarray(values)))
+    assert [found.getpixel((x, 0))[0] for x in range(4)] == [0, 1, 128, 255]
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    image = Image.new("RGB", (30, 20))
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    assert open_image(written(tmp_path, image, "image.jpg", exif=exif)).size == (20, 30)
+
+
+def broken_images(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    whole = {name: written(tmp_path, noise, f"whole{name}").read_bytes() for name in (".png", ".jpg")}
+    (tmp_path / "cut.png").write_bytes(whole[".png"][:2000])
+    (tmp_path / "cut.jpg").write_bytes(whole[".jpg"][:1000])
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "folder.png").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("cut.png", "is damaged"),
+        ("cut.jpg", "is damaged"),
+        ("empty.png", "is empty"),
+        ("text.png", "is not a readable image"),
+        ("folder.png", "cannot be read"),
+        ("absent.png", "does not exist"),
+    ],
+)
+@pytest.mark.parametrize("read", [open_image, check_image])
+def test_a_broken_image_is_named_with_its_fault(tmp_path, name, words, read):
+    with pytest.raises(BadImage, match=rf"{name} {words}"):
+        read(broken_images(tmp_path) / name)
+
+
+@pytest.mark.parametrize("side", [12, 16])
+@pytest.mark.parametrize("read", [open_image, check_image])
+def test_decompression_bombs_are_refused(tmp_path, monkeypatch, side, read):
+    path = written(tmp_path, Image.new("L", (side, side)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(BadImage, match=r"image\.png is too large to decode safely \(more than 100 pixels\)"):
+        read(path)
+
+
+# Splits
+
+
+def test_splits_keep_the_shares_of_every_class_and_are_disjoint():
+    labels = [0] * 100 + [1] * 50 + [2] * 10
+    parts = stratified(labels, seed=0, test=0.2)
+    assert sorted(parts["train"] + parts["val"] + parts["test"]) == list(range(160))
+    for part, shares in (("test", [20, 10, 2]), ("val", [10, 5, 1]), ("train", [70, 35, 7])):
+        assert np.bincount([labels[i] for i in parts[part]]).tolist() == shares
+    assert stratified(labels, seed=0, test=0.2) == parts
+    assert stratified(labels, seed=1, test=0.2)["test"] != parts["test"]
+
+
+def test_a_class_of_one_or_two_images_is_trained_on():
+    parts = stratified([0, 1, 1, 2, 2, 2], seed=0, test=0.1)
+    assert {0, 1, 2} == {[0, 1, 1, 2, 2, 2][i] for i in parts["train"]}
+
+
+def test_the_digits_are_split_into_about_70_10_and_20_percent():
+    splits = digits_splits(seed=0, size=32)
+    assert [round(len(part) / 1797, 2) for part in (splits.train, splits.val, splits.test)] == [0.7, 0.1, 0.2]
+    position = 5
+    assert splits.test.open(position) == load_digits().open(splits.test.keys[position])
+
+
+def test_overlapping_splits_are_refused():
+    images = Images([1, 2], [0, 1], ["a", "b"], lambda position: Image.new("RGB", (1, 1)))
+    with pytest.raises(RuntimeError, match="overlap"):
+        Splits(images, images, None, True)
+
+
+def test_a_folder_of_classes_is_split_once_and_read_back(tmp_path):
+    root = folder_of(tmp_path, {"cat": 12, "dog": 20})
+    splits = folder_splits(str(root), seed=3, size=16, on_bad_image="error")
+    assert splits.train.classes == ["cat", "dog"] and splits.plain_resize
+    assert len(splits.train) + len(splits.val) + len(splits.test) == 32
+    stored = json.loads(json.dumps(splits.json()))
+    folder_of(tmp_path, {"cat": 15})  # images that come later are in no split
+    again = splits_from_json(str(root), stored, plain_resize=True)
+    for before, after in ((splits.train, again.train), (splits.val, again.val), (splits.test, again.test)):
+        assert (before.keys, before.labels) == (after.keys, after.labels)
+        assert before.open(0) == after.open(0)
+
+
+def test_a_folder_with_train_and_val_keeps_them(tmp_path):
+    folder_of(tmp_path / "train", {"cat": 4, "dog": 3}, size=(40, 30))
+    folder_of(tmp_path / "val", {"dog": 2}, size=(40, 30))
+    splits = folder_splits(str(tmp_path), seed=0, size=16, on_bad_image="error")
+    assert (len(splits.train), len(splits.val), splits.test) == (7, 2, None)
+    assert splits.val.labels == [1, 1] and not splits.plain_resize
+    again = splits_from_json(str(tmp_path), splits.json(), plain_resize=False)
+    assert again.val.labels == [1, 1] and again.train.keys == splits.train.keys
+
+
+def test_a_class_may_be_called_test(tmp_path):
+    root = folder_of(tmp_path, {"test": 6, "other": 6})
+    splits = folder_splits(str(root), seed=0, size=16, on_bad_image="error")
+    assert splits_from_json(str(root), splits.json(), True).train.labels == splits.train.labels
+
+
+def test_an_image_that_has_gone_is_named(tmp_path):
+    root = folder_of(tmp_path, {"cat": 6, "dog": 6})
+    splits = folder_splits(str(root), seed=0, size=16, on_bad_image="error")
+    (root / str(splits.test.keys[0])).unlink()
+    with pytest.raises(UserError, match=rf"{splits.test.keys[0]} is in the run's split.json but not on the disk"):
+        splits_from_json(str(root), splits.json(), True)
+
+
+# Transforms
+
+
+def test_evaluation_resizes_the_shorter_side_and_crops_the_centre():
+    image = Image.new("RGB", (512, 256))
+    image.paste((255, 255, 255), (128, 0, 384, 256))  # the middle half is white
+    tensor = Evaluate((224, 224), 256, mean=(0, 0, 0), std=(1, 1, 1))(image)
+    assert tensor.shape == (3, 224, 224) and tensor.min() == 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 500), (500, 3), (31, 32)])
+def test_any_image_fills_the_input(size):
+    white = Evaluate((32, 48), 36, mean=(0, 0, 0), std=(1, 1, 1))(Image.new("RGB", size, (255, 255, 255)))
+    assert white.shape == (3, 32, 48) and white.min() == 1
+
+
+def augments():
+    mean, std = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
+    picture = Evaluate((16, 16), None, mean, std).picture
+    return {
+        "distort": Distort(picture, mean, std),
+        "photographs": Photographs((16, 16), mean, std, "rand-m9-mstd0.5-inc1", 0.25),
+    }
+
+
+@pytest.mark.parametrize("name", ["distort", "photographs"])
+def test_augmentation_draws_from_seed_epoch_and_index_alone(name):
+    augment = augments()[name]
+    image = load_digits().open(3).resize((20, 20))
+    torch.manual_seed(5)
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    first = augment(image, (0, 1, 2))
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    assert torch.equal(state[0], after[0]) and state[1:] == after[1:]
+    torch.manual_seed(6)
+    random.random()
+    assert torch.equal(augment(image, (0, 1, 2)), first)
+    for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3)):
+        assert not torch.equal(augment(image, other), first)
+
+
+def test_no_distortion_is_the_picture_itself():
+    evaluate = Evaluate((16, 16), None)
+    image = load_digits().open(3)
+    augment = Distort(evaluate.picture, evaluate.mean, evaluate.std, strength=0)
+    torch.testing.assert_close(augment(image, (0, 0, 0)), evaluate(image), atol=0.02, rtol=0)
+
+
+# Batches
+
+
+def test_the_order_of_an_epoch_depends_on_seed_and_epoch_and_can_start_anywhere():
+    batches = EpochBatches(count=50, batch_size=8, seed=1)
+    batches.set_epoch(4)
+    whole = list(batches)
+    assert len(whole) == len(batches) == 6
+    assert len({position for batch in whole for _, position in batch}) == 48
+    assert {epoch for batch in whole for epoch, _ in batch} == {4}
+    resumed = EpochBatches(50, 8, seed=1, epoch=4, start=2)
+    resumed.set_epoch(4)  # as Lightning does
+    assert list(resumed) == whole[2:] and len(resumed) == 6
+    resumed.set_epoch(5)
+    assert len(list(resumed)) == 6 and list(resumed) != whole
+    assert list(EpochBatches(50, 8, seed=2, epoch=4)) != whole
+
+
+def test_a_set_smaller_than_a_batch_is_one_batch():
+    assert [len(batch) for batch in EpochBatches(5, 64, seed=0)] == [5]
+
+
+def test_a_training_item_is_a_function_of_epoch_and_position():
+    splits = digits_splits(seed=0, size=16)
+    data = TrainingSet(splits.train, augments()["distort"], seed=0)
+    assert torch.equal(data[(3, 7)][0], data[(3, 7)][0])
+    assert not torch.equal(data[(3, 7)][0], data[(4, 7)][0])
+    assert data[(3, 7)][1] == splits.train.labels[7]

@@ -1,0 +1,396 @@
+"""Training: resumed to the bit, selected without the test split, saved whole or not at all."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import muntin
+from muntin.data.datasets import Images
+from muntin.errors import UserError
+from muntin.tasks import classification, evaluate, train
+from muntin.tasks.base import Task
+from muntin.tasks.callbacks import AtomicCheckpoints, Saver, read_checkpoint
+from muntin.tasks.classification import Classification, Interrupted, choose_precision
+from muntin.tasks.inference import calibration_error
+from muntin.tasks.settings import Settings, read_config, recipes, settings_from
+
+TINY = {
+    "model.dim": 8,
+    "model.depths": (1, 1),
+    "model.heads": (1, 2),
+    "model.window": (4, 4),
+    "model.patch": 4,
+    "size": 16,
+    "batch_size": 64,
+    "epochs": 3,
+    "mixup": 0.8,
+    "drop_path": 0.2,
+    "ema_decay": 0.9,
+}
+STEPS = 19  # per epoch: 1259 training images
+
+
+def silent(_line):
+    pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_bench():
+    """The latency measurement at the end of a training says nothing here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classification, "measure_latency", lambda run: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("whole") / "run", report=silent, **TINY)
+
+
+def history(folder):
+    with open(folder / "history.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def same_result(folder, whole):
+    found, wanted = load_file(folder / "model.safetensors"), load_file(whole.weights)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert history(folder) == history(whole.path)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for name in ("test_accuracy", "val_accuracy", "best_epoch", "weights"):
+        assert metrics[name] == whole.metrics[name]
+
+
+KILLED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from muntin.tasks.base import Task
+from muntin.cli import main
+
+step_of_task = Task.training_step
+
+def training_step(self, batch, batch_idx):
+    if self.trainer.global_step == {step}:
+        os.kill(os.getpid(), signal.{signal})
+    return step_of_task(self, batch, batch_idx)
+
+Task.training_step = training_step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def killed(folder, step, number, **settings):
+    """A training process that gets a signal in the middle of a step."""
+    arguments = ["train", "--out", str(folder)]
+    for name, value in (TINY | settings).items():
+        arguments += ["--set", f"{name}={list(value) if isinstance(value, tuple) else value}"]
+    script = KILLED.format(step=step, signal=signal.Signals(number).name)
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_killed_in_an_epoch_resumes_to_the_bit(tmp_path, uninterrupted):
+    done = killed(tmp_path / "run", STEPS + 7, signal.SIGKILL)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    (tmp_path / "run" / "checkpoints" / ".last.0a.tmp.ckpt").write_bytes(b"half")
+    lines = []
+    train(tmp_path / "run", resume=True, report=lines.append)
+    assert any(f"resuming after step {STEPS} (epoch 2, batch 0)" in line for line in lines)
+    same_result(tmp_path / "run", uninterrupted)
+    assert not list((tmp_path / "run").rglob(".*"))
+
+
+def test_killed_after_a_save_within_an_epoch_resumes_there_with_other_workers(tmp_path, uninterrupted):
+    done = killed(tmp_path / "run", STEPS + 7, signal.SIGKILL, save_minutes=1e-9)
+    assert done.returncode == -signal.SIGKILL
+    lines = []
+    train(tmp_path / "run", resume=True, report=lines.append, workers=2, save_minutes=10)
+    assert any(f"resuming after step {STEPS + 7} (epoch 2, batch 7)" in line for line in lines)
+    same_result(tmp_path / "run", uninterrupted)
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tmp_path, uninterrupted):
+    done = killed(tmp_path / "run", 7, signal.SIGINT)
+    assert done.returncode == 130
+    assert f"continue with: muntin train --out {tmp_path / 'run'} --resume" in done.stderr
+    assert "Traceback" not in done.stderr
+    lines = []
+    train(tmp_path / "run", resume=True, report=lines.append)
+    assert any("resuming after step 8 (epoch 1, batch 8)" in line for line in lines)
+    same_result(tmp_path / "run", uninterrupted)
+
+
+def test_sigterm_on_the_last_step_of_an_epoch(tmp_path, uninterrupted, monkeypatch):
+    step = Task.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step == STEPS - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(Task, "training_step", training_step)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM") as stopped:
+        train(tmp_path / "run", report=silent, **TINY)
+    assert stopped.value.number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == handler
+    monkeypatch.undo()
+    monkeypatch.setattr(classification, "measure_latency", lambda run: None)
+    train(tmp_path / "run", resume=True, report=silent)
+    same_result(tmp_path / "run", uninterrupted)
+
+
+def test_a_finished_run_has_nothing_to_resume(uninterrupted):
+    before = uninterrupted.weights.stat().st_mtime_ns
+    lines = []
+    train(uninterrupted.path, resume=True, report=lines.append)
+    assert "is finished" in lines[-1]
+    assert uninterrupted.weights.stat().st_mtime_ns == before
+
+
+def test_resuming_with_another_setting_is_refused(uninterrupted):
+    with pytest.raises(UserError, match=r"epochs=9 differs from epochs=3 in .*config\.yaml"):
+        train(uninterrupted.path, resume=True, report=silent, epochs=9)
+
+
+def test_a_run_is_not_overwritten(uninterrupted):
+    with pytest.raises(UserError, match=r"holds a run already; continue it with --resume, or .* --out"):
+        train(uninterrupted.path, report=silent, **TINY)
+
+
+def test_another_seed_gives_another_run(tmp_path, uninterrupted):
+    other = train(tmp_path / "run", report=silent, **TINY | {"seed": 1, "epochs": 1})
+    split = json.loads((other.path / "split.json").read_text())
+    assert split["test"] != json.loads((uninterrupted.path / "split.json").read_text())["test"]
+
+
+def test_the_test_split_touches_neither_training_nor_selection(tmp_path, uninterrupted, monkeypatch):
+    """With black images and wrong labels in the test split, and none of them to be opened before the end."""
+    clean = classification.digits_splits
+
+    def poisoned(seed, size):
+        splits = clean(seed, size)
+
+        def open_poisoned(position):
+            assert (tmp_path / "run" / "model.safetensors").exists(), "a test image was read in training"
+            return Image.new("RGB", (8, 8))
+
+        labels = [(label + 1) % 10 for label in splits.test.labels]
+        return replace(splits, test=Images(splits.test.keys, labels, splits.test.classes, open_poisoned))
+
+    monkeypatch.setattr(classification, "digits_splits", poisoned)
+    run = train(tmp_path / "run", report=silent, **TINY)
+    assert run.metrics["test_accuracy"] != uninterrupted.metrics["test_accuracy"]
+    assert run.weights.read_bytes() == uninterrupted.weights.read_bytes()
+    assert history(run.path) == history(uninterrupted.path)
+
+
+def test_the_stored_splits_are_disjoint_and_are_what_was_evaluated(uninterrupted):
+    split = json.loads((uninterrupted.path / "split.json").read_text())
+    parts = [set(split[name]) for name in ("train", "val", "test")]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 1797
+    found = evaluate(uninterrupted.path)
+    assert (found.split, found.images) == ("test", len(split["test"]))
+    assert found.top1 == uninterrupted.metrics["test_accuracy"]
+    assert found.json() == json.loads((uninterrupted.path / "evaluation.json").read_text())
+
+
+def test_what_is_saved_is_what_was_best_in_validation(uninterrupted):
+    metrics = uninterrupted.metrics
+    assert evaluate(uninterrupted.path, split="val").top1 == pytest.approx(metrics["val_accuracy"], abs=1e-6)
+    best = max(history(uninterrupted.path), key=lambda row: float(row["val_accuracy"]))
+    assert float(best["val_accuracy"]) == pytest.approx(metrics["val_accuracy"], abs=1e-5)
+    state = read_checkpoint(uninterrupted.path / "checkpoints" / "best.ckpt")["state_dict"]
+    prefix = {"raw": "model.", "ema": "average.module."}[metrics["weights"]]
+    for name, value in load_file(uninterrupted.weights).items():
+        assert torch.equal(value, state[prefix + name])
+
+
+def test_training_learns(uninterrupted):
+    rows = history(uninterrupted.path)
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert uninterrupted.metrics["val_accuracy"] > 0.15
+
+
+def test_a_run_says_what_it_was(uninterrupted):
+    metrics = uninterrupted.metrics
+    assert metrics["model"] == "swin_free_digits"
+    assert metrics["parameters"] == sum(p.numel() for p in uninterrupted.model().parameters())
+    assert metrics["epochs"] == 3 and metrics["seed"] == 0 and metrics["precision"] == "32"
+    assert metrics["versions"]["torch"] and metrics["machine"]["cores"]
+    config = read_config(uninterrupted.path / "config.yaml")
+    assert settings_from(config).flat() == config
+    assert config["model.dim"] == 8 and config["size"] == 16
+    assert list((uninterrupted.path / "tensorboard").glob("events.out.tfevents*"))
+    names = {path.parent.name: path for path in (uninterrupted.path / "held_out").glob("*/*.png")}
+    assert sorted(names) == [str(digit) for digit in range(10)]
+
+
+def test_nothing_half_written_stays_when_the_disk_is_full(tmp_path):
+    """A real failure: the process may not write files larger than the first checkpoint needs."""
+    folder = tmp_path / "run"
+    script = f"""
+import resource, sys
+import torch
+torch.set_num_threads(1)
+from muntin.tasks.callbacks import Saver
+from muntin.cli import main
+
+save = Saver.on_train_epoch_end
+def on_train_epoch_end(self, trainer, module):
+    save(self, trainer, module)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # from the second epoch on
+Saver.on_train_epoch_end = on_train_epoch_end
+sys.exit(main(["train", "--out", {str(folder)!r}] + sys.argv[1:]))
+"""
+    sets = [f"--set={k}={list(v) if isinstance(v, tuple) else v}" for k, v in TINY.items()]
+    done = subprocess.run([sys.executable, "-c", script, *sets], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert "cannot write" in done.stderr and ".ckpt: File too large; free some space" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(os.listdir(folder / "checkpoints")) == ["best.ckpt", "last.ckpt"]
+    assert read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] == STEPS
+    assert not (folder / "model.safetensors").exists()
+    assert not list(folder.rglob(".*"))
+
+
+class Exploding:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def test_checkpoints_that_hold_code_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Exploding()}, tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match=r"last\.ckpt is refused: .* code, which is not run"):
+        AtomicCheckpoints().load_checkpoint(tmp_path / "last.ckpt")
+    assert not (tmp_path / "exploded").exists()
+    (tmp_path / "last.ckpt").write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(UserError, match=r"last\.ckpt is (damaged|refused)"):
+        read_checkpoint(tmp_path / "last.ckpt")
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
+    with pytest.raises(UserError, match=r"loss became (nan|inf) in epoch 1; lower the learning rate .*--set lr="):
+        train(tmp_path / "run", report=silent, **TINY | {"lr": 1e30, "clip": 0, "epochs": 1, "warmup": 0})
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_patience_ends_a_training_that_stopped_improving(tmp_path, monkeypatch):
+    monkeypatch.setattr(Classification, "rate", lambda self, step: 0.0)  # nothing is learnt
+    run = train(tmp_path / "run", report=silent, **TINY | {"epochs": 9, "patience": 2, "ema_decay": 0})
+    assert len(history(run.path)) == 3 and run.metrics["best_epoch"] == 1
+    assert run.metrics["weights"] == "raw"
+
+
+# Pieces
+
+
+def small_task(**settings):
+    model = muntin.create_model("swin_t", num_classes=3, dim=8, depths=(1,), heads=(1,), window=4)
+    return Classification(model, Settings(**{"mixup": 0.0, "cutmix": 0.0} | settings), 10, 3)
+
+
+def test_no_decay_on_one_dimensional_parameters_and_bias_tables():
+    task = small_task(weight_decay=0.1)
+    optimizer = task.configure_optimizers()["optimizer"]
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in task.model.named_parameters():
+        expected = 0.0 if parameter.ndim == 1 or "bias_table" in name else 0.1
+        assert decay.pop(id(parameter)) == expected, name
+    assert not decay
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_hundredth():
+    task = small_task(epochs=10, warmup=2.0)
+    rates = [task.rate(step) for step in range(101)]
+    assert rates[:20] == sorted(rates[:20]) and rates[0] < 0.1
+    assert max(rates) == rates[20] == 1.0
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+    assert rates[100] == pytest.approx(0.01)
+    assert rates[60] == pytest.approx(0.505)  # half of the way down
+
+
+def test_an_average_follows_the_weights():
+    task = small_task(ema_decay=0.5)
+    with torch.no_grad():
+        for value in (1.0, 3.0):
+            task.model.head.fc.bias.fill_(value)
+            task.average.update_parameters(task.model)
+    torch.testing.assert_close(task.average.module.head.fc.bias, torch.full((3,), 2.0))
+
+
+@pytest.mark.parametrize("settings", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
+def test_mixing_draws_from_the_seed_of_the_step(settings):
+    torch.manual_seed(0)
+    task = small_task(**settings).eval()
+    batch = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(task.training_loss(batch).item())
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_calibration_error_by_hand():
+    # two images at confidence 0.9, one right: gap 0.4; two at 0.6, both right: gap 0.4
+    probabilities = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
+    assert calibration_error(probabilities, torch.tensor([0, 1, 1, 1])) == pytest.approx(0.4)
+    assert calibration_error(torch.tensor([[1.0, 0.0]]), torch.tensor([0])) == 0
+
+
+def test_saver_prefers_accuracy_then_loss(tmp_path):
+    saver = Saver(tmp_path, patience=2, save_minutes=1)
+    saver.best = {"epoch": 1}
+    saver.history = [{"epoch": 2}]
+    assert not saver.exhausted()
+    saver.history = [{"epoch": 3}]
+    assert saver.exhausted()
+
+
+def test_precision_is_decided_from_the_hardware_and_the_model(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert choose_precision(30_000_000)[0] == "bf16"
+    assert choose_precision(1_000_000)[0] == "32"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    assert choose_precision(30_000_000)[0] == "32"
+
+
+def test_bf16_trains(tmp_path):
+    run = train(tmp_path / "run", report=silent, **TINY | {"precision": "bf16", "epochs": 1})
+    assert run.metrics["precision"] == "bf16"
+    assert all(value.dtype == torch.float32 for value in load_file(run.weights).values())
+
+
+def test_training_starts_from_given_weights(tmp_path, uninterrupted):
+    settings = TINY | {"weights": str(uninterrupted.weights), "epochs": 1, "lr": 1e-12, "ema_decay": 0}
+    run = train(tmp_path / "run", report=silent, **settings)
+    wanted = load_file(uninterrupted.weights)
+    for name, value in load_file(run.weights).items():
+        torch.testing.assert_close(value, wanted[name])
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_recipes_hold_only_departures_from_the_defaults(name):
+    values = read_config(name)
+    settings = settings_from(values).flat()
+    defaults = Settings().flat()
+    assert all(settings[key] != defaults.get(key) for key in values)
+    header = Path(recipes()[name]).read_text().splitlines()
+    assert any(line.startswith("#   muntin train") for line in header)
