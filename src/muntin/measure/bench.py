@@ -124,7 +124,9 @@ class BenchReport:
         notes = [
             f"{where}; {p['dtype']}, {p['threads']} threads; {p['rounds']} interleaved rounds, "
             f"{min(row.calls for row in self.rows)} calls or more per row; torch {self.versions['torch']}",
-            "± and ties: 95% confidence over the rounds",
+            "± and ties: 95% confidence over the rounds"
+            if p["rounds"] >= 6
+            else "± and ties: the range of the rounds; six rounds or more give 95% confidence",
         ]
         if any(row.calls < 100 for row in self.rows):
             notes.append("p99 of fewer than 100 calls is close to the slowest call; more --seconds sharpen it")
