@@ -115,8 +115,8 @@ def test_batch_norm_and_relu_without_shift(tmp_path):
     model = muntin.create_model("swin_free_t_br", num_classes=3, **TINY | {"depths": (1, 1, 1, 1)})
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            module.running_mean.normal_()  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr]
     report = export(model, tmp_path / "br.onnx", sizes=[(64, 64), (61, 83), (33, 70), (7, 5)], progress=False)
     assert report.nodes["Relu"] == 4 and "Gelu" not in report.nodes and "LayerNormalization" not in report.nodes
     assert report.max_rank <= 5

@@ -235,12 +235,13 @@ def scatter(
     """A picture of its own: (name, x, y) of each family, joined in the order of x."""
     width, height = 760, 440
     every = [(x, y) for rows in families.values() for _, x, y in rows]
-    low = math.floor(min(y for _, y in every) - 0.5)
-    high = math.ceil(max(y for _, y in every) + 0.2)
+    low = math.floor(min(y for _, y in every) - 0.15)
+    high = math.ceil(max(y for _, y in every) + 0.15)
     right = max(x for x, _ in every) * 1.12
-    axes = _Axes((0, right), (low, high), (width, height - 44))
+    axes = _Axes((0, right), (low, high), (width, height - 56))
     parts = [axes.grid(x_label, ticks(low, high, 5), ticks(0, right, 8))]
-    taken: list[tuple[float, float, float]] = []
+    taken = [(cx - 7, cy + 5, 14.0) for cx, cy in (axes.at(x, y) for x, y in every)]  # the points themselves
+    keys = []
     for number, (family, rows) in enumerate(families.items()):
         ordered = sorted(rows, key=lambda row: row[1])
         points = [axes.at(x, y) for _, x, y in ordered]
@@ -251,26 +252,26 @@ def scatter(
                 f'<circle class="s{number}" cx="{cx:.1f}" cy="{cy:.1f}" r="5"><title>{escape(tip)}</title></circle>'
             )
             parts.append(_label(name, cx, cy, width, taken))
-        at = LEFT + 8 + 110 * number
-        parts.append(f'<text class="s{number} key" x="{at}" y="{height - 54}">● {escape(family)}</text>')
+        at = width - 14 - 100 * (len(families) - 1 - number)
+        keys.append(f'<text class="s{number} key" x="{at}" y="26" text-anchor="end">● {escape(family)}</text>')
     body = "".join(parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'role="img" aria-label="{escape(title)}">{_STANDALONE}<rect class="back" width="{width}" height="{height}" '
         f'rx="6"/><text class="title" x="{LEFT - 30}" y="26">{escape(title)}</text>'
         f'<text class="tick" x="{LEFT - 30}" y="43">{escape(y_label)}. {escape(source)}</text>'
-        f'<g transform="translate(0 40)">{body}</g></svg>\n'
+        f'{"".join(keys)}<g transform="translate(0 52)">{body}</g></svg>\n'
     )
 
 
 def _label(name: str, cx: float, cy: float, width: float, taken: list[tuple[float, float, float]]) -> str:
     """The name beside its point, in the first place that no other label holds."""
     wide = 7.0 * len(name)
-    places = [(cx + 9, cy + 4.5), (cx - 9 - wide, cy + 4.5), (cx - wide / 2, cy - 11), (cx - wide / 2, cy + 20)]
+    places = [(cx + 7, cy + 17), (cx - 7 - wide, cy - 8), (cx + 9, cy + 4.5), (cx - wide / 2, cy - 11)]
     free = [
         (x, y)
         for x, y in places
-        if 0 < x < width - wide and all(abs(y - b) > 15 or x + wide < a or x > a + w for a, b, w in taken)
+        if 0 < x < width - wide and all(abs(y - b) > 15 or x + wide < a or x >= a + w for a, b, w in taken)
     ]
     x, y = (free or places)[0]
     taken.append((x, y, wide))

@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import os
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-import muntin
 from muntin.errors import UserError
 from muntin.run import atomic_write
 from muntin.runtime.engines import INSTALL, load
@@ -146,7 +146,8 @@ def _write_onnx(model: nn.Module, image: Tensor, metadata: dict[str, str], path:
         )
         assert program is not None  # always, with dynamo=True
         graph = program.model
-        graph.producer_name, graph.producer_version = "muntin", muntin.__version__
+        graph.producer_name = "muntin"
+        graph.producer_version = sys.modules["muntin"].__version__  # importing it here would go in a circle
         graph.metadata_props.clear()
         graph.metadata_props.update(metadata)
         for node in graph.graph.all_nodes():
