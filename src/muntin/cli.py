@@ -222,6 +222,8 @@ def _describe_bench(parser: Any) -> None:
     parser.add_argument("--dtype", default="float32", help="of weights and images (default: float32)")
     parser.add_argument("--device", help="cpu or cuda (default: the GPU where there is one)")
     parser.add_argument("--rounds", type=int, default=10, help="turns per target, interleaved (default: 10)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="timed per target and batch size (default: 3)")
+    parser.add_argument("--optimize", action="store_true", help="also the optimised copy of each of our models")
     parser.add_argument("--json", help="write the results with machine, versions and protocol to this file")
 
 
@@ -237,6 +239,8 @@ def _bench(args: Any) -> int:
         dtype=args.dtype,
         device=args.device,
         rounds=args.rounds,
+        seconds=args.seconds,
+        optimize=args.optimize,
     )
     print(report.table())
     if args.json:
