@@ -58,7 +58,7 @@ def _dispatch(arguments: list[str]) -> int:
         """Without "(default: null)" after every option: the texts say what is worth knowing."""
 
         def _get_help_string(self, action: Any) -> str | None:
-            return action.help
+            return action.help or ""
 
     parser = ArgumentParser(
         prog="muntin",

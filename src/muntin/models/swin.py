@@ -322,7 +322,7 @@ VARIANTS: dict[str, Swin] = (
             for x in (10, 12, 14, 16)
         }
     )
-    | {"swin_free_digits": Swin(64, (1, 1, 2, 1), (2, 4, 8, 16), (4, 8, 4, 2), False, patch=2)}
+    | {"swin_free_digits": Swin(32, (2, 2, 2), (2, 4, 8), (4, 4, 2), False)}
 )
 """Every listed model. Swin-Free's windows at 224 pixels (maps 56, 28, 14, 7) from its section 4."""
 

@@ -1,0 +1,20 @@
+"""Train on a folder of images, evaluate on its test split, classify a folder of photographs.
+
+    python examples/train_on_a_folder.py FOLDER RUN
+
+FOLDER holds one sub-folder of images for each class. `--quick` makes a toy of it, to see it run.
+"""
+
+import sys
+
+from muntin.tasks import evaluate, predict, train
+
+folder, out = sys.argv[1:3]
+settings = {"model": "swin_free_t", "epochs": 50, "lr": 5e-4}
+if "--quick" in sys.argv:
+    settings = {"model": "swin_free_digits", "epochs": 1, "size": 32, "batch_size": 8, "drop_path": 0.1}
+
+run = train(out, data=folder, **settings)
+print(evaluate(run))
+for row in predict(run, [folder], top=1)[:5]:
+    print(row.image, row.classes[0], f"{row.probabilities[0]:.1%}")
