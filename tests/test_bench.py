@@ -210,6 +210,7 @@ def test_median_interval_covers_the_median():
         (0.012345, 0, "0.0123"),
         (1087.0, 200, "1100"),
         (0, 1, "0"),
+        (2.5, 10, "2"),
     ],
 )
 def test_no_more_digits_than_the_noise_supports(value, uncertainty, text):

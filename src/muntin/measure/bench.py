@@ -137,12 +137,13 @@ class BenchReport:
 
 
 def rounded(value: float, uncertainty: float) -> str:
-    """`value` down to the first uncertain digit, with at most three significant digits."""
+    """`value` down to the first uncertain digit, with one significant digit at least and three at most."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    places = 2 - math.floor(math.log10(abs(value)))
+    first = -math.floor(math.log10(abs(value)))
+    places = first + 2
     if uncertainty > 0:
-        places = min(places, -math.floor(math.log10(uncertainty)))
+        places = max(first, min(places, -math.floor(math.log10(uncertainty))))
     return f"{round(value, places):.{max(places, 0)}f}"
 
 
