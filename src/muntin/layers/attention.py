@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muntin.layers.position import BiasCache, bias_matrix, constant_relative_index
+from muntin.layers.position import BiasCache, bias_matrix, constant_relative_index, constants
 from muntin.layers.window import Grid, SymbolicGrid, kind_masks, move, window_masks, window_tokens
 
 
@@ -52,13 +52,15 @@ class WindowAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (M, h, A, d)
         if self._fused(x):
             if bias.ndim == 5:
-                bias = bias.expand(windows // (bias.shape[0] * bias.shape[1]), -1, -1, -1, -1).flatten(0, 1)
+                copies = windows // (bias.shape[0] * bias.shape[1])
+                fold = (copies, -1) if bias.shape[0] == 1 else (-1, copies)
+                bias = bias.expand(*fold, -1, -1, -1).flatten(0, 1)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
         else:
             logits = (q * self.scale) @ k.transpose(-2, -1)  # (M, h, A, A)
             if bias.ndim == 5:
-                fold = (-1, *bias.shape[1:]) if bias.shape[0] == 1 else (bias.shape[0], -1, *bias.shape[2:])
-                logits = (logits.view(fold) + bias).view(-1, *logits.shape[1:])
+                lead = (-1, bias.shape[1]) if bias.shape[0] == 1 else (bias.shape[0], -1)
+                logits = (logits.view(*lead, *logits.shape[1:]) + bias).view(-1, *logits.shape[1:])
             else:
                 logits = logits + bias
             out = logits.softmax(-1).to(v.dtype) @ v
@@ -96,7 +98,7 @@ class WindowAttention(nn.Module):
         key = (grid.window, grid.shift, dtype, self.bias_table.device)
         bias = self._cache.get(key, self.bias_table)
         if bias is None:
-            with torch.inference_mode(False), torch.no_grad():
+            with constants():
                 bias = self._bias(grid.window)[None, None]
                 if any(grid.shift):
                     bias = bias + kind_masks(grid, bias.device)[:, None, None]

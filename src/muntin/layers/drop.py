@@ -17,7 +17,7 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0.0:
             return x
-        keep = torch.full((x.shape[-3], 1, 1), 1.0 - self.rate, device=x.device).bernoulli_()
+        keep = torch.empty((x.shape[-3], 1, 1), device=x.device).bernoulli_(1.0 - self.rate)
         return x * (keep / (1.0 - self.rate)).to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -2,6 +2,7 @@
 
 from contextvars import ContextVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
@@ -16,10 +17,11 @@ class TokenBatchNorm(nn.BatchNorm1d):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input.reshape(-1, input.shape[-1])
-        if self.training and recomputing.get():
-            out = nn.functional.batch_norm(rows, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        else:
-            out = super().forward(rows)
+        if not (self.training and recomputing.get()):
+            return super().forward(rows).view(input.shape)
+        assert self.running_mean is not None and self.running_var is not None
+        spare = self.running_mean.clone(), self.running_var.clone()
+        out = F.batch_norm(rows, *spare, self.weight, self.bias, True, 0.0, self.eps)
         return out.view(input.shape)
 
 

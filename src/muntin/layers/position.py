@@ -3,12 +3,14 @@
 Legend: h heads, A = w_h * w_w tokens of a window, S table side in windows (the configured window).
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 MASKED = -100.0
 """What the authors add to the logit of two tokens that were not neighbours before the cyclic shift."""
@@ -28,11 +30,20 @@ def relative_index(height: int, width: int, window: int, device: torch.device | 
     return index.reshape(-1)
 
 
+@contextmanager
+def constants() -> Iterator[None]:
+    """Where tensors that outlive the call are made: outside inference mode, or a later training step raises; on
+    the CPU and without dispatch modes, or a meta or fake tensor stays in a cache.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), _disable_current_modes():
+        yield
+
+
 @lru_cache(maxsize=64)
 def constant_relative_index(height: int, width: int, window: int, device: torch.device) -> Tensor:
     """`relative_index` for sizes that are integers, made once."""
-    with torch.inference_mode(False):
-        return relative_index(height, width, window, device)
+    with constants():
+        return relative_index(height, width, window).to(device)
 
 
 def bias_matrix(table: Tensor, index: Tensor, area: int) -> Tensor:

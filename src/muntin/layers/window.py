@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muntin.layers.position import relative_index, separation_mask
+from muntin.layers.position import constants, relative_index, separation_mask
 
 
 def fresh(size: int) -> int:
@@ -94,7 +94,7 @@ def _axis_source(side: int, window: int, shift: int, count: int) -> Tensor:
 @lru_cache(maxsize=256)
 def window_tokens(grid: Grid) -> tuple[Tensor, Tensor, tuple[Group, ...]]:
     """Raster tokens of each slot (n, A), clamped; which slots are real (n, A); groups of windows."""
-    with torch.inference_mode(False):
+    with constants():
         rows, cols = grid.counts
         y = _axis_source(grid.height, grid.window[0], grid.shift[0], rows)[:, None, :, None]
         x = _axis_source(grid.width, grid.window[1], grid.shift[1], cols)[None, :, None, :]
@@ -117,7 +117,7 @@ def window_tokens(grid: Grid) -> tuple[Tensor, Tensor, tuple[Group, ...]]:
 @lru_cache(maxsize=256)
 def _slots(grid: Grid) -> Tensor:
     """For each raster token the slot that holds it: (N,)."""
-    with torch.inference_mode(False):
+    with constants():
         token, real, _ = window_tokens(grid)
         slots = torch.empty(grid.height * grid.width, dtype=torch.int64)
         slots[token[real]] = torch.arange(token.numel()).view(token.shape)[real]
@@ -127,7 +127,7 @@ def _slots(grid: Grid) -> Tensor:
 @lru_cache(maxsize=64)
 def kind_masks(grid: Grid, device: torch.device) -> Tensor:
     """Masks of the four kinds of windows: (4, A, A)."""
-    with torch.inference_mode(False):
+    with constants():
         (wh, ww), (sh, sw) = grid.window, grid.shift
         below = (torch.arange(wh) >= wh - sh).long()[:, None].expand(wh, ww).reshape(-1)
         right = (torch.arange(ww) >= ww - sw).long()[None, :].expand(wh, ww).reshape(-1)
@@ -138,7 +138,7 @@ def kind_masks(grid: Grid, device: torch.device) -> Tensor:
 @lru_cache(maxsize=64)
 def window_masks(grid: Grid, device: torch.device) -> Tensor:
     """The mask of each window: (n, A, A)."""
-    with torch.inference_mode(False):
+    with constants():
         masks = kind_masks(grid, device)
         return torch.cat([masks[g.kind].expand(g.stop - g.start, -1, -1) for g in window_tokens(grid)[2]])
 
@@ -196,7 +196,7 @@ def _rows(slots: Tensor, area: int, batch: int) -> Tensor:
 @lru_cache(maxsize=128)
 def move(source: Grid | None, target: Grid | None, size: tuple[int, int], batch: int, device: torch.device) -> Move:
     """From one order of a map's tokens to another; None is raster order. Padding slots become zero."""
-    with torch.inference_mode(False):
+    with constants():
         forth, keep = _move_index(source, target, size, batch)
         back, back_keep = _move_index(target, source, size, batch)
         return Move(
@@ -264,7 +264,7 @@ def merge_move(
     Four rows for each token, in the order (0,0), (1,0), (0,1), (1,1) of (row, column); an odd side is padded
     with zeros. `size` is the map before merging.
     """
-    with torch.inference_mode(False):
+    with constants():
         height, width = size
         half_h, half_w = (height + 1) // 2, (width + 1) // 2
         if target is None:

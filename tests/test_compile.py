@@ -1,0 +1,74 @@
+"""`muntin.compile`: equal to the model at every shape, with no more than two graphs."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import error_of
+
+import muntin
+
+SHAPES = [
+    (2, 224, 224),
+    (1, 224, 224),
+    (5, 96, 160),
+    (2, 64, 64),
+    (3, 61, 83),
+    (1, 448, 320),
+    (5, 9, 5),
+    (1, 33, 47),
+    (2, 32, 32),
+    (1, 5, 5),
+    (2, 3, 1),
+]
+
+
+class Counting:
+    """A backend that counts the graphs that it compiles."""
+
+    def __init__(self, name: str) -> None:
+        self.compile = torch._dynamo.lookup_backend(name)
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        self.graphs += 1
+        return self.compile(graph, inputs)
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("default")  # the compiler's own
+@pytest.mark.parametrize(
+    ("backend", "small_maps", "depths"),
+    [("inductor", "shrink", (2, 1)), ("aot_eager", "shrink", (1, 2, 2, 1)), ("aot_eager", "pad", (1, 2, 2, 1))],
+)
+def test_two_graphs_serve_all_shapes(backend: str, small_maps: str, depths: tuple[int, ...], randomise: Any) -> None:
+    heads = (1, 2, 4, 8)[: len(depths)]
+    config: Any = {"dim": 16, "depths": depths, "heads": heads, "window": 4, "small_maps": small_maps}
+    model = randomise(muntin.create_model("swin_t", 10, **config)).eval()
+    counting = Counting(backend)
+    fast = muntin.compile(model, backend=counting)
+    for batch, height, width in SHAPES:
+        image = torch.randn(batch, 3, height, width)
+        with torch.no_grad():
+            assert error_of(fast(image), model(image)) < 1e-4, (batch, height, width)
+    assert counting.graphs == 2
+    assert not hasattr(image, "_dynamo_dynamic_indices")  # the caller's tensor bears no marks
+
+
+@pytest.mark.filterwarnings("default")
+def test_compiled_training_has_the_same_gradients(randomise: Any) -> None:
+    config: Any = {"dim": 16, "depths": (2, 1), "heads": (1, 2), "window": 4}
+    model = randomise(muntin.create_model("swin_t", 10, **config)).train()
+    image = torch.randn(2, 3, 34, 40)
+    model(image).square().sum().backward()
+    wanted = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    muntin.compile(model, backend="aot_eager")(image).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-3, atol=1e-4, msg=name)

@@ -1,0 +1,315 @@
+"""What every backbone must do, on the tiny configuration of each family, and the public names."""
+
+import copy
+import dataclasses
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from conftest import error_of
+from torch import Tensor, nn
+
+import muntin
+from muntin.layers.attention import WindowAttention
+from muntin.layers.drop import DropPath
+from muntin.models import FAMILIES
+from muntin.models.classifier import Classifier
+
+SIZES = ((64, 64), (61, 83), (9, 70), (5, 3), (1, 1))
+
+
+def tiny(family: Any, **changes: Any) -> Classifier:
+    row = dataclasses.replace(family.TINY, **changes)
+    return Classifier("tiny", family.BACKBONE(row, out_indices=(-1,)), family.HEAD(row, 10), 10)
+
+
+def families() -> Any:
+    return pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__.rpartition(".")[2])
+
+
+@families()
+@pytest.mark.parametrize("size", SIZES)
+def test_maps_have_the_stated_channels_and_strides(family: Any, size: tuple[int, int]) -> None:
+    backbone = family.BACKBONE(family.TINY).eval()
+    maps = backbone(torch.randn(2, 3, *size))
+    assert len(maps) == len(backbone.channels) == len(backbone.strides)
+    for found, channels, stride in zip(maps, backbone.channels, backbone.strides, strict=True):
+        assert found.shape == (2, channels, -(-size[0] // stride), -(-size[1] // stride))
+
+
+@families()
+def test_out_indices_select_from_all_maps(family: Any, randomise: Any) -> None:
+    every = randomise(family.BACKBONE(family.TINY)).eval()
+    some = family.BACKBONE(family.TINY, out_indices=(0, -1)).eval()
+    some.load_state_dict(every.state_dict())
+    image = torch.randn(1, 3, 61, 83)
+    maps, chosen = every(image), some(image)
+    assert torch.equal(chosen[0], maps[0]) and torch.equal(chosen[1], maps[-1])
+    assert some.channels == (every.channels[0], every.channels[-1])
+    with pytest.raises(muntin.UserError, match="out_indices=.*rising order"):
+        family.BACKBONE(family.TINY, out_indices=(9,))
+
+
+@families()
+@pytest.mark.parametrize("size", SIZES)
+def test_inference_equals_training_forward(family: Any, size: tuple[int, int], randomise: Any) -> None:
+    model = randomise(tiny(family)).eval()
+    image = torch.randn(3, 3, *size)
+    with torch.inference_mode():
+        fast = model(image)
+    assert error_of(fast, model(image)) < 1e-5
+    assert error_of(model.train()(image), fast) < 1e-5  # no state that depends on the mode
+
+
+@families()
+def test_images_do_not_see_each_other(family: Any, randomise: Any) -> None:
+    model = randomise(tiny(family)).eval()
+    images = torch.randn(5, 3, 72, 56)
+    with torch.inference_mode():
+        together = model(images)
+        apart = torch.cat([model(image[None]) for image in images])
+    assert error_of(together, apart) < 1e-5
+
+
+@families()
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_gradients_reach_every_parameter(family: Any, norm: str, randomise: Any) -> None:
+    model = randomise(tiny(family, norm=norm)).train()
+    model(torch.randn(2, 3, 61, 83)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@families()
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_gradient_checkpointing_changes_nothing(family: Any, norm: str, randomise: Any) -> None:
+    plain = randomise(tiny(family, norm=norm)).train()
+    saving = copy.deepcopy(plain)
+    saving.set_grad_checkpointing(True)
+    image = torch.randn(2, 3, 61, 83)
+    for model in (plain, saving):
+        model(image).square().sum().backward()
+    for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+    for (name, a), b in zip(plain.named_buffers(), saving.buffers(), strict=True):
+        assert torch.equal(a, b), name  # running statistics are updated once
+
+
+@families()
+def test_autocast_stays_close(family: Any, randomise: Any) -> None:
+    model = randomise(tiny(family)).eval()
+    image = torch.randn(2, 3, 61, 83)
+    with torch.inference_mode():
+        exact = model(image)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model(image)
+        low = model.bfloat16()(image.bfloat16())
+    assert 1e-5 < error_of(rough, exact) < 0.1
+    assert low.dtype == torch.bfloat16 and error_of(low, exact) < 0.2
+
+
+@families()
+def test_layout_of_the_image_in_memory_does_not_matter(family: Any, randomise: Any) -> None:
+    model = randomise(tiny(family)).eval()
+    image = torch.randn(2, 3, 40, 56)
+    with torch.inference_mode():
+        assert error_of(model(image.contiguous(memory_format=torch.channels_last)), model(image)) < 1e-5
+
+
+@families()
+def test_training_after_inference_mode_at_another_size(family: Any, randomise: Any) -> None:
+    model = randomise(tiny(family))
+    image = torch.randn(2, 3, 61, 83)
+    with torch.inference_mode():
+        model.eval()(image)
+    model.train()(image).sum().backward()
+    with torch.inference_mode():
+        model.eval()(torch.randn(1, 3, 33, 17))
+        again = model(image)
+    assert error_of(again, model(image)) < 1e-5
+
+
+@families()
+@pytest.mark.parametrize("small_maps", ["pad", "shrink"])
+@pytest.mark.parametrize(
+    ("changes", "dtype", "bound"),
+    [
+        ({}, torch.float32, 1e-5),
+        ({"split_heads": True}, torch.float32, 1e-5),
+        ({"attend": (0, 3)}, torch.float32, 1e-5),
+        ({"norm": "batch", "act": "relu"}, torch.float64, 1e-10),  # in float64, since these weights amplify rounding
+        ({"norm": "batch", "split_heads": True}, torch.float64, 1e-10),
+    ],
+    ids=str,
+)
+def test_optimize_equals_the_model(
+    family: Any, small_maps: str, changes: dict[str, Any], dtype: torch.dtype, bound: float, randomise: Any
+) -> None:
+    model = randomise(tiny(family, small_maps=small_maps, **changes)).to(dtype).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fast = muntin.optimize(model)
+    twin = copy.deepcopy(fast)
+    for size in SIZES:
+        image = torch.randn(2, 3, *size, dtype=dtype)
+        with torch.inference_mode():
+            assert error_of(fast(image), model(image)) < bound, size
+            assert torch.equal(twin(image), fast(image))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@families()
+@pytest.mark.parametrize("size", SIZES)
+def test_fused_attention_equals_explicit_products_in_training(
+    family: Any, size: tuple[int, int], randomise: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does in training, on the CPU."""
+    model = randomise(tiny(family)).train()
+    image = torch.randn(3, 3, *size)
+    wanted = model(image)
+    monkeypatch.setattr(WindowAttention, "_fused", staticmethod(lambda x: True))
+    assert error_of(model(image), wanted) < 1e-5
+
+
+def test_optimize_leaves_no_batch_norm_but_the_last() -> None:
+    model = muntin.create_model("swin_free_t_br", 10, dim=32, heads=(1, 2, 4, 8))
+    left = [name for name, module in muntin.optimize(model).named_modules() if isinstance(module, nn.BatchNorm1d)]
+    assert left == ["head.norm"]
+
+
+def test_bias_cache_follows_the_weights() -> None:
+    model = muntin.create_model("swin_t", 10, dim=16, depths=(2, 2), heads=(1, 2), window=4).eval()
+    image = torch.randn(1, 3, 64, 64)
+    for edit in ("data", "load", "dtype"):
+        with torch.inference_mode():
+            stale = model(image)
+        if edit == "data":
+            for module in model.modules():
+                if isinstance(module, WindowAttention):
+                    module.bias_table.data.normal_()  # no version counter sees this
+        elif edit == "load":
+            model.load_state_dict({k: torch.randn_like(v) for k, v in model.state_dict().items()})
+        else:
+            model.double()
+            image = image.double()
+        with torch.inference_mode():
+            found = model(image)
+        wanted = model(image)  # with gradients: nothing cached
+        assert error_of(found, wanted) < 1e-5
+        assert edit == "dtype" or error_of(found, stale) > 1e-3
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_drop_path_grows_linearly(rate: float) -> None:
+    model = muntin.create_model("swin_t", dim=32, heads=(1, 2, 4, 8), drop_path=rate)
+    rates = [module.rate for module in model.modules() if isinstance(module, DropPath)]
+    assert rates == pytest.approx([rate * i / 11 for i in range(12)])
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    drop = DropPath(0.25).train()
+    for shape, axis in (((4000, 3, 2), 0), ((2, 4000, 3, 2), 1)):
+        out = drop(torch.ones(shape)).movedim(axis, 0).flatten(1)
+        assert out.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+        assert bool((out == out[:, :1]).all())
+        assert out.mean().item() == pytest.approx(1.0, abs=0.03)
+    assert torch.equal(drop.eval()(torch.ones(2, 3, 4)), torch.ones(2, 3, 4))
+
+
+def test_batch_norm_statistics_ignore_padding(randomise: Any) -> None:
+    model = randomise(muntin.create_model("swin_b_br", 10, dim=16, depths=(2,), heads=(2,), window=7)).train()
+    seen: list[Tensor] = []
+    block: Any = model.backbone.stages[0].blocks[0]
+    block.norm1.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    model(torch.randn(2, 3, 36, 40))  # a 9 x 10 map, padded to 14 x 14 for windows of 7
+    assert seen[0].numel() == 2 * 9 * 10 * 16
+
+
+def test_every_variant_builds_without_memory() -> None:
+    with torch.device("meta"):
+        for name in muntin.list_models():
+            model = muntin.create_model(name)
+            assert model(torch.empty(1, 3, 224, 224)).shape == (1, 1000), name
+            assert model.name == name and dataclasses.is_dataclass(model.config)
+
+
+def test_rows_of_the_ablation_tables_are_overrides() -> None:
+    with torch.device("meta"):
+        model = muntin.create_model("swin_b", window=(7, 14, 14, 7), shift=False)
+        free = muntin.create_model("swin_free_b")
+        assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in free.named_parameters()}
+        some = muntin.create_model("swin_b", shift=(True, True, False, True))
+    shifted = [[block.shifted for block in stage.blocks] for stage in some.backbone.stages]
+    assert shifted == [[False, True], [False, True], [False] * 18, [False, True]]
+
+
+def test_classifier_head() -> None:
+    model = muntin.create_model("swin_t", 10, dim=16, heads=(1, 2, 4, 8)).eval()
+    image = torch.randn(2, 3, 70, 64)
+    features = model.forward_features(image)
+    assert features.shape == (2, 128, 3, 2)
+    torch.testing.assert_close(model.head.fc(features.mean((2, 3))), model(image))
+    model.reset_classifier(3)
+    assert model(image).shape == (2, 3) and model.num_classes == 3
+
+
+def test_configuration_round_trips_through_plain_data() -> None:
+    import json
+
+    for name in muntin.list_models():
+        with torch.device("meta"):
+            model = muntin.create_model(name)
+            plain = json.loads(json.dumps(dataclasses.asdict(model.config)))
+            assert muntin.create_model(name, **plain).config == model.config
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "words"),
+    [
+        ("swin_ty", {}, "no model 'swin_ty'.*'swin_t'.*muntin models"),
+        ("swin_t", {"windw": 7}, "no field 'windw'.*'window'.*Valid are dim, depths"),
+        ("swin_t", {"dim": 97}, "dim=97.*heads=3 does not divide"),
+        ("swin_t", {"window": 0}, "window=0.*at least 1"),
+        ("swin_t", {"window": (7, 7)}, "window=.*2 entries for 4 stages"),
+        ("swin_t", {"heads": (3, 6, 12)}, "heads=.*3 entries for 4 stages"),
+        ("swin_t", {"norm": "group"}, "norm='group'.*'layer', 'batch'"),
+        ("swin_t", {"act": "tanh"}, "act='tanh'.*'gelu', 'relu'"),
+        ("swin_t", {"small_maps": "crop"}, "small_maps='crop'.*'shrink', 'pad'"),
+        ("swin_t", {"shift": 3}, "shift=3.*True or False"),
+        ("swin_t", {"mlp_ratio": 0}, "mlp_ratio=0.*positive"),
+        ("swin_t", {"attend": (99,)}, "attend=.*0 to 11"),
+        ("swin_t", {"drop_path": 1.5}, "drop_path=1.5.*below 1"),
+        ("swin_t", {"num_classes": 0}, "num_classes=0.*at least 1"),
+        ("swin_t", {"pretrained": True}, "pretrained='FILE'"),
+        ("nowhere.models.x", {}, "cannot import 'nowhere.models'"),
+        ("muntin.models.swin.nothing", {}, "neither a variant nor a configuration 'nothing'"),
+    ],
+)
+def test_bad_names_and_values_say_what_is_valid(name: str, config: dict[str, Any], words: str) -> None:
+    with pytest.raises(muntin.UserError, match=words):
+        muntin.create_model(name, **config)
+
+
+def test_a_configuration_from_outside_by_its_dotted_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = types.ModuleType("elsewhere")
+    module.SMALL = FAMILIES[0].TINY
+    monkeypatch.setitem(sys.modules, "elsewhere", module)
+    assert muntin.create_model("elsewhere.SMALL", 10).config == FAMILIES[0].TINY
+    assert len(muntin.create_backbone("elsewhere.SMALL").channels) == 4
+
+
+def test_listing() -> None:
+    assert muntin.list_models("swin_free_b*")[:2] == ["swin_free_b", "swin_free_b_dr10"]
+    published = set("swin_t swin_s swin_b swin_l swin_b_br".split())
+    for size in "tsb":
+        published |= {f"swin_free_{size}", f"swin_free_{size}_br"}
+    published |= {f"swin_free_b{br}_dr{x}" for br in ("", "_br") for x in (10, 12, 14, 16)}
+    assert published | {"swin_free_digits"} == set(muntin.list_models())
+
+
+def test_public_names_are_what_can_be_imported() -> None:
+    assert sorted(muntin.__all__) == list(muntin.__all__)
+    visible = {n for n, v in vars(muntin).items() if not n.startswith("_") and not isinstance(v, types.ModuleType)}
+    assert visible == set(muntin.__all__)
