@@ -36,6 +36,9 @@ def test_no_operator_of_the_model_is_of_unknown_kind():
     assert other <= {"aten::mean", "aten::sum", "aten::equal", "aten::is_same_size", "aten::arange"}
 
 
+WEIGHT = torch.ones(8, 3, 3, 3)
+
+
 class _Work(nn.Module):
     def __init__(self, work):
         super().__init__()
@@ -57,14 +60,15 @@ class _Work(nn.Module):
         ("copy and reshape", lambda x: x.transpose(2, 3).contiguous()),
         ("element-wise", lambda x: x * 2),
         ("normalisation", lambda x: nn.functional.layer_norm(x, x.shape[1:])),
-        ("convolution", lambda x: nn.functional.conv2d(x, torch.ones(8, 3, 3, 3))),
+        ("convolution", lambda x: nn.functional.conv2d(x, WEIGHT)),
     ],
 )
 def test_known_work_lands_in_its_kind(kind, work):
-    size = 48 if kind == "matrix product" else 384
-    found = profile(_Work(work), torch.randn(1, 3, size, size), calls=3, warmup=1)
-    attributed = {k: ms for k, ms in found.kinds.items() if k != UNATTRIBUTED}
-    assert max(attributed, key=attributed.__getitem__) == kind
+    found = profile(_Work(work), torch.randn(1, 3, 16, 16), calls=1, warmup=1)
+    kinds = {operator.kind for operator in found.operators}
+    assert kind in kinds and kinds <= {kind, "copy and reshape"}
+    # views around a product, and a Python number that becomes a tensor
+    assert "copy and reshape" not in kinds or kind in ("copy and reshape", "matrix product", "element-wise")
 
 
 def test_names_of_operators():

@@ -48,7 +48,9 @@ def _convolution(x: Tensor, weight: Tensor, _bias: Any, _stride: Any, _pad: Any,
     return math.prod(positions.shape[2:]) * positions.shape[0] * weight.numel()
 
 
-def _conv_pointwise(x: Tensor, weight: Tensor, *_: Any, out: Tensor) -> int:
+def _conv_pointwise(x: Tensor, *rest: Any, out: Tensor) -> int:
+    fused_addition = isinstance(rest[1], Tensor) and rest[1].ndim == x.ndim  # (x, other, weight, ...)
+    weight = rest[1] if fused_addition else rest[0]
     return out.shape[0] * math.prod(out.shape[2:]) * weight.numel()
 
 

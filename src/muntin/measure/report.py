@@ -436,7 +436,7 @@ def _time(page: _Page) -> str:
     profiles: list[Profile] = []
     for batch in (1, 8):
         images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
-        profiles.append(profile(page.model, images, calls=3))
+        profiles.append(profile(page.model, images, calls=5))
     body = ""
     order = sorted(KINDS, key=lambda kind: -profiles[-1].kinds[kind])
     for found in profiles:
