@@ -16,7 +16,6 @@ import copy
 import gc
 import json
 import os
-import platform
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -238,7 +237,7 @@ def main() -> None:
     parser.add_argument("--device", default=None)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=10.0, help="timed per model and batch size")
-    parser.add_argument("--out", default=str(RESULTS / f"peers-{platform.node() or 'machine'}.json"))
+    parser.add_argument("--out", default=str(RESULTS / "peers.json"))
     args = parser.parse_args()
     reports, errors = {}, {}
     for name in args.models:
