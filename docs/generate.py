@@ -54,9 +54,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     stale = [
-        (path, text)
-        for path, text in wanted().items()
-        if not path.exists() or path.read_text(encoding="utf-8") != text
+        (path, text) for path, text in wanted().items() if not path.exists() or path.read_text(encoding="utf-8") != text
     ]
     for path, text in stale:
         print(f"{'out of date' if check else 'written'}: {path.relative_to(ROOT)}")

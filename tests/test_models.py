@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import error_of
 from torch import Tensor, nn
 
 import muntin
+from conftest import error_of
 from muntin.layers.attention import WindowAttention
 from muntin.layers.drop import DropPath
 from muntin.models import FAMILIES
@@ -313,3 +313,22 @@ def test_public_names_are_what_can_be_imported() -> None:
     assert sorted(muntin.__all__) == list(muntin.__all__)
     visible = {n for n, v in vars(muntin).items() if not n.startswith("_") and not isinstance(v, types.ModuleType)}
     assert visible == set(muntin.__all__)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@families()
+@pytest.mark.parametrize("size", SIZES)
+def test_a_gpu_computes_the_same(family: Any, size: tuple[int, int], randomise: Any) -> None:
+    model = randomise(tiny(family)).double()
+    image = torch.randn(3, 3, *size, dtype=torch.float64)
+    model(image).square().sum().backward()
+    wanted = {name: parameter.grad for name, parameter in model.named_parameters()}
+    on_gpu = copy.deepcopy(model).cuda()
+    on_gpu.zero_grad()
+    on_gpu(image.cuda()).square().sum().backward()
+    for name, parameter in on_gpu.named_parameters():
+        torch.testing.assert_close(parameter.grad.cpu(), wanted[name], msg=name)
+    with torch.inference_mode():
+        assert error_of(on_gpu.eval()(image.cuda()).cpu(), model.eval()(image)) < 1e-8
+        assert error_of(on_gpu.float()(image.cuda().float()).cpu(), model(image)) < 1e-3
