@@ -7,7 +7,6 @@ and the exit code is 1.
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -28,10 +27,9 @@ def models(table: str) -> str:
         "| --- | ---: | ---: | ---: | ---: | --- | --- |",
     ]
     for row in json.loads(table):
-        lines.append(
-            f"| `{row['name']}` | {row['parameters']:,} | {row['exported_parameters'] / 1e6:.2f}M | {row['gmacs']:.3f} | "
-            f"{row['size']} | {row['top1'] or '-'} | {row['source'] or '-'} |"
-        )
+        exported = f"{row['exported_parameters'] / 1e6:.2f}M"
+        cells = [f"`{row['name']}`", f"{row['parameters']:,}", exported, f"{row['gmacs']:.3f}", str(row["size"])]
+        lines.append("| " + " | ".join([*cells, row["top1"] or "-", row["source"] or "-"]) + " |")
     return "\n".join(lines)
 
 
@@ -43,8 +41,10 @@ def wanted() -> dict[Path, str]:
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
         for name, part in parts.items():
-            mark = re.compile(f"(<!-- begin {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
-            text = mark.sub(lambda match, part=part: match[1] + part + match[2], text)
+            begin, end = f"<!-- begin {name} -->\n", f"\n<!-- end {name} -->"
+            if begin in text:
+                before, _, rest = text.partition(begin)
+                text = before + begin + part + end + rest.partition(end.strip())[2]
         files[ROOT / page] = text
     return files
 

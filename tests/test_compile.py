@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import error_of
 
 import muntin
+from conftest import error_of
 
 SHAPES = [
     (2, 224, 224),
