@@ -215,7 +215,7 @@ def test_what_is_saved_is_what_was_best_in_validation(uninterrupted):
     best = max(history(uninterrupted.path), key=lambda row: float(row["val_accuracy"]))
     assert float(best["val_accuracy"]) == pytest.approx(metrics["val_accuracy"], abs=1e-5)
     state = read_checkpoint(uninterrupted.path / "checkpoints" / "best.ckpt")["state_dict"]
-    prefix = {"raw": "model.", "ema": "average.module."}[metrics["weights"]]
+    prefix = {"raw": "model.", "ema": "average."}[metrics["weights"]]
     for name, value in load_file(uninterrupted.weights).items():
         assert torch.equal(value, state[prefix + name])
 
@@ -293,15 +293,16 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
 def test_patience_ends_a_training_that_stopped_improving(tmp_path, monkeypatch):
     monkeypatch.setattr(Classification, "rate", lambda self, step: 0.0)  # nothing is learnt
     run = train(tmp_path / "run", report=silent, **TINY | {"epochs": 9, "patience": 2, "ema_decay": 0})
-    assert len(history(run.path)) == 3 and run.metrics["best_epoch"] == 1
+    assert len(history(run.path)) == 3  # the first, and two that were no better
+    assert run.metrics["best_epoch"] == 3  # of equals the latest
     assert run.metrics["weights"] == "raw"
 
 
 # Pieces
 
 
-def small_task(**settings):
-    model = muntin.create_model("swin_t", num_classes=3, dim=8, depths=(1,), heads=(1,), window=4)
+def small_task(norm="layer", **settings):
+    model = muntin.create_model("swin_t", num_classes=3, dim=8, depths=(1,), heads=(1,), window=4, norm=norm)
     return Classification(model, Settings(**{"mixup": 0.0, "cutmix": 0.0} | settings), 10, 3)
 
 
@@ -327,11 +328,22 @@ def test_the_learning_rate_warms_up_and_falls_to_a_hundredth():
 
 def test_an_average_follows_the_weights():
     task = small_task(ema_decay=0.5)
-    with torch.no_grad():
-        for value in (1.0, 3.0):
+    for value in (1.0, 3.0):
+        with torch.no_grad():
             task.model.head.fc.bias.fill_(value)
-            task.average.update_parameters(task.model)
-    torch.testing.assert_close(task.average.module.head.fc.bias, torch.full((3,), 2.0))
+        task.update_average()
+    torch.testing.assert_close(task.average.head.fc.bias, torch.full((3,), 0.5 * 0.5 + 0.5 * 3.0))
+
+
+def test_an_average_follows_the_statistics_of_batch_norm():
+    task = small_task(norm="batch", ema_decay=0.5)
+    task.model(torch.randn(2, 3, 16, 16) + 5)
+    task.update_average()
+    ours, theirs = task.average.state_dict(), task.model.state_dict()
+    means = [name for name in ours if name.endswith("running_mean")]
+    for name in means:
+        torch.testing.assert_close(ours[name], theirs[name] / 2)  # from 0
+    assert means and ours["head.norm.num_batches_tracked"] == 1
 
 
 @pytest.mark.parametrize("settings", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
@@ -353,9 +365,9 @@ def test_calibration_error_by_hand():
     assert calibration_error(torch.tensor([[1.0, 0.0]]), torch.tensor([0])) == 0
 
 
-def test_saver_prefers_accuracy_then_loss(tmp_path):
+def test_patience_counts_from_the_first_epoch_of_the_best_accuracy(tmp_path):
     saver = Saver(tmp_path, patience=2, save_minutes=1)
-    saver.best = {"epoch": 1}
+    saver.best = {"epoch": 2, "since": 1}
     saver.history = [{"epoch": 2}]
     assert not saver.exhausted()
     saver.history = [{"epoch": 3}]

@@ -57,7 +57,7 @@ def _dispatch(arguments: list[str]) -> int:
     class Formatter(DefaultHelpFormatter):
         """Without "(default: null)" after every option: the texts say what is worth knowing."""
 
-        def _get_help_string(self, action: Any) -> str | None:
+        def _get_help_string(self, action: Any) -> str:
             return action.help or ""
 
     parser = ArgumentParser(

@@ -90,7 +90,7 @@ class EpochBatches:
 def training_loader(data: TrainingSet, batches: EpochBatches, workers: int) -> DataLoader[tuple[Tensor, int]]:
     return DataLoader(
         data,
-        batch_sampler=batches,  # type: ignore[arg-type]  # it yields items, not integers
+        batch_sampler=batches,  # of items, not integers
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=_quiet if workers else None,
@@ -134,16 +134,17 @@ class Distort:
         self.scale, self.shear, self.shift = 0.15 * strength, 0.15 * strength, 0.1 * strength
 
     def __call__(self, image: Image.Image, seed: tuple[int, int, int]) -> Tensor:
-        draw = np.random.default_rng(seed).uniform(-1, 1, 6)
-        angle = self.radians * draw[0]
-        rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        stretch = np.diag(np.exp(self.scale * draw[1:3])) @ np.array([[1, self.shear * draw[3]], [0, 1]])
-        matrix = rotation @ stretch
+        turn, wide, high, lean, right, down = np.random.default_rng(seed).uniform(-1, 1, 6).tolist()
+        sine, cosine = math.sin(self.radians * turn), math.cos(self.radians * turn)
+        wide, high, lean = math.exp(self.scale * wide), math.exp(self.scale * high), self.shear * lean
+        # rotation @ diag(wide, high) @ [[1, lean], [0, 1]]
+        a, b = cosine * wide, cosine * wide * lean - sine * high
+        c, d = sine * wide, sine * wide * lean + cosine * high
         image = self.picture(image)
-        centre = np.array(image.size) / 2
-        offset = centre - matrix @ centre + self.shift * draw[4:] * image.size
-        affine = (*matrix[0], offset[0], *matrix[1], offset[1])
-        image = image.transform(image.size, Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
+        x, y = image.width / 2, image.height / 2
+        left = x - a * x - b * y + self.shift * right * image.width
+        top = y - c * x - d * y + self.shift * down * image.height
+        image = image.transform(image.size, Image.Transform.AFFINE, (a, b, left, c, d, top), Image.Resampling.BICUBIC)
         return to_tensor(image, self.mean, self.std)
 
 

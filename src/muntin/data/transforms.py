@@ -1,6 +1,7 @@
 """Evaluation and training transforms: a PIL image to the model's input, (3, H, W) float."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -21,8 +22,16 @@ INTERPOLATIONS = {
 
 def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """An RGB image as (3, H, W) float, scaled to 0..1, minus `mean`, over `std`."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)  # 3 H W
-    return pixels.sub(torch.tensor(mean)[:, None, None]).div(torch.tensor(std)[:, None, None])
+    scale, shift = _affine(tuple(mean), tuple(std))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()  # 3 H W
+    return torch.addcmul(shift, pixels, scale)
+
+
+@lru_cache
+def _affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factor and summand, (3, 1, 1), that take 0..255 to the normalised values."""
+    deviation = torch.tensor(std)[:, None, None]
+    return 1 / (255 * deviation), -torch.tensor(mean)[:, None, None] / deviation
 
 
 class Evaluate:

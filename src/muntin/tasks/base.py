@@ -1,6 +1,8 @@
 """What every training task shares: optimiser, schedule, average of the weights, randomness by step."""
 
+import copy
 import math
+from collections import defaultdict
 from typing import Any
 
 import lightning
@@ -8,7 +10,6 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from muntin.tasks.settings import Settings
 
@@ -31,18 +32,17 @@ class Task(lightning.LightningModule):
         self.model = model
         self.settings = settings
         self.steps_per_epoch = steps_per_epoch
-        self.average: AveragedModel | None = None
+        self.average: nn.Module | None = None
         if settings.ema_decay:
-            blend = get_ema_multi_avg_fn(settings.ema_decay)
-            self.average = AveragedModel(model, multi_avg_fn=blend, use_buffers=True).requires_grad_(False)
-            self.average.eval()
+            self.average = copy.deepcopy(model).requires_grad_(False).eval()
+        self._averaged: dict[bool, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         # Saved with the weights, so that the mean of an epoch survives a stop in its middle.
         self.register_buffer("loss_sum", torch.zeros(()))
         self.register_buffer("loss_count", torch.zeros(()))
 
     def candidates(self) -> dict[str, nn.Module]:
         """The weights to choose from, by name: "raw", and "ema" where there is an average."""
-        return {"raw": self.model} | ({} if self.average is None else {"ema": self.average.module})
+        return {"raw": self.model} | ({} if self.average is None else {"ema": self.average})
 
     def training_loss(self, batch: Any) -> Tensor:
         raise NotImplementedError
@@ -71,8 +71,20 @@ class Task(lightning.LightningModule):
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         optimizer.step(closure=optimizer_closure)
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+        self.update_average()
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """average = decay * average + (1 - decay) * weights; statistics of BatchNorm too, counters are copied."""
+        if self.average is None:
+            return
+        if not self._averaged:  # collected once: walking the modules takes longer than the arithmetic
+            for ours, theirs in zip(self.average.state_dict().values(), self.model.state_dict().values(), strict=True):
+                self._averaged[theirs.is_floating_point()].append((ours, theirs))
+        ours, theirs = zip(*self._averaged[True], strict=True)
+        torch._foreach_lerp_(ours, theirs, 1 - self.settings.ema_decay)  # as in torch.optim.swa_utils
+        for counter, value in self._averaged[False]:
+            counter.copy_(value)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         decayed: list[nn.Parameter] = []

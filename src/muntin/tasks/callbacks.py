@@ -75,7 +75,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 class Saver(lightning.Callback):
     """Keeps last.ckpt, best.ckpt and history.csv, and stops between two steps when asked to.
 
-    `best` describes the best validation result so far: epoch, accuracy, loss, and which weights ("raw", "ema").
+    `best` describes the best validation result so far: epoch, accuracy, loss, which weights ("raw", "ema"), and
+    `since`, the epoch that first reached this accuracy. Of epochs that are equally accurate the latest is kept: its
+    learning rate is the lowest. Raw and averaged weights of an epoch that are equally accurate go by their loss.
     """
 
     def __init__(self, folder: Path, patience: int, save_minutes: float) -> None:
@@ -103,7 +105,7 @@ class Saver(lightning.Callback):
     def exhausted(self) -> bool:
         """Whether patience has run out."""
         return bool(self.patience and self.history) and (
-            self.history[-1]["epoch"] - self.best["epoch"] >= self.patience
+            self.history[-1]["epoch"] - self.best["since"] >= self.patience
         )
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -150,8 +152,10 @@ class Saver(lightning.Callback):
                 "seconds": time.monotonic() - self._epoch_started,
             }
         )
-        if not self.best or (found["accuracy"], -found["loss"]) > (self.best["accuracy"], -self.best["loss"]):
-            self.best = {"epoch": epoch, "weights": name, **found}
+        if not self.best or found["accuracy"] >= self.best["accuracy"]:
+            equal = self.best and found["accuracy"] == self.best["accuracy"]
+            since = self.best["since"] if equal else epoch
+            self.best = {"epoch": epoch, "since": since, "weights": name, **found}
             trainer.save_checkpoint(self.best_path, weights_only=True)
         atomic_write(self.folder / "history.csv", history_csv(self.history))
         self._save_last(trainer, pl_module)

@@ -95,8 +95,14 @@ class Classification(Task):
         images, labels = batch
         for name, model in self.candidates().items():
             logits = model(images).float()
-            self.meters[f"{name}_accuracy"].update((logits.argmax(1) == labels).float())
-            self.meters[f"{name}_loss"].update(F.cross_entropy(logits, labels, reduction="none"))
+            found = {
+                "accuracy": (logits.argmax(1) == labels).float(),
+                "loss": F.cross_entropy(logits, labels, reduction="none"),
+            }
+            for what, values in found.items():
+                meter = self.meters[f"{name}_{what}"]
+                assert isinstance(meter, MeanMetric)
+                meter.update(values)
 
     def on_validation_epoch_end(self) -> None:
         found = {}
@@ -378,7 +384,7 @@ def _finish(
     """The best weights as model.safetensors, their test accuracy, metrics.json."""
     model = _build(replace(settings, weights=""), num_classes=len(splits.train.classes))
     state = read_checkpoint(folder / "checkpoints" / "best.ckpt")["state_dict"]
-    prefix = {"raw": "model.", "ema": "average.module."}[best["weights"]]
+    prefix = {"raw": "model.", "ema": "average."}[best["weights"]]
     model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     save_model(folder / "model.safetensors", model, classes=splits.train.classes, preprocessing=preprocessing)
     run = Run.open(folder)
