@@ -234,13 +234,8 @@ def test_an_unwritable_output_folder(refused, data, tmp_path):
 
 
 def test_an_output_that_is_a_run_already(refused, data, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     refused(*train(data), words=["run holds a run already", "--resume", "--out"])
-
-
-def test_nothing_to_resume(refused, tmp_path):
-    refused("train", "--out", tmp_path / "run", "--resume", words=["no run to resume at", "leave --resume out"])
 
 
 # Runs and checkpoints

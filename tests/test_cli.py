@@ -135,7 +135,7 @@ def test_a_folder_trains_by_a_recipe_and_is_evaluated(photos, tmp_path, monkeypa
     assert split["preprocessing"]["resize"] == round(16 * 256 / 224)
     capsys.readouterr()
     assert main(["eval", str(out)]) == 0
-    assert "test: 2 images" in capsys.readouterr().out
+    assert "test: 4 images" in capsys.readouterr().out
     assert main(["eval", str(out), "--data", str(photos)]) == 0
     shown = capsys.readouterr().out
     assert "all: 24 images" in shown and "top-5" not in shown

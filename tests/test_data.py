@@ -128,16 +128,16 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch, side, read):
 
 def test_splits_keep_the_shares_of_every_class_and_are_disjoint():
     labels = [0] * 100 + [1] * 50 + [2] * 10
-    parts = stratified(labels, seed=0, test=0.2)
+    parts = stratified(labels, seed=0)
     assert sorted(parts["train"] + parts["val"] + parts["test"]) == list(range(160))
     for part, shares in (("test", [20, 10, 2]), ("val", [10, 5, 1]), ("train", [70, 35, 7])):
         assert np.bincount([labels[i] for i in parts[part]]).tolist() == shares
-    assert stratified(labels, seed=0, test=0.2) == parts
-    assert stratified(labels, seed=1, test=0.2)["test"] != parts["test"]
+    assert stratified(labels, seed=0) == parts
+    assert stratified(labels, seed=1)["test"] != parts["test"]
 
 
 def test_a_class_of_one_or_two_images_is_trained_on():
-    parts = stratified([0, 1, 1, 2, 2, 2], seed=0, test=0.1)
+    parts = stratified([0, 1, 1, 2, 2, 2], seed=0)
     assert {0, 1, 2} == {[0, 1, 1, 2, 2, 2][i] for i in parts["train"]}
 
 

@@ -36,6 +36,7 @@ TINY = {
     "mixup": 0.8,
     "drop_path": 0.2,
     "ema_decay": 0.9,
+    "precision": "32",
 }
 STEPS = 19  # per epoch: 1259 training images
 
@@ -160,6 +161,13 @@ def test_a_finished_run_has_nothing_to_resume(uninterrupted):
     train(uninterrupted.path, resume=True, report=lines.append)
     assert "is finished" in lines[-1]
     assert uninterrupted.weights.stat().st_mtime_ns == before
+
+
+def test_resuming_what_is_not_there_starts_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = []
+    run = train("runs/new", resume=True, report=lines.append, **TINY | {"epochs": 1})
+    assert "no run at runs/new yet" in lines[0] and run.metrics["epochs"] == 1
 
 
 def test_resuming_with_another_setting_is_refused(uninterrupted):
@@ -374,14 +382,13 @@ def test_patience_counts_from_the_first_epoch_of_the_best_accuracy(tmp_path):
     assert saver.exhausted()
 
 
-def test_precision_is_decided_from_the_hardware_and_the_model(monkeypatch):
+def test_precision_is_decided_from_the_hardware(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-    assert choose_precision(30_000_000)[0] == "bf16"
-    assert choose_precision(1_000_000)[0] == "32"
+    assert choose_precision()[0] == "bf16"
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
-    assert choose_precision(30_000_000)[0] == "32"
+    assert choose_precision()[0] == "32"
 
 
 def test_bf16_trains(tmp_path):

@@ -24,8 +24,7 @@ from muntin.run import atomic_write
 
 Key = int | str
 PARTS = ("train", "val", "test")
-VAL = 0.1  # of all images, where the data set has no validation split of its own
-TEST = {"digits": 0.2, "folder": 0.1}
+VAL, TEST = 0.1, 0.2  # of all images, where the data set has no splits of its own
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Splits:
         return {"classes": self.train.classes} | {name: part.keys for name, part in self._parts().items()}
 
 
-def stratified(labels: Sequence[int], seed: int, test: float) -> dict[str, list[int]]:
+def stratified(labels: Sequence[int], seed: int) -> dict[str, list[int]]:
     """Positions of train, val and test: the same shares of every class, drawn from `seed`.
 
     Every class keeps at least one training image; one of two images gives none to val.
@@ -76,8 +75,8 @@ def stratified(labels: Sequence[int], seed: int, test: float) -> dict[str, list[
     for label in sorted(set(labels)):
         members = np.flatnonzero(np.asarray(labels) == label)
         order = np.random.default_rng((seed, label)).permutation(members)
-        # At least one of each where there are three; rounding up or down by the class's own draw keeps the total.
-        held = min(max(round(len(order) * test), 1), len(order) - 1) if len(order) >= 3 else 0
+        # At least one of each where there are three.
+        held = min(max(round(len(order) * TEST), 1), len(order) - 1) if len(order) >= 3 else 0
         checked = min(max(round(len(order) * VAL), 1), len(order) - held - 1) if len(order) >= 2 else 0
         parts["test"] += order[:held].tolist()
         parts["val"] += order[held : held + checked].tolist()
@@ -111,7 +110,7 @@ def select(images: Images, positions: Sequence[int]) -> Images:
 def digits_splits(seed: int, size: int) -> Splits:
     """The bundled digits in 70% train, 10% val, 20% test."""
     images = load_digits()
-    parts = stratified(images.labels, seed, TEST["digits"])
+    parts = stratified(images.labels, seed)
     train, val, test = (select(images, parts[name]) for name in PARTS)
     return Splits(train, val, test, plain_resize=size >= 8)
 
@@ -168,7 +167,7 @@ def read_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def folder_splits(path: str, seed: int, size: int, on_bad_image: str) -> Splits:
-    """FOLDER/{train,val[,test]}/CLASS/*, or FOLDER/CLASS/* in 80% train, 10% val, 10% test."""
+    """FOLDER/{train,val[,test]}/CLASS/*, or FOLDER/CLASS/* in 70% train, 10% val, 20% test."""
     root = read_folder(path)
     if (root / "train").is_dir():
         parts = _given_parts(root)
@@ -181,7 +180,7 @@ def folder_splits(path: str, seed: int, size: int, on_bad_image: str) -> Splits:
     _refuse_empty_classes(root, parts[learned])
     if "all" in parts:
         whole = parts.pop("all")
-        positions = stratified(whole.labels, seed, TEST["folder"])
+        positions = stratified(whole.labels, seed)
         parts = {name: select(whole, positions[name]) for name in PARTS}
     if not len(parts["val"]):
         raise UserError(

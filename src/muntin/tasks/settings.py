@@ -29,7 +29,7 @@ class Settings:
     mixup, cutmix: their Beta parameter, 0 for none; where both are set, each takes half of the batches
     ema_decay: of the average of the weights per step, 0 for none; the better of average and raw is saved
     augment: "photographs" (crop, flip, `randaugment`, `erasing`), "distort" (characters, by `distortion`) or "none"
-    precision: "bf16", "32", or "auto": bf16 where the hardware multiplies it natively and the model is wide
+    precision: "bf16", "32", or "auto": bf16 where the hardware multiplies it natively
     patience: stop after so many epochs without a better validation accuracy, 0 for never
     weights: what to start from: "" (random), "pretrained", or a checkpoint's path
     save_minutes: how often to save within an epoch; the end of every epoch is saved anyway
