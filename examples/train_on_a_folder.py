@@ -6,11 +6,12 @@ FOLDER holds one sub-folder of images for each class. `--quick` makes a toy of i
 """
 
 import sys
+from typing import Any
 
 from muntin.tasks import evaluate, predict, train
 
 folder, out = sys.argv[1:3]
-settings = {"model": "swin_free_t", "epochs": 50, "lr": 5e-4}
+settings: dict[str, Any] = {"model": "swin_free_t", "epochs": 50, "lr": 5e-4}
 if "--quick" in sys.argv:
     settings = {"model": "swin_free_digits", "epochs": 1, "size": 32, "batch_size": 8, "drop_path": 0.1}
 
