@@ -211,6 +211,10 @@ class Progress(lightning.Callback):
             self.bar = tqdm(total=total, initial=trainer.global_step, unit="step", dynamic_ncols=True)
         self._first, self._started = trainer.global_step, time.monotonic()
 
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        if self.bar is not None:
+            self.bar.set_description(f"epoch {trainer.current_epoch + 1}/{self.epochs}")
+
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -226,7 +230,6 @@ class Progress(lightning.Callback):
             values = {f"epoch/{name}": value for name, value in row.items() if name != "epoch"}
             trainer.logger.log_metrics(values, trainer.global_step)
         if self.bar is not None:
-            self.bar.set_description(f"epoch {row['epoch']}/{self.epochs}", refresh=False)
             self.bar.set_postfix_str(f"loss {row['train_loss']:.3f}, val {row['val_accuracy']:.2%}")
             return
         rate = (trainer.global_step - self._first) / max(time.monotonic() - self._started, 1e-9)
