@@ -119,6 +119,14 @@ def test_bench_fills_in_the_latency(run, tmp_path, capsys):
     assert json.loads((tmp_path / "bench.json").read_text())["rows"]
 
 
+def test_report_writes_one_page(run, capsys):
+    assert main(["report", str(run)]) == 0
+    path = run / "report.html"
+    assert capsys.readouterr().out.strip() == str(path)
+    page = path.read_text(encoding="utf-8")
+    assert "swin_free_digits" in page and "<script src=" not in page and "<link" not in page
+
+
 def test_a_folder_trains_by_a_recipe_and_is_evaluated(photos, tmp_path, monkeypatch, capsys):
     """The ImageNet recipe for a step, an image that is skipped, evaluation on the run's own split and a folder."""
     monkeypatch.setattr(classification, "measure_latency", lambda run: None)

@@ -180,6 +180,11 @@ def test_a_run_is_not_overwritten(uninterrupted):
         train(uninterrupted.path, report=silent, **TINY)
 
 
+def test_the_configuration_of_a_run_repeats_it(tmp_path, uninterrupted):
+    run = train(tmp_path / "run", config=uninterrupted.path / "config.yaml", report=silent)
+    assert run.weights.read_bytes() == uninterrupted.weights.read_bytes()
+
+
 def test_another_seed_gives_another_run(tmp_path, uninterrupted):
     other = train(tmp_path / "run", report=silent, **TINY | {"seed": 1, "epochs": 1})
     split = json.loads((other.path / "split.json").read_text())
