@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from muntin.data.datasets import Images
 from muntin.errors import UserError
 from muntin.tasks import classification, evaluate, train
 from muntin.tasks.base import Task
-from muntin.tasks.callbacks import AtomicCheckpoints, Saver, read_checkpoint
+from muntin.tasks.callbacks import AtomicCheckpoints, Saver, least, preferred, read_checkpoint
 from muntin.tasks.classification import Classification, Interrupted, choose_precision
 from muntin.tasks.inference import calibration_error
 from muntin.tasks.settings import Settings, read_config, recipes, settings_from
@@ -225,7 +226,7 @@ def test_the_stored_splits_are_disjoint_and_are_what_was_evaluated(uninterrupted
 def test_what_is_saved_is_what_was_best_in_validation(uninterrupted):
     metrics = uninterrupted.metrics
     assert evaluate(uninterrupted.path, split="val").top1 == pytest.approx(metrics["val_accuracy"], abs=1e-6)
-    best = max(history(uninterrupted.path), key=lambda row: float(row["val_accuracy"]))
+    best = history(uninterrupted.path)[metrics["best_epoch"] - 1]
     assert float(best["val_accuracy"]) == pytest.approx(metrics["val_accuracy"], abs=1e-5)
     state = read_checkpoint(uninterrupted.path / "checkpoints" / "best.ckpt")["state_dict"]
     prefix = {"raw": "model.", "ema": "average."}[metrics["weights"]]
@@ -379,12 +380,41 @@ def test_calibration_error_by_hand():
 
 
 def test_patience_counts_from_the_first_epoch_of_the_best_accuracy(tmp_path):
-    saver = Saver(tmp_path, patience=2, save_minutes=1)
-    saver.best = {"epoch": 2, "since": 1}
+    saver = Saver(tmp_path, patience=2, save_minutes=1, val_images=10)
+    saver.top = {"epoch": 1, "accuracy": 0.9}
     saver.history = [{"epoch": 2}]
     assert not saver.exhausted()
     saver.history = [{"epoch": 3}]
     assert saver.exhausted()
+
+
+def test_the_latest_epoch_within_a_standard_error_is_kept(tmp_path, monkeypatch):
+    """Of 100 validation images: 90, 97, 96, 90 and 80 right."""
+    task = small_task(ema_decay=0)
+    task.loss_count += 1
+    trainer = SimpleNamespace(current_epoch=0, optimizers=[SimpleNamespace(param_groups=[{"lr": 1.0}])], saved=[])
+    trainer.save_checkpoint = lambda path, weights_only=False: trainer.saved.append((path.name, trainer.current_epoch))
+    saver = Saver(tmp_path, patience=0, save_minutes=1, val_images=100)
+    saver._epoch_started = 0.0
+    for epoch, accuracy in enumerate([0.90, 0.97, 0.96, 0.90, 0.80]):
+        trainer.current_epoch = epoch
+        task.results = {"raw": {"accuracy": accuracy, "loss": 1.0}}
+        saver.on_train_epoch_end(trainer, task)
+    assert [epoch for name, epoch in trainer.saved if name == "best.ckpt"] == [0, 1, 2]
+    assert saver.best["epoch"] == 3 and saver.best["accuracy"] == 0.96
+    assert saver.top == {"epoch": 2, "accuracy": 0.97}
+
+
+@pytest.mark.parametrize("raw, ema, name", [(0.97, 0.97, "ema"), (0.97, 0.96, "ema"), (0.97, 0.9, "raw")])
+def test_averaged_weights_are_preferred_within_a_standard_error(raw, ema, name):
+    assert preferred({"raw": {"accuracy": raw}, "ema": {"accuracy": ema}}, images=100) == name
+    assert preferred({"raw": {"accuracy": raw}}, images=100) == "raw"
+
+
+def test_a_standard_error_by_hand():
+    # 8 wrong of 98, counted as 9 of 100: sqrt(0.09 * 0.91 / 98)
+    assert least(90 / 98, 98) == pytest.approx(90 / 98 - 0.028909, abs=1e-6)
+    assert least(1.0, 98) < 1.0
 
 
 def test_precision_is_decided_from_the_hardware(monkeypatch):

@@ -75,27 +75,31 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 class Saver(lightning.Callback):
     """Keeps last.ckpt, best.ckpt and history.csv, and stops between two steps when asked to.
 
-    `best` describes the best validation result so far: epoch, accuracy, loss, which weights ("raw", "ema"), and
-    `since`, the epoch that first reached this accuracy. Of epochs that are equally accurate the latest is kept: its
-    learning rate is the lowest. Raw and averaged weights of an epoch that are equally accurate go by their loss.
+    The best epoch is the latest one whose validation accuracy is within a standard error of the highest, and of its
+    weights the averaged ones where they are within that of the raw: the highest of many noisy figures is mostly
+    luck, and late epochs, with their low learning rate, and averages generalise better (the one-standard-error
+    rule, Breiman et al. 1984). `best` describes what is kept: epoch, weights ("raw", "ema"), accuracy, loss.
+    `top` is the highest accuracy so far and the epoch that first reached it.
     """
 
-    def __init__(self, folder: Path, patience: int, save_minutes: float) -> None:
+    def __init__(self, folder: Path, patience: int, save_minutes: float, val_images: int) -> None:
         self.folder = folder
         self.last = folder / "checkpoints" / "last.ckpt"
         self.best_path = folder / "checkpoints" / "best.ckpt"
         self.patience = patience
         self.save_seconds = 60 * save_minutes
+        self.val_images = val_images
         self.best: dict[str, Any] = {}
+        self.top: dict[str, float] = {"epoch": 0, "accuracy": -1.0}
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0  # of all sessions before this one
         self.signal: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "history": self.history, "seconds": self.elapsed()}
+        return {"best": self.best, "top": self.top, "history": self.history, "seconds": self.elapsed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.history = state_dict["best"], state_dict["history"]
+        self.best, self.top, self.history = state_dict["best"], state_dict["top"], state_dict["history"]
         self.seconds = state_dict["seconds"]
 
     def elapsed(self) -> float:
@@ -104,9 +108,7 @@ class Saver(lightning.Callback):
 
     def exhausted(self) -> bool:
         """Whether patience has run out."""
-        return bool(self.patience and self.history) and (
-            self.history[-1]["epoch"] - self.best["since"] >= self.patience
-        )
+        return bool(self.patience and self.history) and (self.history[-1]["epoch"] - self.top["epoch"] >= self.patience)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._started = self._saved = self._epoch_started = time.monotonic()
@@ -139,7 +141,7 @@ class Saver(lightning.Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Task)
         results: dict[str, dict[str, float]] = pl_module.results  # type: ignore[assignment]
-        name = max(results, key=lambda key: (results[key]["accuracy"], -results[key]["loss"]))
+        name = preferred(results, self.val_images)
         found = results[name]
         epoch = trainer.current_epoch + 1
         self.history.append(
@@ -152,10 +154,11 @@ class Saver(lightning.Callback):
                 "seconds": time.monotonic() - self._epoch_started,
             }
         )
-        if not self.best or found["accuracy"] >= self.best["accuracy"]:
-            equal = self.best and found["accuracy"] == self.best["accuracy"]
-            since = self.best["since"] if equal else epoch
-            self.best = {"epoch": epoch, "since": since, "weights": name, **found}
+        highest = max(result["accuracy"] for result in results.values())
+        if highest > self.top["accuracy"]:
+            self.top = {"epoch": epoch, "accuracy": highest}
+        if found["accuracy"] >= least(self.top["accuracy"], self.val_images):
+            self.best = {"epoch": epoch, "weights": name, **found}
             trainer.save_checkpoint(self.best_path, weights_only=True)
         atomic_write(self.folder / "history.csv", history_csv(self.history))
         self._save_last(trainer, pl_module)
@@ -177,6 +180,19 @@ class Saver(lightning.Callback):
                 f"(--set lr={task.settings.lr / 4:g}), lengthen the warm-up (--set warmup=...) or train in full "
                 "precision (--set precision=32)"
             )
+
+
+def least(accuracy: float, images: int) -> float:
+    """The accuracy minus its standard error over so many images, which counts one more mistake: never zero."""
+    wrong = ((1 - accuracy) * images + 1) / (images + 2)
+    return accuracy - math.sqrt(wrong * (1 - wrong) / images)
+
+
+def preferred(results: dict[str, dict[str, float]], images: int) -> str:
+    """ "ema" where the averaged weights are as accurate as the raw ones, to within a standard error."""
+    if "ema" in results and results["ema"]["accuracy"] >= least(results["raw"]["accuracy"], images):
+        return "ema"
+    return "raw"
 
 
 def history_csv(rows: list[dict[str, float]]) -> bytes:

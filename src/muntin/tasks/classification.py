@@ -325,7 +325,7 @@ def _fit(
 ) -> tuple[float, dict[str, Any]]:
     """Train to the end, from the last checkpoint if there is one; seconds, and the best epoch's description."""
     workers = settings.workers or 0
-    saver = Saver(folder, settings.patience, settings.save_minutes)
+    saver = Saver(folder, settings.patience, settings.save_minutes, len(splits.val))
     batches = EpochBatches(len(splits.train), settings.batch_size, settings.seed)
     checkpoint = saver.last if saver.last.exists() else None
     if checkpoint is not None:
