@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from muntin.errors import UserError
 from muntin.run import atomic_write
 from muntin.runtime.engines import INSTALL, load
+from muntin.runtime.optimize import fold
 
 OPSET = 20  # the first with a Gelu operator; ONNX Runtime 1.17 and OpenVINO 2024 read it
 ONNX_LIMIT = 2**31 - 1  # bytes: protobuf holds no larger message
@@ -278,7 +279,7 @@ def export(
 ) -> ExportReport:
     """Export a model with dynamic batch, height and width, verified in the target's runtime.
 
-    model: (B, 3, H, W) images to (B, K) logits; exported in evaluation mode and left as it was.
+    model: (B, 3, H, W) images to (B, K) logits; a copy in evaluation mode is exported, its BatchNorms folded.
     path: the suffix is the target, `.onnx`. It appears under this name only once every check has passed.
     classes, preprocessing: written into the file's metadata, beside the model's name and configuration.
     sizes: (height, width) in pixels of the comparison with PyTorch; by default four, odd ones too.
@@ -314,7 +315,7 @@ def export(
         hidden = None if progress else True  # None: hidden where the output is not a terminal
         total = len(sizes) * len(batches) + 1
         with tqdm(total=total, desc=f"{target}: tracing", disable=hidden, leave=False) as bar, _evaluation(model):
-            written.append(write(model, _images(2, _trace_size(model, size), like), metadata, partial, opset))
+            written.append(write(fold(model), _images(2, _trace_size(model, size), like), metadata, partial, opset))
 
             def tick(case: str) -> None:
                 bar.set_description(f"{target}: checking {case}")
