@@ -75,10 +75,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 class Saver(lightning.Callback):
     """Keeps last.ckpt, best.ckpt and history.csv, and stops between two steps when asked to.
 
-    The best epoch is the latest one whose validation accuracy is within a standard error of the highest, and of its
-    weights the averaged ones where they are within that of the raw: the highest of many noisy figures is mostly
-    luck, and late epochs, with their low learning rate, and averages generalise better (the one-standard-error
-    rule, Breiman et al. 1984). `best` describes what is kept: epoch, weights ("raw", "ema"), accuracy, loss.
+    The best epoch is the latest one whose validation accuracy is not significantly below the highest, by two
+    standard errors, and of its weights the averaged ones where they are not significantly below the raw: the highest
+    of many noisy figures is mostly luck, while late epochs, with their low learning rate, and averages generalise
+    better (after the one-standard-error rule of Breiman et al., 1984). `best` describes what is kept: epoch, weights
+    ("raw", "ema"), accuracy, loss.
     `top` is the highest accuracy so far and the epoch that first reached it.
     """
 
@@ -183,13 +184,13 @@ class Saver(lightning.Callback):
 
 
 def least(accuracy: float, images: int) -> float:
-    """The accuracy minus its standard error over so many images, which counts one more mistake: never zero."""
+    """The accuracy minus two standard errors over so many images, which count one more mistake: never zero."""
     wrong = ((1 - accuracy) * images + 1) / (images + 2)
-    return accuracy - math.sqrt(wrong * (1 - wrong) / images)
+    return accuracy - 2 * math.sqrt(wrong * (1 - wrong) / images)
 
 
 def preferred(results: dict[str, dict[str, float]], images: int) -> str:
-    """ "ema" where the averaged weights are as accurate as the raw ones, to within a standard error."""
+    """ "ema" unless the averaged weights are significantly less accurate than the raw ones."""
     if "ema" in results and results["ema"]["accuracy"] >= least(results["raw"]["accuracy"], images):
         return "ema"
     return "raw"
