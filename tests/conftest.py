@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 # Models in tests are so small that threads spend their time waiting for each other, much more so under xdist.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # and so in the processes that tests start
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 

@@ -212,8 +212,20 @@ def _train(folder: Path, settings: Settings, resume: bool, report: Callable[[str
         f"{len(splits.train)} train, {len(splits.val)} val, {test} test images in {len(splits.train.classes)} classes"
     )
     # The test split goes no further than this: training and selection are handed the other two.
-    seconds, best = _fit(folder, settings, model, replace(splits, test=None), preprocessing, report)
+    with _threads(settings.threads):
+        seconds, best = _fit(folder, settings, model, replace(splits, test=None), preprocessing, report)
     return _finish(folder, settings, splits, preprocessing, seconds, best, report)
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """So many threads within, as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _with_defaults(settings: Settings) -> Settings:

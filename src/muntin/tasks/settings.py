@@ -30,6 +30,7 @@ class Settings:
     ema_decay: of the average of the weights per step, 0 for none; the better of average and raw is saved
     augment: "photographs" (crop, flip, `randaugment`, `erasing`), "distort" (characters, by `distortion`) or "none"
     precision: "bf16", "32", or "auto": bf16 where the hardware multiplies it natively
+    workers: processes that read and augment images; threads: of the CPU in the training step, all by default
     patience: stop after so many epochs without a better validation accuracy, 0 for never
     weights: what to start from: "" (random), "pretrained", or a checkpoint's path
     save_minutes: how often to save within an epoch; the end of every epoch is saved anyway
@@ -56,6 +57,7 @@ class Settings:
     drop_path: float | None = None
     precision: str = "auto"
     workers: int | None = None
+    threads: int | None = None
     patience: int = 0
     weights: str = ""
     on_bad_image: str = "error"
@@ -63,7 +65,7 @@ class Settings:
     model_config: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "size", "batch_size"):
+        for name in ("epochs", "size", "batch_size", "threads"):
             _require(self, name, lambda value: value >= 1, "give a whole number of at least 1")
         for name in ("seed", "workers", "patience"):
             _require(self, name, lambda value: value >= 0, "give a whole number of at least 0")
