@@ -122,7 +122,10 @@ def test_bench_fills_in_the_latency(run, tmp_path, capsys):
 def test_report_writes_one_page(run, capsys):
     assert main(["report", str(run)]) == 0
     path = run / "report.html"
-    assert capsys.readouterr().out.strip() == str(path)
+    table = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert table["report"].strip() == str(path)
+    assert table["test accuracy"].strip() == f"{metrics['test_accuracy']:.2%}"
     page = path.read_text(encoding="utf-8")
     assert "swin_free_digits" in page and "<script src=" not in page and "<link" not in page
 

@@ -253,10 +253,12 @@ def _describe_report(parser: Any) -> None:
 
 
 def _report(args: Any) -> int:
-    from muntin.measure import report
+    from muntin.measure import report, summary
     from muntin.run import Run
 
-    print(report(Run.open(args.run)))
+    run = Run.open(args.run)
+    report(run)
+    print(summary(run))
     return 0
 
 

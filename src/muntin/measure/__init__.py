@@ -8,6 +8,6 @@ warnings.filterwarnings("ignore", message="'muntin.measure", category=RuntimeWar
 from muntin.measure.bench import BenchReport, bench  # noqa: E402
 from muntin.measure.cost import Cost, cost  # noqa: E402
 from muntin.measure.profile import Profile, profile  # noqa: E402
-from muntin.measure.report import report  # noqa: E402
+from muntin.measure.report import report, summary  # noqa: E402
 
-__all__ = ["BenchReport", "Cost", "Profile", "bench", "cost", "profile", "report"]
+__all__ = ["BenchReport", "Cost", "Profile", "bench", "cost", "profile", "report", "summary"]

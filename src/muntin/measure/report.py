@@ -696,6 +696,24 @@ def report(run: Run | str | os.PathLike[str]) -> Path:
     return atomic_write(path / "report.html", _assemble(page, "".join(parts)).encode())
 
 
+def summary(run: Run) -> str:
+    """What a run has come to, as a short table of names and values."""
+    metrics, path = run.metrics, run.path
+    rows = [("model", f"{run.name}, {metrics.get('parameters', 0):,} parameters")]
+    for split in ("test", "val"):
+        if metrics.get(f"{split}_accuracy") is not None:
+            rows.append((f"{split} accuracy", f"{metrics[f'{split}_accuracy']:.2%}"))
+    if metrics.get("seconds") is not None:
+        rows.append(("trained", f"{metrics.get('epochs')} epochs in {_duration(metrics['seconds'])}"))
+    if metrics.get("latency_ms") is not None:
+        rows.append(("latency", f"{metrics['latency_ms']:.3g} ms for one image"))
+    for name, what in (("model.onnx", "exported"), ("predictions.csv", "predictions"), ("report.html", "report")):
+        if (path / name).exists():
+            rows.append((what, str(path / name)))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
 def pareto(table: Path | None = None) -> str:
     """Published top-1 over GMACs as an SVG, from the generated table of models.
 
