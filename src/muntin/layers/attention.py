@@ -1,11 +1,13 @@
 """Attention inside windows, with a learned bias for each relative position (Swin, section 3.2)."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muntin.layers.position import BiasCache, bias_matrix, constant_relative_index, constants
-from muntin.layers.window import Grid, SymbolicGrid, kind_masks, move, window_masks, window_tokens
+from muntin.layers.window import Grid, Group, SymbolicGrid, kind_masks, move, window_masks, window_runs
 
 
 class SplitLinear(nn.Module):
@@ -47,10 +49,35 @@ class WindowAttention(nn.Module):
         The five-dimensional forms say whether windows or images stand outermost in M. `real`: (M, A, 1), zero
         where a token is padding, given where there is any.
         """
-        windows, area, channels = x.shape
-        qkv = self.project(x, real).view(windows, area, 3, self.heads, -1)  # (M, A, 3, h, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (M, h, A, d)
-        if self._fused(x):
+        return self.proj(self._attend(self.project(x, real), bias))
+
+    def forward_runs(self, x: Tensor, biases: Tensor, runs: Sequence[Group], real: Tensor | None = None) -> Tensor:
+        """In inference: one product for all windows, and one attention for each run that shares a bias."""
+        qkv = self.project(x, real)
+        parts = [self._attend(qkv[run.start : run.stop], biases[run.kind]) for run in runs]
+        return self.proj(parts[0] if len(parts) == 1 else torch.cat(parts))
+
+    def forward_stream(self, x: Tensor, grid: Grid) -> Tensor:
+        """Stream (n, B, A, C) in the grid's order -> the same."""
+        rows, batch = x.flatten(0, 1), x.shape[1]
+        real = None
+        if not grid.aligned:
+            keep = move(None, grid, (grid.height, grid.width), batch, x.device).keep
+            real = None if keep is None else keep.view(-1, grid.area, 1)
+        if torch.is_grad_enabled():
+            return self(rows, self.window_biases(grid), real).view_as(x)
+        runs = window_runs(grid, batch, 0, len(rows))
+        return self.forward_runs(rows, self.kind_biases(grid, x.dtype), runs, real).view_as(x)
+
+    def project(self, x: Tensor, real: Tensor | None) -> Tensor:
+        """q, k and v of (M, A, C): (M, A, 3C). Padding is zero after the norm, so it yields the biases."""
+        return self.qkv(x)
+
+    def _attend(self, qkv: Tensor, bias: Tensor) -> Tensor:
+        """(M, A, 3C) -> (M, A, C)"""
+        windows, area, width = qkv.shape
+        q, k, v = qkv.view(windows, area, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # (M, h, A, d)
+        if self._fused(qkv):
             if bias.ndim == 5:
                 copies = windows // (bias.shape[0] * bias.shape[1])
                 fold = (copies, -1) if bias.shape[0] == 1 else (-1, copies)
@@ -64,26 +91,7 @@ class WindowAttention(nn.Module):
             else:
                 logits = logits + bias
             out = logits.softmax(-1).to(v.dtype) @ v
-        return self.proj(out.transpose(1, 2).reshape(windows, area, channels))
-
-    def project(self, x: Tensor, real: Tensor | None) -> Tensor:
-        """q, k and v of (M, A, C): (M, A, 3C). Padding is zero after the norm, so it yields the biases."""
-        return self.qkv(x)
-
-    def forward_stream(self, x: Tensor, grid: Grid) -> Tensor:
-        """Stream (n, B, A, C) in the grid's order -> the same."""
-        rows, batch = x.flatten(0, 1), x.shape[1]
-        real = None
-        if not grid.aligned:
-            keep = move(None, grid, (grid.height, grid.width), batch, x.device).keep
-            real = None if keep is None else keep.view(-1, grid.area, 1)
-        if torch.is_grad_enabled():
-            return self(rows, self.window_biases(grid), real).view_as(x)
-        biases, parts = self.kind_biases(grid, x.dtype), []
-        for group in window_tokens(grid)[2]:
-            part = slice(group.start * batch, group.stop * batch)
-            parts.append(self(rows[part], biases[group.kind], None if real is None else real[part]))
-        return torch.cat(parts).view_as(x)
+        return out.transpose(1, 2).reshape(windows, area, width // 3)
 
     @staticmethod
     def _fused(x: Tensor) -> bool:

@@ -246,13 +246,24 @@ PIECE = 1 << 20
 """Values of a block's input that are worked on at a time on a CPU."""
 
 
-def pieces(grid: Grid, batch: int, channels: int) -> Iterator[tuple[int, int, int]]:
-    """First row, last row and kind of runs of windows that are alike and fit a cache together."""
-    step = max(1, PIECE // (grid.area * channels))
+def window_runs(grid: Grid, batch: int, start: int, stop: int) -> list[Group]:
+    """Of the windows start to stop of a stream, those of a kind together, counted from start."""
+    runs = []
     for group in window_tokens(grid)[2]:
-        for start in range(group.start * batch, group.stop * batch, step):
-            stop = min(start + step, group.stop * batch)
-            yield start * grid.area, stop * grid.area, group.kind
+        first, last = max(group.start * batch, start), min(group.stop * batch, stop)
+        if first < last:
+            runs.append(Group(first - start, last - start, group.kind))
+    return runs
+
+
+def pieces(grid: Grid, batch: int, channels: int) -> Iterator[tuple[int, int, list[Group]]]:
+    """Pieces of a stream of about equal size that fit a cache: first row, last row, and the kinds of windows."""
+    windows = grid.counts[0] * grid.counts[1] * batch
+    count = -(-windows * grid.area * channels // PIECE)
+    for i in range(count):
+        start, stop = windows * i // count, windows * (i + 1) // count
+        if start < stop:
+            yield start * grid.area, stop * grid.area, window_runs(grid, batch, start, stop)
 
 
 @lru_cache(maxsize=64)

@@ -149,10 +149,10 @@ class SwinBlock(nn.Module):
         index = None if same_order(source, grid) else move(source, grid, size, batch, x.device).index
         biases = self.attention.kind_biases(grid, x.dtype)
         out = torch.empty_like(rows)
-        for start, stop, kind in pieces(grid, batch, channels):
+        for start, stop, runs in pieces(grid, batch, channels):
             part = rows[start:stop] if index is None else rows.index_select(0, index[start:stop])
-            y = self.attention(self.norm1(part).view(-1, grid.area, channels), biases[kind]).view_as(part)
-            y = torch.add(part, y, out=out[start:stop])
+            y = self.attention.forward_runs(self.norm1(part).view(-1, grid.area, channels), biases, runs)
+            y = torch.add(part, y.view_as(part), out=out[start:stop])
             y.add_(self.mlp(self.norm2(y)))
         return out.view(-1, batch, grid.area, channels)
 
