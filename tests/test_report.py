@@ -100,7 +100,9 @@ def trained(tmp_path_factory):
     write_json(folder / "split.json", splits.json())
     atomic_write(folder / "config.yaml", f"data: {json.dumps(str(images))}\nmodel: swin_t\n".encode())
     atomic_write(folder / "history.csv", HISTORY.encode())
-    Run.open(folder).update_metrics(model="swin_t", test_accuracy=None, epochs=3, seconds=4.3, weights="ema")
+    Run.open(folder).update_metrics(
+        model="swin_t", test_accuracy=None, epochs=3, seconds=4.3, weights="ema", best_epoch=2
+    )
     return folder
 
 
@@ -134,16 +136,16 @@ def test_names_are_text_and_never_markup(trained):
 def test_the_page_says_what_the_model_does(trained):
     run = Run.open(trained)
     seen = look(run, run.model())
-    assert len(seen.labels) == len(seen.images) == 6 and seen.split == "test"
+    assert len(seen.labels) == len(seen.images) == 12 and seen.split == "test"
     _, checker = _read(report(run))
     right = int(seen.right.sum())
-    assert f"{right} of 6 images" in checker.text
+    assert f"{right} of 12 images" in checker.text
     assert f"{seen.accuracy:.2%}" in checker.text
     wrong = seen.losses[~seen.right].max()
     assert f"loss {float(wrong):.2f}" in checker.text
     logits = seen.probabilities.log()
     torch.testing.assert_close(seen.losses, nn.functional.cross_entropy(logits, seen.labels, reduction="none"))
-    assert sum(map(sum, seen.confusion())) == 6
+    assert sum(map(sum, seen.confusion())) == 12
     assert sum(seen.confusion()[i][i] for i in range(3)) == right
 
 
@@ -195,7 +197,7 @@ def test_a_model_without_mistakes(trained, monkeypatch):
 
     monkeypatch.setattr(Run, "model", lambda self: Oracle())
     _, checker = _read(report(trained))
-    assert "100.00%" in checker.text and "All 6 are right" in checker.text
+    assert "100.00%" in checker.text and "All 12 are right" in checker.text
     assert "No held-out image is taken for another class" in checker.text
 
 

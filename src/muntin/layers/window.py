@@ -242,7 +242,7 @@ def reorder(x: Tensor, source: Grid | None, target: Grid | None, size: tuple[int
     return x.view(-1, batch, area, channels)
 
 
-PIECE = 1 << 20
+PIECE = 1 << 19
 """Values of a block's input that are worked on at a time on a CPU."""
 
 

@@ -250,21 +250,21 @@ def _curves(page: _Page) -> str:
         return _section("training", "Training", "", body)
     columns = {key: [row[key] for row in rows] for key in rows[0]}
     epochs, accuracy = columns["epoch"], columns["val_accuracy"]
-    best = max(range(len(rows)), key=lambda i: (accuracy[i], -columns["val_loss"][i]))
+    kept = int(page.run.metrics.get("best_epoch") or len(rows))
     loss = {"training": columns["train_loss"], "validation": columns["val_loss"]}
     body = '<div class="three">'
-    body += _figure(svg.lines("loss", epochs, loss, mark=epochs[best]), "Loss", _key(list(loss)))
+    body += _figure(svg.lines("loss", epochs, loss, mark=kept), "Loss", _key(list(loss)))
     body += _figure(
-        svg.lines("validation accuracy", epochs, {"validation": accuracy}, percent=True, mark=epochs[best]),
+        svg.lines("validation accuracy", epochs, {"validation": accuracy}, percent=True, mark=kept),
         "Validation accuracy",
     )
     body += _figure(svg.lines("learning rate", epochs, {"rate": columns["lr"]}, from_zero=True), "Learning rate")
     lead = (
-        f"Best validation accuracy <b>{accuracy[best]:.2%}</b> after epoch {epochs[best]:.0f} of {len(rows)} "
-        f"(dashed), {_duration(sum(columns['seconds']))} in all."
+        f"The weights after epoch {kept} of {len(rows)} are kept (dashed), with a validation accuracy of "
+        f"<b>{accuracy[kept - 1]:.2%}</b>; {_duration(sum(columns['seconds']))} in all."
     )
     if page.run.metrics.get("weights") == "ema":
-        lead += " The kept weights are the moving average. Training loss is of augmented, smoothed targets."
+        lead += " They are the moving average. Training loss is of augmented, smoothed targets."
     return _section("training", "Training", lead, body + "</div>")
 
 

@@ -27,7 +27,7 @@ class Settings:
     data: "digits" or a folder of images; size: side of the model's square input, in pixels
     lr: AdamW's peak rate at this batch size, after `warmup` epochs, then a cosine down to a hundredth
     mixup, cutmix: their Beta parameter, 0 for none; where both are set, each takes half of the batches
-    ema_decay: of the average of the weights per step, 0 for none; the better of average and raw is saved
+    ema_decay: of the average of the weights per step, 0 for none; it is what is saved unless it is significantly worse
     augment: "photographs" (crop, flip, `randaugment`, `erasing`), "distort" (characters, by `distortion`) or "none"
     precision: "bf16", "32", or "auto": bf16 where the hardware multiplies it natively
     workers: processes that read and augment images; threads: of the CPU in the training step, all by default
