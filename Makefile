@@ -20,7 +20,7 @@ setup: .venv/ready
 
 run: .venv/ready  ## train, evaluate, export, predict, measure and report on handwritten digits
 	@echo "== Training on scikit-learn's handwritten digits into $(RUN)"
-	@$(BIN)/muntin train --data digits --out $(RUN) --resume
+	@$(BIN)/muntin train --data digits --out $(RUN) --resume  # starts where nothing is there
 	@echo "== Evaluating on the test split"
 	@$(BIN)/muntin eval $(RUN)
 	@echo "== Exporting to ONNX and comparing with PyTorch"
@@ -39,8 +39,10 @@ test: .venv/ready  ## tests that need no network and no GPU
 lint: .venv/ready  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: .venv/ready  ## latency against timm, torchvision and transformers, same weights, interleaved
+bench: .venv/ready  ## what benchmarks/results holds: peers with the same weights, start-up, digits over seeds
 	@$(BIN)/python benchmarks/peers.py
+	@$(BIN)/python benchmarks/startup.py
+	@$(BIN)/python benchmarks/digits.py
 
 docs: .venv/ready  ## the generated tables and pictures
 	@$(BIN)/python docs/generate.py

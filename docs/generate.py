@@ -16,7 +16,7 @@ from muntin.run import atomic_write
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "src/muntin/models/table.json"
-PEERS = ROOT / "benchmarks/results/peers.md"
+RESULTS = {name: ROOT / f"benchmarks/results/{name}.md" for name in ("peers", "digits")}
 PAGES = ("README.md", "docs/speed.md", "docs/models.md")
 
 
@@ -35,16 +35,20 @@ def models(table: str) -> str:
 
 def wanted() -> dict[Path, str]:
     """Every generated file with the text that it should have."""
+    for path in RESULTS.values():
+        if not path.exists():
+            sys.exit(f"{path.relative_to(ROOT)} is missing: make it first with: make bench")
     table = table_text()
     files = {TABLE: table, ROOT / "docs/pareto.svg": pareto(TABLE)}
-    parts = {"models": models(table), "peers": PEERS.read_text(encoding="utf-8").strip()}
+    parts = {"models": models(table)}
+    parts |= {name: path.read_text(encoding="utf-8").strip() for name, path in RESULTS.items()}
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
         for name, part in parts.items():
-            begin, end = f"<!-- begin {name} -->\n", f"\n<!-- end {name} -->"
+            begin, end = f"<!-- begin {name} -->\n", f"\n\n<!-- end {name} -->"
             if begin in text:
                 before, _, rest = text.partition(begin)
-                text = before + begin + part + end + rest.partition(end.strip())[2]
+                text = before + begin + "\n" + part + end + rest.partition(end.strip())[2]
         files[ROOT / page] = text
     return files
 

@@ -269,7 +269,7 @@ def test_configuration_round_trips_through_plain_data() -> None:
     ("name", "config", "words"),
     [
         ("swin_ty", {}, "no model 'swin_ty'.*'swin_t'.*muntin models"),
-        ("swin_t", {"windw": 7}, "no field 'windw'.*'window'.*Valid are dim, depths"),
+        ("swin_t", {"windw": 7}, "no field 'windw'.*'window'.*valid are dim, depths"),
         ("swin_t", {"dim": 97}, "dim=97.*heads=3 does not divide"),
         ("swin_t", {"window": 0}, "window=0.*at least 1"),
         ("swin_t", {"window": (7, 7)}, "window=.*2 entries for 4 stages"),
@@ -279,6 +279,19 @@ def test_configuration_round_trips_through_plain_data() -> None:
         ("swin_t", {"small_maps": "crop"}, "small_maps='crop'.*'shrink', 'pad'"),
         ("swin_t", {"shift": 3}, "shift=3.*True or False"),
         ("swin_t", {"mlp_ratio": 0}, "mlp_ratio=0.*positive"),
+        ("swin_t", {"mlp_ratio": "a"}, "mlp_ratio='a'.*positive"),
+        ("swin_t", {"mlp_ratio": float("nan")}, "mlp_ratio=nan.*positive"),
+        ("swin_t", {"mlp_ratio": 0.001}, "mlp_ratio=0.001.*one hidden channel"),
+        ("swin_t", {"depths": 3}, "depths=3.*for each stage"),
+        ("swin_t", {"depths": ()}, "depths=.*for each stage"),
+        ("swin_t", {"dim": True}, "dim=True.*at least 1"),
+        ("swin_t", {"window": "abc"}, "window='abc'.*at least 1"),
+        ("swin_t", {"norm": ["layer"]}, "norm=.*'layer', 'batch'"),
+        ("swin_t", {"split_heads": 1}, "split_heads=1.*True or False"),
+        ("swin_t", {"attend": 3}, "attend=3.*tuple of block numbers"),
+        ("swin_t", {"drop_path": "x"}, "drop_path='x'.*below 1"),
+        (5, {}, "name is text, not 5"),
+        (".x", {}, "no model '.x'"),
         ("swin_t", {"attend": (99,)}, "attend=.*0 to 11"),
         ("swin_t", {"drop_path": 1.5}, "drop_path=1.5.*below 1"),
         ("swin_t", {"num_classes": 0}, "num_classes=0.*at least 1"),
@@ -287,9 +300,20 @@ def test_configuration_round_trips_through_plain_data() -> None:
         ("muntin.models.swin.nothing", {}, "neither a variant nor a configuration 'nothing'"),
     ],
 )
-def test_bad_names_and_values_say_what_is_valid(name: str, config: dict[str, Any], words: str) -> None:
+def test_bad_names_and_values_say_what_is_valid(name: Any, config: dict[str, Any], words: str) -> None:
     with pytest.raises(muntin.UserError, match=words):
         muntin.create_model(name, **config)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 32, 32), (2, 3, 0, 32), (0, 3, 32, 32)])
+def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(muntin.UserError, match="shape .*give a batch"):
+        tiny(FAMILIES[0])(torch.zeros(shape))
+
+
+def test_out_indices_are_a_tuple() -> None:
+    with pytest.raises(muntin.UserError, match=r"out_indices=2: give a tuple.*\(2,\)"):
+        muntin.create_backbone("swin_t", out_indices=2)  # type: ignore[arg-type]
 
 
 def test_a_configuration_from_outside_by_its_dotted_path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 from muntin.errors import UserError, nearest
 
 EXTRAS = {
-    "train": "jsonargparse lightning PIL sklearn tensorboard timm torchmetrics torchvision tqdm yaml numpy",
-    "export": "onnx onnxscript onnxruntime",
+    "train": "jsonargparse lightning PIL sklearn tensorboard timm torchmetrics torchvision yaml numpy",
+    "export": "onnx onnxscript onnxruntime tqdm",
 }
 
 
@@ -60,7 +60,17 @@ def _dispatch(arguments: list[str]) -> int:
         def _get_help_string(self, action: Any) -> str:
             return action.help or ""
 
-    parser = ArgumentParser(
+    class Parser(ArgumentParser):
+        """Wrong options are the user's mistake, told in one line."""
+
+        def error(self, message: str, ex: Exception | None = None) -> Any:
+            line = " ".join(str(message).split())
+            wrong = [word for word in line.split() if word.startswith("--")] if "nrecognized" in line else []
+            options = [option for action in self._actions for option in action.option_strings]
+            near = nearest(wrong[0].partition("=")[0], [*options, "--debug"]) if wrong else ""
+            raise UserError(f"{line}{near}; see {self.prog.replace(' [options]', '')} --help")
+
+    parser = Parser(
         prog="muntin",
         formatter_class=Formatter,
         allow_abbrev=False,
@@ -71,7 +81,7 @@ def _dispatch(arguments: list[str]) -> int:
     )
     subcommands = parser.add_subcommands(dest="command", required=True, title="subcommands")
     for name, (describe, help_text, example, _) in COMMANDS.items():
-        sub = ArgumentParser(
+        sub = Parser(
             description=help_text[0].upper() + help_text[1:] + ".",
             epilog=f"example: {example}",
             formatter_class=Formatter,
@@ -82,7 +92,12 @@ def _dispatch(arguments: list[str]) -> int:
     command = next((a for a in arguments if not a.startswith("-")), None)
     if command is not None and command not in COMMANDS:
         valid = ", ".join(COMMANDS)
-        raise UserError(f"there is no subcommand {command!r}{nearest(command, COMMANDS)} Valid are {valid}")
+        raise UserError(f"there is no subcommand {command!r}{nearest(command, COMMANDS)}; valid are {valid}")
+    if "--version" in arguments:
+        import muntin
+
+        print(f"muntin {muntin.__version__}")
+        return 0
     parsed = parser.parse_args(arguments)
     return COMMANDS[parsed.command][3](parsed[parsed.command])
 
@@ -100,7 +115,7 @@ def _models(args: Any) -> int:
     rows = [row for row in table if fnmatch.fnmatchcase(row["name"], args.pattern)]
     if not rows:
         names = [row["name"] for row in table]
-        raise UserError(f"no model matches {args.pattern!r}{nearest(args.pattern, names)} See all with: muntin models")
+        raise UserError(f"no model matches {args.pattern!r}{nearest(args.pattern, names)}; see all with: muntin models")
     cells = [["name", "parameters", "GMACs", "size", "top-1", "source"]]
     for row in rows:
         top1 = row["top1"] or "-"
@@ -204,7 +219,7 @@ def _export(args: Any) -> int:
     from muntin.run import Run
 
     if args.to != "onnx":
-        raise UserError(f"--to {args.to} is unknown{nearest(args.to, ['onnx'])} Valid is onnx")
+        raise UserError(f"--to {args.to} is unknown{nearest(args.to, ['onnx'])}; valid is onnx")
     run = Run.open(args.run)
 
     import muntin

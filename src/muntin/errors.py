@@ -9,6 +9,6 @@ class UserError(ValueError):
 
 
 def nearest(given: str, valid: Iterable[str], limit: int = 3) -> str:
-    """`"; did you mean 'swin_t'?"` where something valid is near, otherwise an empty string."""
+    """`" (did you mean 'swin_t'?)"` where something valid is near, otherwise an empty string."""
     near = difflib.get_close_matches(given, list(valid), n=limit, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""

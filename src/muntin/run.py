@@ -17,6 +17,7 @@ runs/NAME/
 """
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -55,10 +56,9 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Path],
         os.replace(partial, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; "
-            "free some space or choose a folder that you may write to (--out)"
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some space" if full else "choose a folder that you may write to (--out)"
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {remedy}") from error
     finally:
         with contextlib.suppress(OSError):  # it was renamed, or its folder is none
             partial.unlink()
@@ -121,7 +121,8 @@ def _describe(weights: Path) -> dict[str, Any]:
             described = json.loads((file.metadata() or {}).get(METADATA, "null"))
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"{weights} is not a readable safetensors file ({error}); give a run's folder or its model.safetensors"
+            f"{weights} is not a readable safetensors file ({error}); give a run's folder or its model.safetensors, or "
+            "name the model of somebody else's checkpoint, as in: muntin eval CHECKPOINT --model swin_t --data FOLDER"
         ) from error
     fields = ("name", "config", "num_classes", "classes", *PREPROCESSING)
     missing = [field for field in fields if not isinstance(described, dict) or field not in described]

@@ -160,9 +160,8 @@ class Distort:
         place = np.linspace(-0.5, 0.5, self.CELLS + 1)
         x, y = wide * (place[None, :] + lean * place[:, None]), high * place[:, None]
         noise = self.bend * random.standard_normal((2, self.CELLS + 1, self.CELLS + 1))
-        return cosine * x - sine * y + self.shift * right + noise[0], sine * x + cosine * y + self.shift * down + noise[
-            1
-        ]
+        x, y = cosine * x - sine * y, sine * x + cosine * y
+        return x + self.shift * right + noise[0], y + self.shift * down + noise[1]
 
 
 class Photographs:

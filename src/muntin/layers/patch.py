@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from muntin.errors import UserError
 from muntin.layers.mlp import NORMS
 from muntin.layers.window import Grid, fresh, merge_move
 
@@ -25,6 +26,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, int, int]:
         patch = self.stride
+        if not torch.compiler.is_compiling() and (image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape):
+            raise UserError(f"image of shape {tuple(image.shape)}: give a batch (B, 3, height, width), none of them 0")
         height, width = image.shape[-2:]
         if torch.compiler.is_exporting():
             # a convolution specialises sizes: give it symbols of their own

@@ -61,8 +61,8 @@ def create_backbone(
 
 
 def _rate(drop_path: float) -> float:
-    if not 0.0 <= drop_path < 1.0:
-        raise UserError(f"drop_path={drop_path}: give a rate of at least 0 and below 1")
+    if isinstance(drop_path, bool) or not isinstance(drop_path, (int, float)) or not 0.0 <= drop_path < 1.0:
+        raise UserError(f"drop_path={drop_path!r}: give a rate of at least 0 and below 1")
     return drop_path
 
 
@@ -71,17 +71,19 @@ def _configure(name: str, overrides: dict[str, Any]) -> tuple[ModuleType, Any]:
     valid = [field.name for field in fields(row)]
     for key in overrides:
         if key not in valid:
-            raise UserError(f"{name} has no field {key!r}{nearest(key, valid)} Valid are {', '.join(valid)}")
+            raise UserError(f"{name} has no field {key!r}{nearest(key, valid)}; valid are {', '.join(valid)}")
     return family, replace(row, **overrides)
 
 
 def _find(name: str) -> tuple[ModuleType, Any]:
+    if not isinstance(name, str):
+        raise UserError(f"a model's name is text, not {name!r}; `muntin models` lists all of them")
     for family in FAMILIES:
         if name in family.VARIANTS:
             return family, family.VARIANTS[name]
-    if "." in name:
+    if "." in name.strip("."):
         return _import(name)
-    raise UserError(f"no model {name!r}{nearest(name, list_models())} `muntin models` lists all of them")
+    raise UserError(f"no model {name!r}{nearest(name, list_models())}; `muntin models` lists all of them")
 
 
 def _import(path: str) -> tuple[ModuleType, Any]:

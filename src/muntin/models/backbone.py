@@ -45,6 +45,8 @@ def select_outputs(out_indices: tuple[int, ...] | None, stages: int) -> tuple[in
     """Stage numbers to return, all by default; negative ones count from the end. UserError where none is."""
     if out_indices is None:
         return tuple(range(stages))
+    if isinstance(out_indices, int):
+        raise UserError(f"out_indices={out_indices}: give a tuple of stage numbers, such as ({out_indices},)")
     chosen = tuple(i + stages if isinstance(i, int) and i < 0 else i for i in out_indices)
     if not chosen or any(i not in range(stages) for i in chosen) or list(chosen) != sorted(set(chosen)):
         raise UserError(

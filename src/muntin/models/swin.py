@@ -70,22 +70,23 @@ class Swin:
 
 
 def _check(config: Swin) -> None:
-    stages = len(config.depths)
+    """Raises UserError naming the first field whose value is impossible, and what is valid."""
+    stages = len(config.depths) if isinstance(config.depths, tuple) else 0
+    if not stages or not isinstance(config.heads, tuple):
+        raise UserError(f"depths={config.depths!r}, heads={config.heads!r}: give one number for each stage, in a tuple")
     for field in ("depths", "heads", "window", "shift"):
         value = getattr(config, field)
         if isinstance(value, tuple) and len(value) != stages:
             raise UserError(f"{field}={value} has {len(value)} entries for {stages} stages: give one for each")
-    for field in ("depths", "heads", "window"):
-        if any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in config.per_stage(field)):
-            raise UserError(f"{field}={getattr(config, field)}: give whole numbers of at least 1")
-    for field in ("dim", "patch"):
-        value = getattr(config, field)
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{field}={value!r}: give a whole number of at least 1")
-    if any(not isinstance(s, bool) for s in config.per_stage("shift")):
-        raise UserError(f"shift={config.shift!r}: give True or False, or one of them for each stage")
-    if config.mlp_ratio <= 0:
-        raise UserError(f"mlp_ratio={config.mlp_ratio}: give a positive number")
+    for field in ("dim", "patch", "depths", "heads", "window"):
+        if not all(_is_count(v) for v in config.per_stage(field)):
+            raise UserError(f"{field}={getattr(config, field)!r}: give whole numbers of at least 1")
+    for field in ("shift", "split_heads"):
+        if not all(isinstance(v, bool) for v in config.per_stage(field)):
+            raise UserError(f"{field}={getattr(config, field)!r}: give True or False, for shift also one per stage")
+    ratio = config.mlp_ratio
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 1 <= config.dim * ratio < float("inf"):
+        raise UserError(f"mlp_ratio={ratio!r}: give a positive number that leaves at least one hidden channel")
     for s, heads in enumerate(config.heads):
         if (config.dim * 2**s) % heads:
             raise UserError(
@@ -94,12 +95,18 @@ def _check(config: Swin) -> None:
             )
     choices: dict[str, Collection[str]] = {"norm": NORMS, "act": ACTIVATIONS, "small_maps": ("shrink", "pad")}
     for field, valid in choices.items():
-        if getattr(config, field) not in valid:
-            raise UserError(f"{field}={getattr(config, field)!r}: valid are {', '.join(map(repr, valid))}")
-    if config.attend is not None and any(
-        isinstance(b, bool) or b not in range(sum(config.depths)) for b in config.attend
+        value = getattr(config, field)
+        if not isinstance(value, str) or value not in valid:
+            raise UserError(f"{field}={value!r}: valid are {', '.join(map(repr, valid))}")
+    blocks = sum(config.depths)
+    if config.attend is not None and not (
+        isinstance(config.attend, tuple) and all(b in range(blocks) and not isinstance(b, bool) for b in config.attend)
     ):
-        raise UserError(f"attend={config.attend}: give block numbers out of 0 to {sum(config.depths) - 1}")
+        raise UserError(f"attend={config.attend!r}: give a tuple of block numbers out of 0 to {blocks - 1}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 class SwinBlock(nn.Module):

@@ -194,6 +194,7 @@ def _train(folder: Path, settings: Settings, resume: bool, report: Callable[[str
     torch.manual_seed(settings.seed)
     name = _model_name(settings)
     _build(settings, num_classes=2, meta=True)  # refuses a wrong configuration before reading any image
+    _writable(folder)
     splits, preprocessing = _data(folder, settings, resume)
     begun = (folder / "checkpoints" / "last.ckpt").exists()
     start = replace(settings, weights="") if begun else settings  # a checkpoint holds all weights
@@ -215,6 +216,14 @@ def _train(folder: Path, settings: Settings, resume: bool, report: Callable[[str
     with _threads(settings.threads):
         seconds, best = _fit(folder, settings, model, replace(splits, test=None), preprocessing, report)
     return _finish(folder, settings, splits, preprocessing, seconds, best, report)
+
+
+def _writable(folder: Path) -> None:
+    """Refuse at once what would otherwise fail after all images have been read."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        what = "is a file" if existing.is_file() else "cannot be written"
+        raise UserError(f"cannot make the run {folder}: {existing} {what}; choose another folder with --out")
 
 
 @contextlib.contextmanager
@@ -271,6 +280,11 @@ def _build(settings: Settings, num_classes: int, meta: bool = False) -> Any:
 def _data(folder: Path, settings: Settings, resume: bool) -> tuple[Splits, dict[str, Any]]:
     """The splits and the preprocessing: made now, or read back from split.json."""
     assert settings.size is not None
+    if resume and (folder / "checkpoints").exists() and not (folder / "split.json").exists():
+        raise UserError(
+            f"{folder / 'split.json'} is gone: another split would train on test images; put it back, or start another "
+            "run with --out"
+        )
     if resume and (folder / "split.json").exists():
         stored = read_json(folder / "split.json")
         preprocessing = stored["preprocessing"]

@@ -370,4 +370,6 @@ def predictions_csv(rows: Sequence[Prediction]) -> bytes:
 
 
 def write_predictions(rows: Sequence[Prediction], path: str | os.PathLike[str]) -> Path:
+    if Path(path).suffix != ".csv":
+        raise UserError(f"--out {path}: predictions are a table; give a name that ends in .csv")
     return atomic_write(path, predictions_csv(rows))

@@ -78,7 +78,7 @@ class Settings:
         for name, valid in (("augment", AUGMENTS), ("precision", PRECISIONS), ("on_bad_image", ON_BAD_IMAGE)):
             value = getattr(self, name)
             if value not in valid:
-                raise UserError(f"{name}={value!r} is unknown; valid are {', '.join(valid)}{nearest(value, valid)}")
+                raise UserError(f"{name}={value!r} is unknown{nearest(value, valid)}; valid are {', '.join(valid)}")
 
     def flat(self) -> dict[str, Any]:
         """Plain values under the names that `--set` takes: what config.yaml holds."""
@@ -115,7 +115,7 @@ def settings_from(*layers: Mapping[str, Any]) -> Settings:
                 values[name] = _convert(name, value)
             else:
                 raise UserError(
-                    f"there is no setting {name!r}{nearest(name, TYPES) or '.'} Valid are {', '.join(TYPES)}, and "
+                    f"there is no setting {name!r}{nearest(name, TYPES)}; valid are {', '.join(TYPES)}, and "
                     f"{MODEL_PREFIX}FIELD for a field of the model's configuration"
                 )
     return Settings(**values, model_config=model_config)

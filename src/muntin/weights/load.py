@@ -246,7 +246,9 @@ def read_file(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error}): check its permissions") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on old pickle protocols
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise UserError(f"{path} cannot be read ({error}): check its permissions") from error
     except Exception as error:  # a foreign file makes the unpickler raise anything
