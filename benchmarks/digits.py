@@ -24,7 +24,8 @@ def markdown(rows: list[dict[str, object]], machine: dict[str, object]) -> str:
         lines.append(
             f"| {row['seed']} | {row['test_accuracy']:.2%} | {row['val_accuracy']:.2%} | {row['seconds']:.0f} s |"
         )
-    lines += ["", f"swin_free_digits, {rows[0]['parameters']:,} parameters; {machine['cpu']}, {machine['cores']} cores."]
+    where = f"{machine['cpu']}, {machine['cores']} cores"
+    lines += ["", f"swin_free_digits, {rows[0]['parameters']:,} parameters, {rows[0]['precision']}; {where}."]
     return "\n".join(lines) + "\n"
 
 
