@@ -223,7 +223,7 @@ def _writable(folder: Path) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         what = "is a file" if existing.is_file() else "cannot be written"
-        raise UserError(f"cannot make the run {folder}: {existing} {what}; choose another folder with --out")
+        raise UserError(f"cannot write {folder}: {existing} {what}; choose a folder that you may write to (--out)")
 
 
 @contextlib.contextmanager
