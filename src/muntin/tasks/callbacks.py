@@ -67,8 +67,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     except (OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{path} is damaged or cannot be read; put back a copy of it, or start another run from the best weights "
-            f"so far with: muntin train --set weights={path.parents[1] / 'model.safetensors'} --out FOLDER"
+            f"{path} is damaged or cannot be read; put back a copy of it, or delete it to train from the beginning"
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"{path} is not one of Muntin's checkpoints; train again into another folder")
