@@ -307,9 +307,7 @@ def _data(folder: Path, settings: Settings, resume: bool) -> tuple[Splits, dict[
 def choose_precision() -> tuple[str, str]:
     """`precision=auto`: what is used, and why.
 
-    Decided by rule, not by timing, so that runs can be repeated. Where the hardware multiplies bfloat16 natively a
-    training step is faster in it at every size: on a CPU with AVX512-BF16 1.4x for swin_free_digits at batch 32 and
-    3x for swin_t at 224 pixels.
+    Decided by rule, not by timing, so that runs can be repeated: bfloat16 where the hardware multiplies it natively.
     """
     if torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
