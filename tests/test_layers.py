@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from conftest import error_of
-from muntin.layers import attention, position, reference, window
+from muntin.layers import attention, position, window
 from muntin.layers import patch as patches
+from muntin.layers.reference import swin as reference
 from muntin.models import create_backbone, create_model
 from muntin.weights import convert
 

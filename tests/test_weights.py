@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from muntin.errors import UserError
-from muntin.layers import reference
+from muntin.layers.reference import swin as reference
 from muntin.models import create_backbone, create_model
 from muntin.weights import LoadReport, convert, load_checkpoint
 from muntin.weights.rules import read_name, write_name

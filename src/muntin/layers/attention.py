@@ -1,11 +1,13 @@
 """Attention inside windows, with a learned bias for each relative position (Swin, section 3.2)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from muntin.layers.conv import fold_before, with_weights
 from muntin.layers.position import BiasCache, bias_matrix, constant_relative_index, constants
 from muntin.layers.window import Grid, Group, SymbolicGrid, kind_masks, move, window_masks, window_runs
 
@@ -42,6 +44,16 @@ class WindowAttention(nn.Module):
         self.bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
         nn.init.trunc_normal_(self.bias_table, std=0.02)
         self._cache = BiasCache()
+
+    def folded(self, norm: nn.Module | None = None) -> "WindowAttention":
+        """For inference: the scale in the weights of q, and the norm before it, where given, in q, k and v."""
+        if not isinstance(self.qkv, nn.Linear):
+            return self
+        factor = torch.ones_like(self.qkv.bias)
+        factor[: self.proj.in_features] = self.scale
+        self.qkv = with_weights(self.qkv, self.qkv.weight * factor[:, None], self.qkv.bias * factor)
+        self.scale = 1.0
+        return self if norm is None else FoldedAttention(self, norm)
 
     def forward(self, x: Tensor, bias: Tensor, real: Tensor | None = None) -> Tensor:
         """`bias`: (1, h, A, A) for all, or (n, 1, h, A, A) or (1, n, h, A, A) where windows differ.
@@ -129,3 +141,25 @@ class WindowAttention(nn.Module):
     def _bias(self, window: tuple[int, int]) -> Tensor:
         index = constant_relative_index(*window, self.window, self.bias_table.device)
         return bias_matrix(self.bias_table, index, window[0] * window[1])  # (h, A, A)
+
+
+class FoldedAttention(WindowAttention):
+    """Attention whose norm is folded into q, k and v. Padding still yields what it yielded: the biases alone."""
+
+    padding: Tensor
+
+    def __init__(self, attention: Any, norm: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.heads, self.window, self.scale = attention.heads, attention.window, attention.scale
+        self.register_buffer("padding", attention.qkv.bias.clone())
+        self.qkv = fold_before(norm, attention.qkv)
+        self.proj = attention.proj
+        self.bias_table = attention.bias_table
+        self._cache = attention._cache
+
+    def folded(self, norm: nn.Module | None = None) -> "WindowAttention":
+        return self
+
+    def project(self, x: Tensor, real: Tensor | None) -> Tensor:
+        qkv = self.qkv(x)
+        return qkv if real is None else torch.where(real > 0, qkv, self.padding)

@@ -5,8 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muntin.errors import UserError
-from muntin.layers.mlp import NORMS
+from muntin.layers.conv import fold_after, fold_before
+from muntin.layers.mlp import NORMS, TokenBatchNorm
 from muntin.layers.window import Grid, fresh, merge_move
+
+
+def check_image(image: Tensor) -> None:
+    """UserError where it is no batch (B, 3, H, W) of images."""
+    if not torch.compiler.is_compiling() and (image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape):
+        raise UserError(f"image of shape {tuple(image.shape)}: give a batch (B, 3, height, width), none of them 0")
 
 
 class PatchEmbed(nn.Module):
@@ -24,10 +31,14 @@ class PatchEmbed(nn.Module):
     def stride(self) -> int:
         return self.proj.kernel_size[0]
 
+    def folded(self) -> nn.Module:
+        if isinstance(self.norm, TokenBatchNorm):
+            self.proj, self.norm = fold_after(self.norm, self.proj), nn.Identity()
+        return self
+
     def forward(self, image: Tensor) -> tuple[Tensor, int, int]:
         patch = self.stride
-        if not torch.compiler.is_compiling() and (image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape):
-            raise UserError(f"image of shape {tuple(image.shape)}: give a batch (B, 3, height, width), none of them 0")
+        check_image(image)
         height, width = image.shape[-2:]
         if torch.compiler.is_exporting():
             # a convolution specialises sizes: give it symbols of their own
@@ -56,6 +67,11 @@ class PatchMerging(nn.Module):
         super().__init__()
         self.norm: nn.Module = NORMS[norm](4 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def folded(self) -> nn.Module:
+        if isinstance(self.norm, TokenBatchNorm):
+            self.reduction, self.norm = fold_before(self.norm, self.reduction), nn.Identity()
+        return self
 
     def forward(self, x: Tensor, source: Grid | None, target: Grid | None, size: tuple[int, int]) -> Tensor:
         """Stream (n, B, A, C) of a map of this size, in the source's order -> stream in the target's order."""

@@ -15,7 +15,7 @@ from muntin.models.backbone import Backbone
 from muntin.models.classifier import Classifier, check_classes
 
 FAMILIES: tuple[ModuleType, ...] = (swin,)
-"""Each has VARIANTS, TINY, CONFIG, BACKBONE and HEAD."""
+"""Each has VARIANTS, TINY, DENSE, CONFIG, BACKBONE and HEAD."""
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -54,9 +54,10 @@ def create_backbone(
     """A backbone by name: image (B, 3, H, W) -> list of NCHW maps, one for each stage in `out_indices`.
 
     out_norm: a norm on each map that is returned, as detection code expects.
-    Maps smaller than a window are padded unless small_maps="shrink" is given. The rest as in `create_model`.
+    Windows follow the rules of the authors' detection code (each family's DENSE, such as small_maps="pad") unless
+    config says otherwise. The rest as in `create_model`.
     """
-    family, row = _configure(name, {"small_maps": "pad"} | config)
+    family, row = _configure(name, config, dense=True)
     return family.BACKBONE(row, out_indices, out_norm, _rate(drop_path))
 
 
@@ -66,8 +67,10 @@ def _rate(drop_path: float) -> float:
     return drop_path
 
 
-def _configure(name: str, overrides: dict[str, Any]) -> tuple[ModuleType, Any]:
+def _configure(name: str, overrides: dict[str, Any], dense: bool = False) -> tuple[ModuleType, Any]:
     family, row = _find(name)
+    if dense:
+        overrides = family.DENSE | overrides
     valid = [field.name for field in fields(row)]
     for key in overrides:
         if key not in valid:

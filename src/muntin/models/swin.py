@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from muntin.errors import UserError
 from muntin.layers.attention import WindowAttention
+from muntin.layers.conv import fold_before
 from muntin.layers.drop import DropPath
-from muntin.layers.mlp import ACTIVATIONS, NORMS, Mlp
+from muntin.layers.mlp import ACTIVATIONS, NORMS, Mlp, TokenBatchNorm
 from muntin.layers.patch import PatchEmbed, PatchMerging
 from muntin.layers.window import (
     Grid,
@@ -123,9 +124,18 @@ class SwinBlock(nn.Module):
         if config.attend is None or sum(config.depths[:stage]) + number in config.attend:
             self.norm1 = NORMS[config.norm](dim)
             self.attention = WindowAttention(dim, config.heads[stage], self.window, config.split_heads)
-        self.norm2 = NORMS[config.norm](dim)
+        self.norm2: nn.Module = NORMS[config.norm](dim)
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio), config.act)
         self.drop_path = DropPath(drop_path)
+
+    def folded(self) -> nn.Module:
+        """BatchNorms in the products that follow them."""
+        if isinstance(self.norm1, TokenBatchNorm) and self.attention is not None:
+            if isinstance(self.attention.qkv, nn.Linear):
+                self.attention, self.norm1 = self.attention.folded(self.norm1), nn.Identity()
+        if isinstance(self.norm2, TokenBatchNorm):
+            self.mlp.fc1, self.norm2 = fold_before(self.norm2, self.mlp.fc1), nn.Identity()
+        return self
 
     def order(self, source: Grid | None, size: tuple[int, int]) -> Grid | None:
         """The order in which this block leaves the tokens: its windows', or raster where they need padding."""
@@ -335,6 +345,9 @@ VARIANTS: dict[str, Swin] = (
 
 TINY = Swin(16, (1, 2, 2, 1), (1, 2, 4, 8), (4, 4, 4, 2))
 """A configuration for tests: every mechanism, few operations."""
+
+DENSE = {"small_maps": "pad"}
+"""What `create_backbone` overrides unless told otherwise."""
 
 CONFIG = Swin
 BACKBONE = SwinBackbone

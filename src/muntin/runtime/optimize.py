@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muntin.errors import UserError
-from muntin.layers.attention import WindowAttention
-from muntin.layers.mlp import Mlp, TokenBatchNorm
-from muntin.layers.patch import PatchEmbed, PatchMerging
+from muntin.layers.mlp import Mlp
 from muntin.layers.position import BiasCache
 
 
@@ -30,86 +28,29 @@ def optimize(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UserError(f"optimize takes a model, not a {type(model).__name__}: use muntin.create_model first")
     fast = fold(model)
-    for module in list(fast.modules()):
-        if isinstance(module, WindowAttention):
+    module: Any
+    for module in fast.modules():
+        if isinstance(getattr(module, "_cache", None), BiasCache):
             module._cache = BiasCache(frozen=True)
     _pack(fast)
     return fast
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode without BatchNorms where a product stands beside them; public operators only."""
+    """A copy in evaluation mode without BatchNorms where a product stands beside them; public operators only.
+
+    A module that has `folded()` says itself what replaces it: from the outside inwards, a module before its children.
+    """
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     with torch.no_grad():
-        for module in list(fast.modules()):
-            if isinstance(module, WindowAttention) and isinstance(module.qkv, nn.Linear):
-                _fold_scale(module)
-        for module in list(fast.modules()):
-            _fold_norms(module)
-    return fast
+        return _folded(fast)
 
 
-def _fold_norms(module: Any) -> None:
-    """The BatchNorms that this module holds, by where they stand."""
-    if isinstance(module, PatchEmbed) and isinstance(module.norm, TokenBatchNorm):
-        _fold_after(module.norm, module.proj)
-        module.norm = nn.Identity()
-    if isinstance(module, PatchMerging) and isinstance(module.norm, TokenBatchNorm):
-        module.reduction = _fold_before(module.norm, module.reduction)
-        module.norm = nn.Identity()
-    if isinstance(getattr(module, "norm1", None), TokenBatchNorm) and isinstance(module.attention.qkv, nn.Linear):
-        module.attention = FoldedAttention(module.attention, module.norm1)
-        module.norm1 = nn.Identity()
-    if isinstance(getattr(module, "norm2", None), TokenBatchNorm):
-        module.mlp.fc1 = _fold_before(module.norm2, module.mlp.fc1)
-        module.norm2 = nn.Identity()
-
-
-class FoldedAttention(WindowAttention):
-    """Attention whose norm is folded into q, k and v. Padding still yields what it yielded: the biases alone."""
-
-    padding: Tensor
-
-    def __init__(self, attention: Any, norm: TokenBatchNorm) -> None:
-        nn.Module.__init__(self)
-        self.heads, self.window, self.scale = attention.heads, attention.window, attention.scale
-        self.register_buffer("padding", attention.qkv.bias.clone())
-        self.qkv = _fold_before(norm, attention.qkv)
-        self.proj = attention.proj
-        self.bias_table = attention.bias_table
-        self._cache = BiasCache(frozen=True)
-
-    def project(self, x: Tensor, real: Tensor | None) -> Tensor:
-        qkv = self.qkv(x)
-        return qkv if real is None else torch.where(real > 0, qkv, self.padding)
-
-
-def _affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """The factor and summand that a BatchNorm is in evaluation mode, in float64."""
-    factor = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
-    return factor, norm.bias.double() - norm.running_mean.double() * factor
-
-
-def _fold_before(norm: TokenBatchNorm, linear: nn.Linear) -> nn.Linear:
-    factor, summand = _affine(norm)
-    weight = linear.weight.double()
-    folded = nn.Linear(linear.in_features, linear.out_features).to(linear.weight).requires_grad_(False)
-    folded.weight.copy_(weight * factor)
-    folded.bias.copy_(weight @ summand + (0 if linear.bias is None else linear.bias.double()))
-    return folded.eval()
-
-
-def _fold_after(norm: TokenBatchNorm, conv: Any) -> None:
-    factor, summand = _affine(norm)
-    conv.weight.copy_(conv.weight.double() * factor[:, None, None, None])
-    conv.bias.copy_(conv.bias.double() * factor + summand)
-
-
-def _fold_scale(attention: Any) -> None:
-    channels = attention.proj.in_features
-    attention.qkv.weight[:channels] *= attention.scale
-    attention.qkv.bias[:channels] *= attention.scale
-    attention.scale = 1.0
+def _folded(module: Any) -> nn.Module:
+    module = module.folded() if hasattr(module, "folded") else module
+    for name, child in list(module.named_children()):
+        setattr(module, name, _folded(child))
+    return module
 
 
 class PackedLinear(nn.Module):
