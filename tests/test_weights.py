@@ -411,11 +411,11 @@ def test_weights_of_another_model(model: Any) -> None:
     with torch.device("meta"):
         states = {name: convert(create_model(name).state_dict(), "authors") for name in ("swin_b", "swin_s")}
     small = create_model("swin_t", 1000)
-    _rejected(small, states["swin_b"], "swin_b-like", "dim 128", "the model is swin_t (dim 96, depths 2-2-6-2")
-    _rejected(small, states["swin_s"], "swin_s-like", "depths 2-2-18-2", "swin_t")
-    _rejected(model, convert(small.state_dict(), "timm"), "swin_t-like (dim 96", "(dim 8, depths 1-2-3-1")
+    _rejected(small, states["swin_b"], "like swin_b", "dim 128", "the model is swin_t (dim 96, depths 2-2-6-2")
+    _rejected(small, states["swin_s"], "like swin_s", "depths 2-2-18-2", "swin_t")
+    _rejected(model, convert(small.state_dict(), "timm"), "like swin_t (dim 96", "(dim 8, depths 1-2-3-1")
     batch = create_model("swin_b_br", **CONFIG)
-    _rejected(batch, model.state_dict(), "of no listed model", "norm layer", "swin_b_br", "norm batch")
+    _rejected(batch, model.state_dict(), "like no listed model", "norm layer", "swin_b_br", "norm batch")
 
 
 def test_weights_of_another_family(model: Any) -> None:

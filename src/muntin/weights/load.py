@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import safetensors.torch
@@ -19,12 +20,25 @@ from torch import Tensor, nn
 
 from muntin.errors import UserError
 from muntin.weights import swin
-from muntin.weights.rules import Reading, explains, forms, preview, read_plainly, recognise, translate, untranslate
+from muntin.weights.rules import (
+    Reading,
+    Rule,
+    explains,
+    forms,
+    preview,
+    read_plainly,
+    recognise,
+    translate,
+    untranslate,
+)
 
-FAMILIES = {"swin": swin}
-"""Each has RULES, and `describe(weights)`: the configuration that the shapes of our weights show."""
+FAMILIES: dict[str, ModuleType] = {"swin": swin}
+"""Each has RULES, and `describe(weights)`: the configuration that the shapes of our weights show.
 
-_RULES = {name: family.RULES for name, family in FAMILIES.items()}
+`resize(name, tensor, shape)`, where there is one, makes a tensor of another shape fit, or returns None. Without
+it Swin's rule holds: a name that ends in `bias_table` is a table of (2w-1)^2 offsets for a window of w.
+"""
+
 # An average of the weights comes before the weights, as in timm.
 _ENTRIES = ("state_dict_ema", "model_ema", "ema", "model_state_dict", "state_dict", "model", "module", "net")
 
@@ -86,16 +100,23 @@ def load_checkpoint(
     target = {bare: own[name] for bare, name in names.items()}
     try:
         state = _unwrap(content)
-        known = any(explains(rules, target) for rules in _RULES.values())
-        reading = recognise(_RULES, state) if known else read_plainly(target, state)
+        family = _family_of(target)
+        reading = recognise(_rules(first=family), state) if family else read_plainly(target, state)
         weights = translate(reading, state)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     if any(tensor.is_meta for tensor in target.values()):
         raise UserError("the model is on the meta device and has no storage: create it on a real device to load")
+    title = getattr(model, "name", type(model).__name__)
+    if family and reading.family != family:
+        theirs = _like(FAMILIES[reading.family].describe(weights), reading.family)
+        raise UserError(
+            f"{source} holds weights of {reading.family} ({theirs}), the model is {title} ({family}): create the "
+            "model that the weights belong to, or choose another file"
+        )
     plan = _Plan(reading, weights, target)
     if strict:
-        plan.check(source, getattr(model, "name", type(model).__name__))
+        plan.check(source, title)
     with torch.no_grad():
         for name, tensor in plan.values.items():
             target[name].copy_(tensor)
@@ -108,13 +129,25 @@ def load_checkpoint(
 def convert(state: Mapping[str, Any], to: str = "muntin") -> dict[str, Tensor]:
     """Weights of any known dialect under the names of another: "authors", "timm", "torchvision", "mm", ..."""
     tensors = _unwrap(state)
-    reading = recognise(_RULES, tensors)
+    reading = recognise(_rules(), tensors)
     if reading.unexpected:
         raise UserError(f"no name in {to} for {preview(reading.unexpected)}: leave these out")
     weights = translate(reading, tensors)
     if to != "muntin":
-        return untranslate(_RULES[reading.family], weights, to)
+        return untranslate(FAMILIES[reading.family].RULES, weights, to)
     return {name if name.startswith("head.") else f"backbone.{name}": t for name, t in weights.items()}
+
+
+def _rules(first: str = "") -> dict[str, list[Rule]]:
+    """Every family's, that one first which should win where several explain a file equally well."""
+    return {name: FAMILIES[name].RULES for name in sorted(FAMILIES, key=lambda name: name != first)}
+
+
+def _family_of(target: Mapping[str, Tensor]) -> str:
+    """The family whose names a model's own weights have, or nothing."""
+    explained = {name: explains(rules, target) for name, rules in _rules().items()}
+    best = max(explained, key=lambda name: explained[name])
+    return best if 2 * explained[best] > len(target) else ""
 
 
 def _bare_names(names: Iterable[str]) -> dict[str, str]:
@@ -156,32 +189,39 @@ class _Plan:
         ours = self.target[name]
         if tensor.shape == ours.shape:
             self.values[name] = tensor
-        elif name.endswith("bias_table") and (table := resize_table(tensor, ours.shape)) is not None:
+        elif (table := self._resize(name, tensor, ours.shape)) is not None:
             self.values[name] = table
             self.resized.append(name)
-            self.details[name] = f"{_side(tensor)} to {_side(ours)}"
+            square = name.endswith("bias_table") and tensor.ndim == 2 and tensor.shape[1] == ours.shape[1]
+            side = _side if square else _shape
+            self.details[name] = f"{side(tensor)} to {side(ours)}"
         else:
             self.misshapen.append(name)
             self.details[name] = f"{_shape(tensor)} in the file, {_shape(ours)} in the model"
 
+    def _resize(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
+        if (resize := getattr(FAMILIES.get(self.reading.family), "resize", None)) is not None:
+            return resize(name, tensor, shape)
+        return resize_table(tensor, shape) if name.endswith("bias_table") else None
+
     def _replace_head(self) -> None:
-        """A last layer for another number of classes keeps the model's values as a whole."""
-        weight = self.weights.get("head.fc.weight")
-        if weight is None or "head.fc.weight" not in self.misshapen:
+        """Last layers for another number of classes, `head.fc` and `head.fc_...`, keep the model's values."""
+        weights = [name for name in self.misshapen if re.fullmatch(r"head\.fc[^.]*\.weight", name)]
+        both = [(self.weights[name], self.target[name]) for name in weights]
+        if not both or any(theirs.ndim != 2 or theirs.shape[1] != ours.shape[1] for theirs, ours in both):
             return
-        ours = self.target["head.fc.weight"]
-        if weight.ndim == 2 and weight.shape[1] == ours.shape[1]:
-            own = [name for name in self.target if name.startswith("head.fc.")]
-            self.misshapen = [name for name in self.misshapen if name not in own]
-            self.missing = [name for name in self.missing if name not in own]
-            self.values = {name: tensor for name, tensor in self.values.items() if name not in own}
-            self.replaced += own
-            self.details |= dict.fromkeys(own, f"{len(weight)} classes in the file, {len(ours)} in the model")
+        own = [name for name in self.target if name.startswith("head.fc")]
+        self.misshapen = [name for name in self.misshapen if name not in own]
+        self.missing = [name for name in self.missing if name not in own]
+        self.values = {name: tensor for name, tensor in self.values.items() if name not in own}
+        self.replaced += own
+        theirs, ours = both[0]
+        self.details |= dict.fromkeys(own, f"{len(theirs)} classes in the file, {len(ours)} in the model")
 
     def _optional(self, name: str) -> bool:
         """A backbone's file has no head, a classifier's no output norms: those keep the model's values."""
         if name.startswith("head."):
-            return not any(n.startswith("head.fc.") for n in self.weights)
+            return not any(n.startswith("head.fc") for n in self.weights)
         return name.startswith("norms.") and not any(n.startswith("norms.") for n in self.weights)
 
     def check(self, source: str, model: str) -> None:
@@ -191,8 +231,8 @@ class _Plan:
         family = FAMILIES.get(self.reading.family)
         if family is not None and (theirs := family.describe(self.weights)) != (ours := family.describe(self.target)):
             raise UserError(
-                f"{source} holds weights of another model: {_like(theirs)} ({_plain(theirs)}), the model is {model} "
-                f"({_plain(ours)}); create the model that the weights belong to, or choose another file"
+                f"{source} holds weights of another model: {_like(theirs, self.reading.family)} ({_plain(theirs)}), "
+                f"the model is {model} ({_plain(ours)}); create the model that the weights belong to, or choose another file"
             )
         shapes = [f"{name} ({self.details[name]})" for name in self.misshapen]
         parts = [("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", shapes)]
@@ -287,15 +327,15 @@ def _unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
     )
 
 
-def _like(shown: Mapping[str, Any]) -> str:
-    """The listed model that has these values, or what can be said of it."""
+def _like(shown: Mapping[str, Any], family: str) -> str:
+    """The family's listed model that has these values, or what can be said of it."""
     from muntin.models import FAMILIES as MODELS
 
-    for family in MODELS:
-        for name, row in family.VARIANTS.items():
+    for module in MODELS:
+        for name, row in module.VARIANTS.items() if module.__name__.endswith(f".{family}") else ():
             if all(getattr(row, key, None) == value for key, value in shown.items()):
-                return f"{name}-like"
-    return "of no listed model"
+                return f"like {name}"
+    return "like no listed model"
 
 
 def _plain(shown: Mapping[str, Any]) -> str:

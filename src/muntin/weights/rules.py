@@ -187,9 +187,9 @@ def recognise(families: Mapping[str, list[Rule]], names: Collection[str]) -> Rea
     return best
 
 
-def explains(rules: list[Rule], names: Collection[str]) -> bool:
-    """Whether most of a model's names (without `backbone.`) are a family's."""
-    return 2 * len(_read("", "muntin", rules, names).sources) > len(names)
+def explains(rules: list[Rule], names: Collection[str]) -> int:
+    """How many of a model's names (without `backbone.`) are a family's."""
+    return len(_read("", "muntin", rules, names).sources)
 
 
 def read_plainly(ours: Collection[str], names: Iterable[str]) -> Reading:
