@@ -232,8 +232,8 @@ class _Plan:
         if family is not None and (theirs := family.describe(self.weights)) != (ours := family.describe(self.target)):
             raise UserError(
                 f"{source} holds weights of another model: {_like(theirs, self.reading.family)} ({_plain(theirs)}), "
-                f"the model is {model} ({_plain(ours)}); create the model that the weights belong to, or choose another "
-                "file"
+                f"the model is {model} ({_plain(ours)}); create the model that the weights belong to, or choose "
+                "another file"
             )
         shapes = [f"{name} ({self.details[name]})" for name in self.misshapen]
         parts = [("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", shapes)]
