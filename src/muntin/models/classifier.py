@@ -1,6 +1,7 @@
 """Backbone + head: image -> logits.
 
-A head maps the last map to logits and has `features(map)`, the map after the head's norm, and `reset(num_classes)`.
+A head maps the last map to logits by its last layer, `fc`, and has `features(map)`, the map after the head's norm,
+`pooled(map)`, what `fc` takes, and `reset(num_classes)`.
 """
 
 from typing import Any

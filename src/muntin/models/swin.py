@@ -300,9 +300,13 @@ class SwinHead(nn.Module):
         """The last map, normalised: (B, C, H, W) -> the same."""
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def pooled(self, x: Tensor) -> Tensor:
+        """What `fc` takes: (B, C, H, W) -> (B, C)."""
         tokens = x.flatten(2).transpose(1, 2)  # (B, N, C), a view of the tokens that made the map
-        return self.fc(self.norm(tokens).mean(1))
+        return self.norm(tokens).mean(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.pooled(x))
 
 
 def _initialise(module: nn.Module) -> None:
