@@ -85,10 +85,16 @@ class WindowAttention(nn.Module):
         """q, k and v of (M, A, C): (M, A, 3C). Padding is zero after the norm, so it yields the biases."""
         return self.qkv(x)
 
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(M, A, 3C) -> q, k and v of each head: (M, h, A, d)."""
+        windows, area, _ = qkv.shape
+        q, k, v = qkv.view(windows, area, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
     def _attend(self, qkv: Tensor, bias: Tensor) -> Tensor:
         """(M, A, 3C) -> (M, A, C)"""
         windows, area, width = qkv.shape
-        q, k, v = qkv.view(windows, area, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # (M, h, A, d)
+        q, k, v = self._split(qkv)
         if self._fused(qkv):
             if bias.ndim == 5:
                 copies = windows // (bias.shape[0] * bias.shape[1])
@@ -115,32 +121,46 @@ class WindowAttention(nn.Module):
 
     def kind_biases(self, grid: Grid, dtype: torch.dtype) -> Tensor:
         """Bias plus mask for each kind of window, for inference: (4, 1, h, A, A), or (1, ...) without shift."""
-        key = (grid.window, grid.shift, dtype, self.bias_table.device)
-        bias = self._cache.get(key, self.bias_table)
+        sources = self.bias_sources()
+        key = (grid.window, grid.shift, dtype, sources[0].device)
+        bias = self._cache.get(key, sources)
         if bias is None:
+            table = self.table(grid.window)
             with constants():
-                bias = self._bias(grid.window)[None, None]
+                bias = self._matrix(table, grid.window)[None, None]
                 if any(grid.shift):
                     bias = bias + kind_masks(grid, bias.device)[:, None, None]
                 bias = bias.to(dtype).contiguous()
-                self._cache.put(key, self.bias_table, bias)
+                self._cache.put(key, sources, bias)
         return bias
 
     def window_biases(self, grid: Grid) -> Tensor:
         """The same for each window, with gradients: (n, 1, h, A, A), or (1, h, A, A) without shift."""
-        bias = self._bias(grid.window)
+        bias = self._matrix(self.table(grid.window), grid.window)
         if not any(grid.shift):
             return bias[None]
         return (bias + window_masks(grid, bias.device)[:, None]).unsqueeze(1)
 
     def symbolic_bias(self, grid: SymbolicGrid) -> Tensor:
         """(1, n, h, A, A), or (1, h, A, A) without shift."""
-        bias = bias_matrix(self.bias_table, grid.offsets, grid.area)[None]
+        bias = bias_matrix(self.symbolic_table(grid.window), grid.offsets, grid.area)[None]
         return bias if grid.mask is None else (bias + grid.mask[:, None]).unsqueeze(0)
 
-    def _bias(self, window: tuple[int, int]) -> Tensor:
-        index = constant_relative_index(*window, self.window, self.bias_table.device)
-        return bias_matrix(self.bias_table, index, window[0] * window[1])  # (h, A, A)
+    def bias_sources(self) -> tuple[Tensor, ...]:
+        """What the position bias is made from, and changes with."""
+        return (self.bias_table,)
+
+    def table(self, window: tuple[int, int]) -> Tensor:
+        """(S', h): the biases that windows of this size choose from."""
+        return self.bias_table
+
+    def symbolic_table(self, window: tuple[int, int]) -> Tensor:
+        """((2w-1)^2, h), w being the configured window: the same for a window whose sides may be symbols."""
+        return self.bias_table
+
+    def _matrix(self, table: Tensor, window: tuple[int, int]) -> Tensor:
+        index = constant_relative_index(*window, self.window, table.device)
+        return bias_matrix(table, index, window[0] * window[1])  # (h, A, A)
 
 
 class FoldedAttention(WindowAttention):

@@ -75,23 +75,32 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor, source: Grid | None, target: Grid | None, size: tuple[int, int]) -> Tensor:
         """Stream (n, B, A, C) of a map of this size, in the source's order -> stream in the target's order."""
-        batch, channels = x.shape[1], x.shape[-1]
-        merge = merge_move(source, target, size, batch, x.device)
-        area = target.area if target else ((size[0] + 1) // 2) * ((size[1] + 1) // 2)
-        x = merge(x.reshape(-1, channels)).view(-1, batch, area, 4 * channels)
-        return self.reduction(self.norm(x))
+        return self.reduction(self.norm(neighbours(x, source, target, size)))
 
     def forward_symbolic(self, x: Tensor, height: int, width: int) -> tuple[Tensor, int, int]:
         """(B, N, C) in raster order -> (B, N / 4, 2C), and the sides of the map."""
-        half_h, half_w = fresh((height + 1) // 2), fresh((width + 1) // 2)
-        y, keep_y = _pairs(half_h, height, (0, 1, 0, 1), x.device)  # (half_h, 4)
-        z, keep_z = _pairs(half_w, width, (0, 0, 1, 1), x.device)
-        columns = torch.scalar_tensor(width, dtype=torch.int64, device=x.device)
-        index = y[:, None] * columns + z[None]  # (half_h, half_w, 4)
-        keep = torch.logical_and(keep_y[:, None], keep_z[None]).to(x.dtype)
-        x = x.index_select(1, index.reshape(-1)) * keep.reshape(-1, 1)
-        x = x.view(-1, half_h * half_w, 4 * x.shape[-1])
+        x, half_h, half_w = symbolic_neighbours(x, height, width)
         return self.reduction(self.norm(x)), half_h, half_w
+
+
+def neighbours(x: Tensor, source: Grid | None, target: Grid | None, size: tuple[int, int]) -> Tensor:
+    """2x2 neighbours side by side: stream (n, B, A, C) in the source's order -> (n', B, A', 4C) in the target's."""
+    batch, channels = x.shape[1], x.shape[-1]
+    merge = merge_move(source, target, size, batch, x.device)
+    area = target.area if target else ((size[0] + 1) // 2) * ((size[1] + 1) // 2)
+    return merge(x.reshape(-1, channels)).view(-1, batch, area, 4 * channels)
+
+
+def symbolic_neighbours(x: Tensor, height: int, width: int) -> tuple[Tensor, int, int]:
+    """(B, N, C) in raster order -> (B, N / 4, 4C), and the sides of the map."""
+    half_h, half_w = fresh((height + 1) // 2), fresh((width + 1) // 2)
+    y, keep_y = _pairs(half_h, height, (0, 1, 0, 1), x.device)  # (half_h, 4)
+    z, keep_z = _pairs(half_w, width, (0, 0, 1, 1), x.device)
+    columns = torch.scalar_tensor(width, dtype=torch.int64, device=x.device)
+    index = y[:, None] * columns + z[None]  # (half_h, half_w, 4)
+    keep = torch.logical_and(keep_y[:, None], keep_z[None]).to(x.dtype)
+    x = x.index_select(1, index.reshape(-1)) * keep.reshape(-1, 1)
+    return x.view(-1, half_h * half_w, 4 * x.shape[-1]), half_h, half_w
 
 
 def _pairs(half: int, side: int, offsets: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:

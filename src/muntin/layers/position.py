@@ -16,17 +16,20 @@ MASKED = -100.0
 """What the authors add to the logit of two tokens that were not neighbours before the cyclic shift."""
 
 
-def relative_index(height: int, width: int, window: int, device: torch.device | None = None) -> Tensor:
+def relative_index(
+    height: int, width: int, window: int | tuple[int, int], device: torch.device | None = None
+) -> Tensor:
     """Rows of a bias table made for `window`, for each pair of tokens of a height x width window: (A * A,).
 
-    The table has one row per offset, (2 * window - 1) squared of them, row-major over (dy, dx). A smaller
-    window reads the table's centre.
+    The table has one row per offset, (2 * window - 1) squared of them for a square window, row-major over
+    (dy, dx). A smaller window reads the table's centre.
     """
+    rows, columns = (window, window) if isinstance(window, int) else window
     y = torch.arange(height, device=device)
     x = torch.arange(width, device=device)
-    dy = y[:, None] - y[None, :] + (window - 1)  # (w_h, w_h)
-    dx = x[:, None] - x[None, :] + (window - 1)  # (w_w, w_w)
-    index = dy[:, None, :, None] * (2 * window - 1) + dx[None, :, None, :]  # (w_h, w_w, w_h, w_w)
+    dy = y[:, None] - y[None, :] + (rows - 1)  # (w_h, w_h)
+    dx = x[:, None] - x[None, :] + (columns - 1)  # (w_w, w_w)
+    index = dy[:, None, :, None] * (2 * columns - 1) + dx[None, :, None, :]  # (w_h, w_w, w_h, w_w)
     return index.reshape(-1)
 
 
@@ -40,7 +43,7 @@ def constants() -> Iterator[None]:
 
 
 @lru_cache(maxsize=64)
-def constant_relative_index(height: int, width: int, window: int, device: torch.device) -> Tensor:
+def constant_relative_index(height: int, width: int, window: int | tuple[int, int], device: torch.device) -> Tensor:
     """`relative_index` for sizes that are integers, made once."""
     with constants():
         return relative_index(height, width, window).to(device)
@@ -59,38 +62,44 @@ def separation_mask(labels: Tensor) -> Tensor:
 
 
 class BiasCache:
-    """Position biases of one attention layer, kept while the table that they were made from is the same.
+    """Position biases of one attention layer, kept while what they were made from is the same.
 
-    Comparing values costs microseconds on a CPU; a version counter would miss edits through `.data`. On other
-    devices a comparison would wait for the device, so nothing is kept there unless the table is `frozen`,
-    which promises that it never changes again.
+    That is a table, or the several weights that make it. Comparing values costs microseconds on a CPU; a version
+    counter would miss edits through `.data`. On other devices a comparison would wait for the device, so nothing
+    is kept there unless the table is `frozen`, which promises that it never changes again.
     """
 
     def __init__(self, frozen: bool = False) -> None:
         self.frozen = frozen
         self.entries: dict[Hashable, Tensor] = {}
-        self.table: Tensor | None = None
+        self.tables: tuple[Tensor, ...] = ()
 
-    def get(self, key: Hashable, table: Tensor) -> Tensor | None:
-        if not self.frozen and not self._unchanged(table):
+    def get(self, key: Hashable, table: Tensor | tuple[Tensor, ...]) -> Tensor | None:
+        if not self.frozen and not self._unchanged(_several(table)):
             self.entries.clear()
         return self.entries.get(key)
 
-    def put(self, key: Hashable, table: Tensor, bias: Tensor) -> None:
+    def put(self, key: Hashable, table: Tensor | tuple[Tensor, ...], bias: Tensor) -> None:
         if len(self.entries) >= 8:
             self.entries.clear()
         if not self.entries:
-            self.table = table.detach().clone()
+            self.tables = tuple(tensor.detach().clone() for tensor in _several(table))
         self.entries[key] = bias
 
-    def _unchanged(self, table: Tensor) -> bool:
-        kept = self.table
-        if kept is None or table.device.type != "cpu" or kept.dtype != table.dtype:
+    def _unchanged(self, tables: tuple[Tensor, ...]) -> bool:
+        if len(tables) != len(self.tables):
             return False
-        return torch.equal(kept, table)
+        return all(
+            now.device.type == "cpu" and kept.dtype == now.dtype and torch.equal(kept, now)
+            for kept, now in zip(self.tables, tables, strict=True)
+        )
 
     def __deepcopy__(self, memo: dict[int, object]) -> "BiasCache":
         return BiasCache(self.frozen)
 
     def __reduce__(self) -> tuple[type["BiasCache"], tuple[bool]]:
         return BiasCache, (self.frozen,)
+
+
+def _several(table: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (table,) if isinstance(table, Tensor) else table
