@@ -1,4 +1,4 @@
-"""Convolution and BatchNorm on NCHW maps, and how such pairs fold into one convolution for inference."""
+"""Convolution and norm on NCHW maps, residuals, and how such layers fold into one convolution for inference."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muntin.layers.mlp import recomputing
+from muntin.layers.window import fresh
 
 
 class MapBatchNorm(nn.BatchNorm2d):
@@ -20,8 +21,19 @@ class MapBatchNorm(nn.BatchNorm2d):
         return F.batch_norm(input, *spare, self.weight, self.bias, True, 0.0, self.eps)
 
 
+class MapLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels at each position of a map (B, C, H, W)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+MAP_NORMS: dict[str, type[MapBatchNorm] | type[MapLayerNorm]] = {"batch": MapBatchNorm, "layer": MapLayerNorm}
+MAP_ACTIVATIONS: dict[str, type[nn.ReLU] | type[nn.Hardswish]] = {"relu": nn.ReLU, "hardswish": nn.Hardswish}
+
+
 class ConvNorm(nn.Module):
-    """Convolution, then BatchNorm: (B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride)) for odd kernels."""
+    """Convolution, then norm: (B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride)) for odd kernels."""
 
     def __init__(
         self,
@@ -32,19 +44,62 @@ class ConvNorm(nn.Module):
         groups: int = 1,
         bias: bool = False,
         scale: float = 1.0,
+        norm: str = "batch",
     ) -> None:
-        """scale: initial weight of the BatchNorm, 0 where a residual branch should start at zero."""
+        """scale: initial weight of the norm, 0 where a residual branch should start at zero."""
         super().__init__()
         self.conv = nn.Conv2d(channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=bias)
-        self.norm = MapBatchNorm(out_channels)
+        self.norm: nn.Module = MAP_NORMS[norm](out_channels)
         nn.init.constant_(self.norm.weight, scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
 
-    def folded(self) -> nn.Conv2d:
-        """One convolution that computes the same in evaluation mode."""
-        return fold_after(self.norm, self.conv)
+    def folded(self) -> nn.Module:
+        """One convolution that computes the same in evaluation mode; with LayerNorm the layer itself."""
+        return fold_after(self.norm, self.conv) if isinstance(self.norm, MapBatchNorm) else self
+
+
+class Residual(nn.Module):
+    """x + branch(x), or x + branch(y), for maps (B, C, H, W). What y has beyond x at the bottom and right is cut off."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return x + crop(self.branch(x if y is None else y), x)
+
+    def folded(self) -> nn.Module:
+        """A depthwise convolution and its residual as one, with 1 added to the centre tap."""
+        conv = self.branch.folded() if isinstance(self.branch, ConvNorm) else self.branch
+        if not (isinstance(conv, nn.Conv2d) and _keeps_shape(conv) and conv.weight.shape[1] == 1):
+            return self
+        weight = conv.weight.double().clone()
+        weight[:, 0, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] += 1
+        return with_weights(conv, weight, conv.bias)
+
+
+def _keeps_shape(conv: nn.Conv2d) -> bool:
+    """Whether the output at a position is around the input at that position, channel by channel."""
+    sides = zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)
+    padding = tuple(d * (k - 1) // 2 if k % 2 and s == 1 else -1 for k, s, d in sides)
+    return conv.padding == padding and conv.padding_mode == "zeros" and conv.groups == conv.out_channels
+
+
+def crop(x: Tensor, like: Tensor) -> Tensor:
+    """The top left part of a map, as high and wide as another map."""
+    height, width = like.shape[2:]
+    return x if x.shape[2:] == like.shape[2:] else x[:, :, :height, :width]
+
+
+def renew(x: Tensor) -> Tensor:
+    """A map (B, C, H, W) whose height and width are symbols of their own under export and `muntin.compile`."""
+    if not torch.compiler.is_compiling():
+        return x
+    height, width = fresh(x.shape[2]), fresh(x.shape[3])
+    tokens = torch.arange(height * width, device=x.device)
+    return x.flatten(2).index_select(2, tokens).view(x.shape[0], x.shape[1], height, width)
 
 
 def affine(norm: Any) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from muntin.errors import UserError, nearest
-from muntin.models import swin
+from muntin.models import efficientvit, swin
 from muntin.models.backbone import Backbone
 from muntin.models.classifier import Classifier, check_classes
 
-FAMILIES: tuple[ModuleType, ...] = (swin,)
+FAMILIES: tuple[ModuleType, ...] = (swin, efficientvit)
 """Each has VARIANTS, TINY, DENSE, CONFIG, BACKBONE and HEAD."""
 
 

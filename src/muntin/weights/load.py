@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muntin.errors import UserError
-from muntin.weights import swin
+from muntin.weights import efficientvit, swin
 from muntin.weights.rules import (
     Reading,
     Rule,
@@ -32,7 +32,7 @@ from muntin.weights.rules import (
     untranslate,
 )
 
-FAMILIES: dict[str, ModuleType] = {"swin": swin}
+FAMILIES: dict[str, ModuleType] = {"swin": swin, "efficientvit": efficientvit}
 """Each has RULES, and `describe(weights)`: the configuration that the shapes of our weights show.
 
 `resize(name, tensor, shape)`, where there is one, makes a tensor of another shape fit, or returns None. Without
@@ -220,6 +220,8 @@ class _Plan:
 
     def _optional(self, name: str) -> bool:
         """A backbone's file has no head, a classifier's no output norms: those keep the model's values."""
+        if name.endswith(".num_batches_tracked"):
+            return True  # a count of steps, which no forward pass reads
         if name.startswith("head."):
             return not any(n.startswith("head.fc") for n in self.weights)
         return name.startswith("norms.") and not any(n.startswith("norms.") for n in self.weights)
