@@ -431,7 +431,10 @@ def test_weights_of_another_family(model: Any) -> None:
 
 def test_two_dialects_mixed(model: Any) -> None:
     mixed = convert(model.state_dict(), "timm") | convert(model.state_dict(), "torchvision")
-    _rejected(model, mixed, "unexpected: features.0.0.weight")
+    names = "patch_embed.proj.weight (swin by timm)", "features.0.0.weight (swin by torchvision)"
+    _rejected(model, mixed, "two dialects", *names)
+    with pytest.raises(UserError, match="two dialects"):
+        load_checkpoint(model, mixed, strict=False)
     twice = convert(model.state_dict(), "timm")
     twice |= {f"module.{name}": tensor for name, tensor in twice.items()}
     _rejected(model, twice, "stem.proj.weight is there twice", "module.patch_embed.proj.weight")

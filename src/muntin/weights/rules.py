@@ -17,9 +17,13 @@ from muntin.errors import UserError, nearest
 
 # In the order of preference where two dialects explain a file equally well. timm comes before the authors: a file
 # with the merges at the end of stages 0 to 2 fits the authors better, one with stages 1 to 3 both alike.
-DIALECTS = ("muntin", "timm", "authors", "torchvision", "transformers", "mm")
+DIALECTS = ("muntin", "timm", "authors", "torchvision", "transformers", "mm", "mmpretrain")
+# mmpretrain (once mmcls) writes what mmdetection and mmsegmentation write, but for the ends of a classifier.
+SPOKEN_LIKE = {"mmpretrain": "mm"}
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
-DERIVED = re.compile(r"(^|\.)(relative_position_index|relative_coords_table|attn_mask)$")
+DERIVED = re.compile(
+    r"(^|\.)(relative_position_index|relative_coords_table|attn_mask|attention_bias_idxs|attn\.ab|Relpos\.[a-z]+)$"
+)
 _TOKEN = re.compile(r"\{(\d*)([a-z])([+-]\d+)?\}|\(([^)]*)\)|(\*)")
 _FIRST = {"m": 1}
 
@@ -39,7 +43,8 @@ class Rule:
 
     def names(self, dialect: str) -> tuple[str, ...]:
         """The names in a dialect: none where the dialect has no such weight."""
-        found = self.theirs.get(dialect, self.ours if dialect == "muntin" else ())
+        like = self.theirs.get(SPOKEN_LIKE.get(dialect, dialect), ())
+        found = self.theirs.get(dialect, self.ours if dialect == "muntin" else like)
         return (found,) if isinstance(found, str) else found
 
 
@@ -134,21 +139,39 @@ def forms(name: str) -> Iterator[str]:
         yield name
 
 
-def _find(rules: list[Rule], dialect: str, name: str) -> tuple[Rule, int, Places, str] | None:
+def _stem(name: str) -> str:
+    """All but the last part, with `#` for every number: equal in a name and in each pattern that it may fit."""
+    return re.sub(r"\{[^}]*\}|\d+", "#", name).rpartition(".")[0]
+
+
+Index = dict[str, list[tuple[Rule, int, str]]]
+
+
+def _index(rules: list[Rule], dialect: str) -> Index:
+    """Rule, part of the rule and its pattern, by what `_stem` leaves of the pattern."""
+    result: Index = {}
+    for rule in rules:
+        for part, pattern in enumerate(rule.names(dialect)):
+            for text in {re.sub(r"\(([^)]*)\)", kept, pattern) for kept in ("", r"\1")}:
+                result.setdefault(_stem(text), []).append((rule, part, pattern))
+    return result
+
+
+def _find(index: Index, name: str) -> tuple[Rule, int, Places, str] | None:
     """The rule for a name, which of the rule's parts it is, its places, and the prefix that was in the way."""
     for form in forms(name):
-        for rule in rules:
-            for part, pattern in enumerate(rule.names(dialect)):
-                if (places := read_name(pattern, form)) is not None:
-                    return rule, part, places, name.removesuffix(form)
+        for rule, part, pattern in index.get(_stem(form), ()):
+            if (places := read_name(pattern, form)) is not None:
+                return rule, part, places, name.removesuffix(form)
     return None
 
 
 def _read(family: str, dialect: str, rules: list[Rule], names: Iterable[str]) -> Reading:
     result = Reading(family, dialect)
+    index = _index(rules, dialect)
     wrapped, unknown = False, []
     for name in names:
-        found = _find(rules, dialect, name)
+        found = _find(index, name)
         if DERIVED.search(name):
             result.ignored.append(name)
         elif found is None:
@@ -170,12 +193,14 @@ def _read(family: str, dialect: str, rules: list[Rule], names: Iterable[str]) ->
 
 
 def recognise(families: Mapping[str, list[Rule]], names: Collection[str]) -> Reading:
-    """The family and dialect that explain the most names. UserError where none explains most of them."""
-    readings = []
-    for family, rules in families.items():
-        known = {dialect for rule in rules for dialect in rule.theirs} | {"muntin"}
-        readings += [_read(family, dialect, rules, names) for dialect in DIALECTS if dialect in known]
-    best = max(readings, key=lambda reading: len(reading.sources))  # the first of equals
+    """The family and dialect that explain the most names. UserError where none explains most of them, or two do."""
+    best = _best_reading(families, names)
+    if 10 * len(best.unexpected) >= len(names):
+        other = _best_reading(families, best.unexpected)
+        pair = len(best.sources), len(other.sources)
+        if 10 * min(pair) >= len(names) and 2 * sum(pair) > len(names):
+            told = [f"{next(iter(r.sources.values()))} ({r.family} by {r.dialect})" for r in (best, other)]
+            raise UserError(f"names of two dialects, {told[0]} and {told[1]}: pass the weights of one model")
     matched = len(names) - len(best.unexpected) - len(best.ignored)
     if matched <= len(best.unexpected):
         raise UserError(
@@ -185,6 +210,14 @@ def recognise(families: Mapping[str, list[Rule]], names: Collection[str]) -> Rea
     for theirs, ours in best.twice.items():
         raise UserError(f"{ours} is there twice, once more as {theirs}: pass the weights of one model")
     return best
+
+
+def _best_reading(families: Mapping[str, list[Rule]], names: Collection[str]) -> Reading:
+    readings = []
+    for family, rules in families.items():
+        known = {dialect for rule in rules for dialect in rule.theirs} | {"muntin"}
+        readings += [_read(family, dialect, rules, names) for dialect in DIALECTS if dialect in known]
+    return max(readings, key=lambda reading: len(reading.sources))  # the first of equals
 
 
 def explains(rules: list[Rule], names: Collection[str]) -> int:

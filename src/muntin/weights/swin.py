@@ -117,7 +117,12 @@ RULES = [
     _joined("mlp.fc2.*", "mlp.fc2.*"),
     Rule(
         "norms.{s}.*",
-        {"authors": "norm{s}.*", "transformers": "hidden_states_norms.stage{s+1}.*", "mm": "norm{s}.*"},
+        {
+            "authors": "norm{s}.*",
+            "transformers": "hidden_states_norms.stage{s+1}.*",
+            "mm": "norm{s}.*",
+            "mmpretrain": (),
+        },
     ),
     Rule(
         "head.norm.*",
@@ -126,6 +131,7 @@ RULES = [
             "authors": "norm.*",
             "torchvision": "norm.*",
             "transformers": "(swin.)layernorm.*",
+            "mmpretrain": "norm3.*",
         },
     ),
     Rule(
@@ -135,6 +141,7 @@ RULES = [
             "authors": "head.*",
             "torchvision": "head.*",
             "transformers": "classifier.*",
+            "mmpretrain": "head.fc.*",
         },
     ),
 ]
