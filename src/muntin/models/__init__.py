@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from muntin.errors import UserError, nearest
-from muntin.models import efficientvit, swin
+from muntin.models import efficientvit, rmt, swin, swinv2
 from muntin.models.backbone import Backbone
 from muntin.models.classifier import Classifier, check_classes
 
-FAMILIES: tuple[ModuleType, ...] = (swin, efficientvit)
+FAMILIES: tuple[ModuleType, ...] = (swin, swinv2, efficientvit, rmt)
 """Each has VARIANTS, TINY, DENSE, CONFIG, BACKBONE and HEAD."""
 
 

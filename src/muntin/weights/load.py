@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muntin.errors import UserError
-from muntin.weights import efficientvit, swin
+from muntin.weights import efficientvit, rmt, swin, swinv2
 from muntin.weights.rules import (
     Reading,
     Rule,
@@ -32,7 +32,7 @@ from muntin.weights.rules import (
     untranslate,
 )
 
-FAMILIES: dict[str, ModuleType] = {"swin": swin, "efficientvit": efficientvit}
+FAMILIES: dict[str, ModuleType] = {"swin": swin, "swinv2": swinv2, "efficientvit": efficientvit, "rmt": rmt}
 """Each has RULES, and `describe(weights)`: the configuration that the shapes of our weights show.
 
 `resize(name, tensor, shape)`, where there is one, makes a tensor of another shape fit, or returns None. Without

@@ -1,0 +1,153 @@
+"""What Swin and SwinV2 have in common: stages of windowed blocks, their order of tokens, and the head.
+
+A block has `window`, `shifted`, `small_maps`, `order(source, size)`, `forward(x, source, size)` and
+`forward_symbolic(x, grid)`; a merging layer `forward(x, source, target, size)` and `forward_symbolic(x, H, W)`.
+
+Legend: B batch, H W map, N = H * W tokens, C channels, A tokens of a window, n windows. Between blocks the tokens are
+a stream (n, B, A, C) in the order of the last block's windows; raster order, the single window that is the map,
+is (1, B, N, C). See layers/window.py.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from muntin.layers.patch import PatchEmbed
+from muntin.layers.window import Grid, SymbolicGrid, reorder, symbolic_grid
+from muntin.models.backbone import Backbone, select_outputs
+
+
+class WindowStage(nn.Module):
+    """Patch merging, but for the first stage, then blocks on maps of one size."""
+
+    def __init__(self, merge: nn.Module | None, blocks: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.merge: Any = merge
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(
+        self, x: Tensor, source: Grid | None, size: tuple[int, int], run: Callable[..., Tensor]
+    ) -> tuple[Tensor, Grid | None, tuple[int, int]]:
+        """Stream, its order and its map's sides -> the same after the stage. `run(block, ...)` calls a block."""
+        if self.merge is not None:
+            half = (size[0] + 1) // 2, (size[1] + 1) // 2
+            first: Any = self.blocks[0]
+            target = first.order(None, half)
+            x, source, size = self.merge(x, source, target, size), target, half
+        block: Any
+        for block in self.blocks:
+            x = run(block, x, source, size)
+            source = block.order(source, size)
+        return x, source, size
+
+    def forward_symbolic(
+        self, x: Tensor, height: int, width: int, run: Callable[..., Tensor]
+    ) -> tuple[Tensor, int, int]:
+        """(B, N, C) in raster order and the map's sides -> the same after the stage."""
+        if self.merge is not None:
+            x, height, width = self.merge.forward_symbolic(x, height, width)
+        grids: dict[bool, SymbolicGrid] = {}
+        block: Any
+        for block in self.blocks:
+            if block.shifted not in grids:
+                grids[block.shifted] = symbolic_grid(
+                    height, width, block.window, block.shifted, block.small_maps, x.device
+                )
+            x = run(block.forward_symbolic, x, grids[block.shifted])
+        return x, height, width
+
+
+class WindowBackbone(Backbone):
+    """Image (B, 3, H, W) -> NCHW maps of the stages in `out_indices`, at strides patch * (1, 2, 4, 8).
+
+    out_norm: a norm of its own on each map that is returned, as in the authors' detection code.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        stem: PatchEmbed,
+        stages: Iterable[WindowStage],
+        norm: Callable[[int], nn.Module],
+        out_indices: tuple[int, ...] | None,
+        out_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.out_indices = select_outputs(out_indices, len(config.depths))
+        self.channels = tuple(config.dim * 2**s for s in self.out_indices)
+        self.strides = tuple(stem.stride * 2**s for s in self.out_indices)
+        self.stem = stem
+        self.stages = nn.ModuleList(stages)
+        self.norms = nn.ModuleDict()
+        if out_norm:
+            self.norms.update({str(s): norm(config.dim * 2**s) for s in self.out_indices})
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        if torch.compiler.is_compiling():
+            return self._forward_symbolic(image)
+        x, height, width = self.stem(image)
+        x, order, size = x[None], None, (height, width)
+        maps = []
+        for number, stage in enumerate(self.stages[: self.out_indices[-1] + 1]):
+            x, order, size = stage(x, order, size, self.run_block)
+            if number in self.out_indices:
+                maps.append(self._map(number, reorder(x, order, None, size)[0], *size))
+        return maps
+
+    def _forward_symbolic(self, image: Tensor) -> list[Tensor]:
+        x, height, width = self.stem(image)
+        maps: list[Tensor] = []
+        stage: Any
+        for number, stage in enumerate(self.stages[: self.out_indices[-1] + 1]):
+            x, height, width = stage.forward_symbolic(x, height, width, self.run_block)
+            if number in self.out_indices:
+                maps.append(self._map(number, x, height, width))
+        return maps
+
+    def _map(self, number: int, x: Tensor, height: int, width: int) -> Tensor:
+        if str(number) in self.norms:
+            x = self.norms[str(number)](x)
+        return x.view(x.shape[0], height, width, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+class MeanHead(nn.Module):
+    """Norm, mean over the map, linear: (B, C, H, W) -> (B, num_classes)."""
+
+    def __init__(self, config: Any, norm: Callable[[int], nn.Module], num_classes: int) -> None:
+        super().__init__()
+        dim = config.dim * 2 ** (len(config.depths) - 1)
+        self.norm = norm(dim)
+        self.fc = nn.Linear(dim, num_classes)
+        self.apply(initialise)
+
+    def reset(self, num_classes: int) -> None:
+        self.fc = nn.Linear(self.fc.in_features, num_classes, device=self.fc.weight.device, dtype=self.fc.weight.dtype)
+        initialise(self.fc)
+
+    def features(self, x: Tensor) -> Tensor:
+        """The last map, normalised: (B, C, H, W) -> the same."""
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """What `fc` takes: (B, C, H, W) -> (B, C)."""
+        tokens = x.flatten(2).transpose(1, 2)  # (B, N, C), a view of the tokens that made the map
+        return self.norm(tokens).mean(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.pooled(x))
+
+
+def drop_rates(depths: tuple[int, ...], drop_path: float) -> list[list[float]]:
+    """Stochastic depth of each block by stage: from 0 at the first block linearly to `drop_path` at the last."""
+    return [part.tolist() for part in torch.linspace(0, drop_path, sum(depths), device="cpu").split(list(depths))]
+
+
+def initialise(module: nn.Module) -> None:
+    """Linear layers as in the authors' code; to be applied to every module."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
