@@ -7,11 +7,9 @@ as in `muntin.create_model`. The state dict has Muntin's own names (`backbone.`,
 """
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 
 import muntin
 from muntin.errors import UserError
+from muntin.hub import published_size
 from muntin.models.backbone import Backbone
 from muntin.models.classifier import Classifier
 
@@ -228,7 +227,7 @@ def _build(
         raise UserError(f"in_chans={in_chans}: {name} takes 3 channels; for gray images: image.expand(-1, 3, -1, -1)")
     if dense:
         with torch.device("meta"):
-            row = muntin.create_backbone(name, **config).config
+            row: Any = muntin.create_backbone(name, **config).config
         config = {field.name: getattr(row, field.name) for field in fields(row)}
     model = muntin.create_model(name, num_classes or 1000, weights, drop_path_rate, **config)
     return TimmModel(model, num_classes, global_pool, drop_rate)
@@ -278,11 +277,6 @@ def _names() -> dict[str, str]:
     return {f"muntin_{name}": name for name in names} | {name: name for name in names if not timm.is_model(name)}
 
 
-def _sizes() -> dict[str, int]:
-    table = Path(muntin.__file__).parent / "models" / "table.json"
-    return {row["name"]: row["size"] for row in json.loads(table.read_bytes())}
-
-
 def _register(registered: str, name: str) -> None:
     create: Any = partial(_create, name, registered)
     create.__name__, create.__module__, create.__doc__ = registered, __name__, f"{name} of Muntin."
@@ -292,7 +286,7 @@ def _register(registered: str, name: str) -> None:
 default_cfgs = generate_default_cfgs(
     {
         registered: {"input_size": (3, size, size), "classifier": "head.fc"}
-        for registered, size in ((r, _sizes().get(name, 224)) for r, name in _names().items())
+        for registered, size in ((r, published_size(name)) for r, name in _names().items())
     }
 )
 """Read by timm when a model of this module is registered."""
