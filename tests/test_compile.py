@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import muntin
-from conftest import error_of
+from conftest import error_of, settle
+from test_models import families, tiny
 
 SHAPES = [
     (2, 224, 224),
@@ -42,15 +43,8 @@ def clean() -> Any:
     torch._dynamo.reset()
 
 
-@pytest.mark.filterwarnings("default")  # the compiler's own
-@pytest.mark.parametrize(
-    ("backend", "small_maps", "depths"),
-    [("inductor", "shrink", (2, 1)), ("aot_eager", "shrink", (1, 2, 2, 1)), ("aot_eager", "pad", (1, 2, 2, 1))],
-)
-def test_two_graphs_serve_all_shapes(backend: str, small_maps: str, depths: tuple[int, ...], randomise: Any) -> None:
-    heads = (1, 2, 4, 8)[: len(depths)]
-    config: Any = {"dim": 16, "depths": depths, "heads": heads, "window": 4, "small_maps": small_maps}
-    model = randomise(muntin.create_model("swin_t", 10, **config)).eval()
+def check_two_graphs(model: Any, backend: str) -> None:
+    """Equal to the model at every shape, within two graphs."""
     counting = Counting(backend)
     fast = muntin.compile(model, backend=counting)
     for batch, height, width in SHAPES:
@@ -59,6 +53,26 @@ def test_two_graphs_serve_all_shapes(backend: str, small_maps: str, depths: tupl
             assert error_of(fast(image), model(image)) < 1e-4, (batch, height, width)
     assert counting.graphs == 2
     assert not hasattr(image, "_dynamo_dynamic_indices")  # the caller's tensor bears no marks
+
+
+@pytest.mark.filterwarnings("default")  # the compiler's own
+@families()
+def test_two_graphs_serve_all_shapes_of_every_family(family: Any, randomise: Any) -> None:
+    check_two_graphs(settle(randomise(tiny(family))).eval(), "aot_eager")
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("backend", "small_maps", "depths"),
+    [("inductor", "shrink", (2, 1)), ("aot_eager", "pad", (1, 2, 2, 1))],
+)
+def test_two_graphs_serve_all_shapes_of_swin(
+    backend: str, small_maps: str, depths: tuple[int, ...], randomise: Any
+) -> None:
+    heads = (1, 2, 4, 8)[: len(depths)]
+    config: Any = {"dim": 16, "depths": depths, "heads": heads, "window": 4, "small_maps": small_maps}
+    model = randomise(muntin.create_model("swin_t", 10, **config)).eval()
+    check_two_graphs(model, backend)
 
 
 @pytest.mark.filterwarnings("default")

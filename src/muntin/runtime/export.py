@@ -177,7 +177,8 @@ def _trace_size(model: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
     Nothing is computed at this size, so it costs nothing to be large.
     """
     strides = getattr(getattr(model, "backbone", model), "strides", (1,))
-    window = getattr(getattr(model, "config", None), "window", 1)
+    config = getattr(model, "config", None)
+    window = getattr(config, "window", getattr(config, "windows", 1))
     least = max(strides) * (window if isinstance(window, int) else max(window))
     return max(2 * least, size[0]), max(3 * least, size[1])
 
