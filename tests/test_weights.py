@@ -8,6 +8,7 @@ from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm.models.swin_transformer as timm_swin
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import transformers
+from lightning.fabric.utilities.data import AttributeDict
 from torch import Tensor, nn
 
 from muntin.errors import UserError
@@ -118,6 +120,46 @@ def test_names_of_mmdetection() -> None:
         *(f"stages.{s}.downsample.reduction.weight" for s in range(3)),
         *(f"norm{s}.{kind}" for s in range(4) for kind in ("weight", "bias")),
     }
+
+
+def _published(path: Path) -> State:
+    """Weights of these names and shapes; every one has a value of its own, and none takes memory."""
+    state: State = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            name, shape, *dtype = line.split()
+            sides = () if shape == "scalar" else tuple(map(int, shape.split("x")))
+            value = torch.tensor(len(state), dtype=getattr(torch, dtype[0]) if dtype else torch.float32)
+            state[name] = value.expand(sides)
+    return state
+
+
+LISTS = sorted((Path(__file__).parent / "published").glob("*.txt"))
+SPOKEN = {"timm-0.6.13": "authors", "mmdet": "mm", "mmseg": "mm", "mmcls": "mmpretrain"}
+
+
+@pytest.mark.parametrize("path", LISTS, ids=[path.stem for path in LISTS])
+def test_names_and_shapes_of_published_files(path: Path) -> None:
+    """Each weight of the file has its place, each place its weight, and the names that we write are the file's."""
+    source, version, name = path.stem.split("-")
+    dialect = SPOKEN.get(f"{source}-{version}", SPOKEN.get(source, source))
+    state = _published(path)
+    dense = source in ("mmdet", "mmseg")
+    with torch.device("meta"):
+        model = create_backbone(name, out_norm=True) if dense else create_model(name)
+    model.to_empty(device="cpu")
+    report = load_checkpoint(model, state)
+    assert report.dialect == dialect
+    assert not (report.resized or report.replaced or report.missing or report.unexpected or report.nonfinite)
+    assert len(report.loaded) == len(model.state_dict())
+    written = convert(model.state_dict(), dialect)
+    if f"{source}-{version}" != "transformers-5.23.0":  # what is written are the names of the published files
+        weights = {n.removeprefix("backbone."): t for n, t in state.items() if n not in report.ignored}
+        assert _shapes(written) == _shapes(weights)
+        if path.stem != "torchvision-0.15.2-swinv2_t":  # a key's bias, which its forward sets to zero, is left out
+            assert _equal(written, weights)
+    ours = {f"backbone.{n}" if dense else n: t for n, t in model.state_dict().items()}
+    assert _equal(convert(written), ours)
 
 
 @pytest.mark.parametrize("dialect", THEIRS)
@@ -240,6 +282,25 @@ def test_into_a_wrapped_model(model: Any, other: Any) -> None:
 def test_entries(wrap: Callable[[State], Any], model: Any, other: Any, tmp_path: Path) -> None:
     torch.save(wrap(convert(model.state_dict(), "authors")), tmp_path / "file.pth")
     load_checkpoint(other, tmp_path / "file.pth")
+    assert _equal(_copy(other), _copy(model))
+
+
+def test_the_state_of_our_own_training(model: Any, other: Any, tmp_path: Path) -> None:
+    """The average comes before the weights, as elsewhere; the sums of the loss are no weights."""
+    weights = model.state_dict()
+    state = {f"model.{n}": t + 1 for n, t in weights.items()} | {f"average.{n}": t for n, t in weights.items()}
+    sums = {"loss_sum": torch.ones(()), "loss_count": torch.ones(())}
+    torch.save({"state_dict": state | sums, "epoch": 3}, tmp_path / "best.ckpt")
+    report = load_checkpoint(other, tmp_path / "best.ckpt")
+    assert _equal(_copy(other), _copy(model))
+    report = load_checkpoint(other, {n: t for n, t in state.items() if n.startswith("model.")} | sums)
+    assert set(report.ignored) == set(sums)
+    assert torch.equal(other.head.fc.bias, model.head.fc.bias + 1)
+
+
+def test_an_average_of_torch(model: Any, other: Any) -> None:
+    average = torch.optim.swa_utils.AveragedModel(model)
+    assert load_checkpoint(other, average.state_dict()).ignored == ("n_averaged",)
     assert _equal(_copy(other), _copy(model))
 
 
@@ -429,6 +490,29 @@ def test_weights_of_another_family(model: Any) -> None:
     _rejected(model, {"layer1.0.conv1.weight": torch.ones(8)}, "0 of 1 names")
 
 
+def test_weights_of_another_family_here(model: Any) -> None:
+    with torch.device("meta"):
+        states = {name: create_model(name).state_dict() for name in ("efficientvit_m0", "rmt_s", "swinv2_s", "swin_t")}
+    for name, dialect in (("efficientvit_m0", "timm"), ("rmt_s", "authors"), ("swinv2_s", "torchvision")):
+        family = name.partition("_")[0]
+        _rejected(
+            model, convert(states[name], dialect), f"weights of {family} (like {name}), the model is swin_t (swin)"
+        )
+    small = create_model("efficientvit_m0")
+    _rejected(small, states["swin_t"], "weights of swin (like swin_t)", "the model is efficientvit_m0 (efficientvit)")
+    with pytest.raises(UserError, match="weights of swin"):
+        load_checkpoint(small, states["swin_t"], strict=False)
+
+
+def test_every_last_layer_is_replaced() -> None:
+    tiny = {"dims": (16, 24, 32), "heads": (2, 2, 2), "key_dim": 4, "distilled": True}
+    one, two = create_model("efficientvit_m0", 10, **tiny), create_model("efficientvit_m0", 7, **tiny)
+    report = load_checkpoint(two, convert(one.state_dict(), "authors"))
+    wanted = {f"head.{name}.{kind}" for name in ("fc", "fc_distilled") for kind in ("weight", "bias")}
+    assert set(report.replaced) == wanted
+    assert all(report.details[name] == "10 classes in the file, 7 in the model" for name in wanted)
+
+
 def test_two_dialects_mixed(model: Any) -> None:
     mixed = convert(model.state_dict(), "timm") | convert(model.state_dict(), "torchvision")
     names = "patch_embed.proj.weight (swin by timm)", "features.0.0.weight (swin by torchvision)"
@@ -496,9 +580,23 @@ def test_code_in_a_pickle_is_refused_and_not_run(form: str, model: Any, tmp_path
     assert not mark.exists()
 
 
-def test_objects_of_a_training_script_are_named(model: Any, tmp_path: Path) -> None:
-    torch.save({"args": argparse.Namespace(lr=1.0), "model": model.state_dict()}, tmp_path / "file.pth")
-    _rejected(model, tmp_path / "file.pth", "argparse.Namespace", "save the tensors alone")
+class Settings(dict[str, Any]):
+    """Stands for a training script's own class."""
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_records_of_training_code_are_passed_over(legacy: bool, model: Any, other: Any, tmp_path: Path) -> None:
+    """Settings and logs of known kinds, beside the weights: read without importing what made them."""
+    extra = {"args": argparse.Namespace(lr=1.0, out=[Path("x")]), "best": np.float64(3), "log": np.ones(3)}
+    extra |= {"hyper_parameters": AttributeDict(lr=1.0), "mean": Settings.fromkeys}
+    state = {"model": convert(model.state_dict(), "authors")}
+    for value in extra.values():
+        torch.save(state | {"extra": value}, tmp_path / "file.pth", _use_new_zipfile_serialization=not legacy)
+        if callable(value):
+            _rejected(other, tmp_path / "file.pth", "test_weights.Settings", "save the tensors alone")
+        else:
+            load_checkpoint(other, tmp_path / "file.pth")
+            assert _equal(_copy(other), _copy(model))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

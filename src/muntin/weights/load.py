@@ -7,6 +7,7 @@ import math
 import os
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,48 @@ it Swin's rule holds: a name that ends in `bias_table` is a table of (2w-1)^2 of
 """
 
 # An average of the weights comes before the weights, as in timm.
-_ENTRIES = ("state_dict_ema", "model_ema", "ema", "model_state_dict", "state_dict", "model", "module", "net")
+_ENTRIES = (
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
+    *("model_state_dict", "state_dict", "model", "module", "net"),
+)
+_AVERAGE = "average."  # in the state of our own training, beside `model.`
+
+# What the checkpoints of training code hold besides tensors: settings and logs. None of these classes is imported:
+# those that pickle as a mapping become a plain one, the others nothing.
+_MAPPINGS = (
+    "yacs.config.CfgNode",
+    "addict.addict.Dict",
+    "easydict.EasyDict",
+    "mmengine.config.config.ConfigDict",
+    "mmcv.utils.config.ConfigDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "lightning.pytorch.utilities.parsing.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.fabric.utilities.data.AttributeDict",
+)
+_RECORDS = (
+    "argparse.Namespace",
+    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
+    *(f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig", "nodes.AnyNode")),
+    *(f"omegaconf.{name}" for name in ("base.ContainerMetadata", "base.Metadata")),
+    *("typing.Any", "__builtin__.list", "__builtin__.dict", "__builtin__.int"),  # OmegaConf names types
+    *("mmengine.logging.history_buffer.HistoryBuffer", "__builtin__.getattr", "builtins.getattr"),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *("numpy.ndarray", "numpy.dtype", "_codecs.encode"),
+)
+
+
+class _Nothing:
+    """What `_RECORDS` are read as: takes anything, keeps nothing, does nothing."""
+
+    def __new__(cls, *_: Any) -> "_Nothing":
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -291,7 +333,10 @@ def read_file(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on old pickle protocols
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            stand_ins: list[Any] = [(OrderedDict, name) for name in _MAPPINGS]
+            stand_ins += [(_Nothing, name) for name in _RECORDS]
+            with torch.serialization.safe_globals(stand_ins):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise UserError(f"{path} cannot be read ({error}): check its permissions") from error
     except Exception as error:  # a foreign file makes the unpickler raise anything
@@ -323,7 +368,8 @@ def _unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
             return _unwrap(content[entry])
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     if tensors:
-        return tensors
+        average = {name.removeprefix(_AVERAGE): t for name, t in tensors.items() if name.startswith(_AVERAGE)}
+        return average or tensors
     raise UserError(
         f"no weights in it, only {preview([str(name) for name in content]) or 'nothing'}: give a state dict, or one "
         f"under {', '.join(_ENTRIES)}"

@@ -21,8 +21,10 @@ DIALECTS = ("muntin", "timm", "authors", "torchvision", "transformers", "mm", "m
 # mmpretrain (once mmcls) writes what mmdetection and mmsegmentation write, but for the ends of a classifier.
 SPOKEN_LIKE = {"mmpretrain": "mm"}
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
+# Buffers that follow from a configuration, and the counters that averages keep.
 DERIVED = re.compile(
     r"(^|\.)(relative_position_index|relative_coords_table|attn_mask|attention_bias_idxs|attn\.ab|Relpos\.[a-z]+)$"
+    r"|^(n_averaged|steps)$"
 )
 _TOKEN = re.compile(r"\{(\d*)([a-z])([+-]\d+)?\}|\(([^)]*)\)|(\*)")
 _FIRST = {"m": 1}
@@ -169,7 +171,7 @@ def _find(index: Index, name: str) -> tuple[Rule, int, Places, str] | None:
 def _read(family: str, dialect: str, rules: list[Rule], names: Iterable[str]) -> Reading:
     result = Reading(family, dialect)
     index = _index(rules, dialect)
-    wrapped, unknown = False, []
+    wrapped, unknown, prefixes = False, [], set()
     for name in names:
         found = _find(index, name)
         if DERIVED.search(name):
@@ -179,14 +181,19 @@ def _read(family: str, dialect: str, rules: list[Rule], names: Iterable[str]) ->
         else:
             rule, part, places, prefix = found
             wrapped |= "backbone." in prefix and dialect != "muntin"
+            prefixes.add(prefix.removesuffix("backbone.") if dialect == "muntin" else prefix)
             ours = write_name(rule.ours, places)
             source = result.sources.setdefault(ours, Source(rule))
             if source.rule is not rule or part in source.parts:
                 result.twice[name] = ours
             else:
                 source.parts[part] = name
-    for name in unknown:  # the neck and heads of a detector's or segmenter's file are no part of its backbone
-        (result.ignored if wrapped and "backbone." not in name else result.unexpected).append(name)
+    # The neck and heads of a detector's or segmenter's file are no part of its backbone, nor is a training module's
+    # loss a part of its `model.`.
+    shared = prefixes.pop() if len(prefixes) == 1 else ""
+    for name in unknown:
+        beside = wrapped and "backbone." not in name or not name.startswith(shared)
+        (result.ignored if beside else result.unexpected).append(name)
     for ours in [ours for ours, source in result.sources.items() if not source.complete(dialect)]:
         result.unexpected.extend(result.sources.pop(ours).parts.values())
     return result
@@ -261,7 +268,8 @@ def untranslate(rules: list[Rule], weights: Mapping[str, Tensor], dialect: str) 
         for rule in rules:
             patterns, places = rule.names(dialect), read_name(rule.ours, name)
             if places is not None and patterns:
-                parts = rule.to_theirs(tensor).chunk(len(patterns))
+                joined = rule.to_theirs(tensor)
+                parts = joined.chunk(len(patterns)) if len(patterns) > 1 else (joined,)
                 result |= {write_name(p, places): part for p, part in zip(patterns, parts, strict=True)}
                 break
         else:
