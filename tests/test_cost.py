@@ -1,6 +1,7 @@
 """Counted costs against the papers' tables, PyTorch's own counter and counts by hand."""
 
 import json
+import tomllib
 from typing import Any
 
 import pytest
@@ -12,22 +13,10 @@ import muntin
 from muntin.errors import UserError
 from muntin.measure import cost
 from muntin.measure.cost import MODELS, OperatorCounter, table, table_text
+from muntin.runtime import fold
 
-# parameters, GMACs at 224, millions of parameters with bias matrices as constants
-SPEC = {
-    "swin_t": (28_288_354, "4.491", None),
-    "swin_s": (49_606_258, "8.741", None),
-    "swin_b": (87_768_224, "15.431", None),
-    "swin_l": (196_532_476, "34.5", None),
-    "swin_b_br": (87_768_224, "15.431", None),
-    "swin_free_t": (28_335_394, "4.712", "31.62"),
-    "swin_free_s": (49_733_938, "9.228", "58.45"),
-    "swin_free_b": (87_938_464, "16.080", "99.56"),
-    "swin_free_b_dr10": (62_626_080, "10.833", "69.42"),
-    "swin_free_b_dr12": (68_954_176, "12.145", "76.95"),
-    "swin_free_b_dr14": (75_282_272, "13.456", "84.49"),
-    "swin_free_b_dr16": (81_610_368, "14.768", "92.02"),
-}
+PUBLISHED = tomllib.loads((MODELS / "published.toml").read_text())
+SPEC = [name for name in PUBLISHED if "parameters" in PUBLISHED[name]]
 TINY: dict[str, Any] = {"dim": 16, "depths": (1, 1, 2, 1), "heads": (1, 2, 4, 8)}
 
 
@@ -36,18 +25,30 @@ def _digits(value: float, like: str) -> str:
 
 
 @pytest.mark.parametrize("name", SPEC)
-def test_the_papers_tables_to_the_digit(name):
+def test_the_stated_costs_to_the_digit(name):
     with torch.device("meta"):
         model = muntin.create_model(name)
-    found = cost(model, 224)
-    parameters, gmacs, exported = SPEC[name]
-    assert found.parameters == parameters
-    assert _digits(found.gmacs, gmacs) == gmacs
-    if exported:
-        assert _digits(found.exported_parameters / 1e6, exported) == exported
+    stated = PUBLISHED[name]
+    found = cost(model, stated["size"])
+    assert found.parameters == stated["parameters"]
+    assert _digits(found.gmacs, stated["gmacs"]) == stated["gmacs"]
+    if "exported" in stated:
+        assert _digits(found.exported_parameters / 1e6, stated["exported"]) == stated["exported"]
+    if "folded" in stated:
+        assert sum(p.numel() for p in fold(model).parameters()) == stated["folded"]
 
 
-@pytest.mark.parametrize("name", [name for name in SPEC if name.startswith("swin_free")])
+def test_costs_are_stated_for_every_published_model():
+    assert set(muntin.list_models()) - set(SPEC) == {"swin_free_digits"}
+
+
+@pytest.mark.parametrize(("name", "gmacs"), [("swinv2_t", "6.661"), ("swinv2_s", "12.783"), ("swinv2_b", "21.969")])
+def test_swinv2_with_windows_of_16(name, gmacs):
+    with torch.device("meta"):
+        assert _digits(cost(muntin.create_model(name, window=16), 256).gmacs, gmacs) == gmacs
+
+
+@pytest.mark.parametrize("name", [n for n in SPEC if n.startswith("swin_free") and "_br" not in n])
 def test_br_twins_cost_what_their_twins_cost(name):
     base, cut, rest = name.partition("_dr")
     with torch.device("meta"):

@@ -162,13 +162,11 @@ class Cost:
 
 
 def _exported_parameters(model: nn.Module) -> int:
-    total = 0
-    for name, p in model.named_parameters():
-        if name.rpartition(".")[2] == "bias_table":  # ((2w-1)^2, h) becomes (h, w^2, w^2)
-            window = (math.isqrt(p.shape[0]) + 1) // 2
-            total += window**4 * p.shape[1]
-        else:
-            total += p.numel()
+    total = sum(p.numel() for p in model.parameters())
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "bias_table"):  # (offsets, h) becomes (h, w^2, w^2)
+            total += module.window**4 * module.bias_table.shape[1] - module.bias_table.numel()
     return total
 
 
@@ -204,12 +202,17 @@ def cost(model: nn.Module, size: int | tuple[int, int] = 224) -> Cost:
     )
 
 
+STATED = ("parameters", "gmacs", "exported", "folded", "paper")
+
+
 def table(published: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for each listed variant: its cost at its input size, and what is published about it.
 
-    published: by name, any of `size` (pixels), `top1` (text: a figure known in part stays as it is) and `source`.
+    published: by name, `size` in pixels, and what is stated elsewhere, which stays as it is (a figure that is known
+    in part is text): `parameters`, `gmacs`, `exported`, `folded`, `paper`, `top1` and `source`.
     """
     import muntin
+    from muntin.runtime import fold
 
     rows = []
     for name in muntin.list_models():
@@ -221,10 +224,13 @@ def table(published: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": name,
+                "family": type(model.config).__module__.rpartition(".")[2],
                 "parameters": found.parameters,
                 "exported_parameters": found.exported_parameters,
-                "gmacs": round(found.gmacs, 3),
+                "folded_parameters": sum(p.numel() for p in fold(model).parameters()),
+                "gmacs": round(found.gmacs, 4),
                 "size": size,
+                "stated": {key: known[key] for key in STATED if key in known},
                 "top1": known.get("top1"),
                 "source": known.get("source"),
             }
