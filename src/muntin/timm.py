@@ -136,13 +136,13 @@ class TimmModel(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new last layer for another number of classes, or none for 0. global_pool: "avg", or "" with 0 classes."""
+        if isinstance(self.head, nn.Identity):
+            raise UserError("this model was pruned to its maps and has no head: create another one")
         pool = self.global_pool if global_pool is None else global_pool
         if pool not in ("avg", ""):
             raise UserError(f"global_pool={pool!r}: valid are 'avg' and, with num_classes=0, ''")
         if num_classes and not pool:
             raise UserError(f"num_classes={num_classes} with global_pool='': classes need pooling; give 'avg'")
-        if isinstance(self.head, nn.Identity):
-            raise UserError("this model was pruned to its maps and has no head: create another one")
         like = next(self.backbone.parameters())
         for name, width in self._widths.items():
             fc = nn.Linear(width, 1, device=like.device, dtype=like.dtype) if num_classes else nn.Identity()
