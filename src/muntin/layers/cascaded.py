@@ -16,9 +16,6 @@ from muntin.layers.conv import MAP_ACTIVATIONS, ConvNorm, Residual, with_weights
 from muntin.layers.position import BiasCache, bias_matrix, constants
 from muntin.layers.window import SymbolicGrid
 
-HIDDEN = -30000.0
-"""Logit of a key that is not there: its weight is exactly 0, in half precision too."""
-
 
 def partition(x: Tensor, window: int) -> Tensor:
     """(B, C, H, W) -> (M, C, w, w), zeros at the bottom and right; a map that fits the window is left whole."""
@@ -75,8 +72,8 @@ class MapAttention(nn.Module):
         if grid is not None:
             return self._forward_symbolic(x, grid)
         windows = partition(x, self.window)
-        out = self.attend(windows, self._bias(*windows.shape[2:], x.dtype))
-        return self.proj(x, merge(out, *x.shape[2:]))
+        out = self.attend(windows, self._bias(windows.shape[2], windows.shape[3], x.dtype))
+        return self.proj(x, merge(out, x.shape[2], x.shape[3]))
 
     def attend(self, x: Tensor, bias: Tensor, real: Tensor | None = None) -> Tensor:
         """(M, C, w, w) -> (M, h * V, w, w). bias: (h, A, A), or with M or 1 in front. real: 0 at queries to clear."""
@@ -109,7 +106,7 @@ class MapAttention(nn.Module):
         real = torch.maximum(held, torch.scalar_tensor(larger, dtype=x.dtype, device=x.device))
         real = real.expand(batch, -1, -1).reshape(batch * grid.count, 1, window, window)
         bias = bias_matrix(self.bias_table, offsets(window, window, self.window, x.device), area)
-        bias = bias + (1 - real).view(-1, 1, 1, area) * HIDDEN  # (M, h, A, A)
+        bias = torch.where(real.view(-1, 1, 1, area) > 0, bias, -torch.inf)  # (M, h, A, A)
         out = self.attend(y, bias, real)
         out = out.view(batch, grid.count, -1, area).transpose(1, 2).reshape(batch, -1, grid.count * area)
         return self.proj(x, out.index_select(2, grid.leave).view(batch, -1, height, width))

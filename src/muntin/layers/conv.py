@@ -61,7 +61,7 @@ class ConvNorm(nn.Module):
 
 
 class Residual(nn.Module):
-    """x + branch(x), or x + branch(y), for maps (B, C, H, W). What y has beyond x at the bottom and right is cut off."""
+    """x + branch(x), or x + branch(y), for maps (B, C, H, W). What y has beyond x, below and right, is cut off."""
 
     def __init__(self, branch: nn.Module) -> None:
         super().__init__()

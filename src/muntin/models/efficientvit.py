@@ -21,6 +21,8 @@ from muntin.layers.patch import check_image
 from muntin.layers.window import SymbolicGrid, symbolic_grid
 from muntin.models.backbone import Backbone, select_outputs
 
+ATTENTIONS = ("cascaded", "plain")
+
 
 @dataclass(frozen=True)
 class EfficientViT:
@@ -62,6 +64,26 @@ class EfficientViT:
 
 def _check(config: EfficientViT) -> None:
     """Raises UserError naming the first field whose value is impossible, and what is valid."""
+    _check_stages(config)
+    if not _is_count(config.key_dim):
+        raise UserError(f"key_dim={config.key_dim!r}: give a whole number of at least 1")
+    if not (_is_count(config.ffns) or (config.ffns == 0 and not isinstance(config.ffns, bool))):
+        raise UserError(f"ffns={config.ffns!r}: give a whole number of at least 0")
+    for field in ("distilled", "cascade", "interaction"):
+        if not isinstance(getattr(config, field), bool):
+            raise UserError(f"{field}={getattr(config, field)!r}: give True or False")
+    ratio = config.value_ratio
+    number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool) and 0 < ratio < float("inf")
+    if not number or not all(config.value_dim(s) for s in range(len(config.dims))):
+        raise UserError(f"value_ratio={ratio!r}: give a positive number that leaves each head at least one channel")
+    choices: dict[str, Collection[str]] = {"attention": ATTENTIONS, "act": MAP_ACTIVATIONS, "norm": MAP_NORMS}
+    for field, valid in choices.items():
+        value = getattr(config, field)
+        if not isinstance(value, str) or value not in valid:
+            raise UserError(f"{field}={value!r}: valid are {', '.join(map(repr, valid))}")
+
+
+def _check_stages(config: EfficientViT) -> None:
     for field in ("dims", "depths", "heads", "windows", "kernels"):
         value = getattr(config, field)
         if not isinstance(value, tuple) or not value or not all(_is_count(v) for v in value):
@@ -79,26 +101,6 @@ def _check(config: EfficientViT) -> None:
         raise UserError(f"dims={config.dims}: the stem begins with an eighth of {config.dims[0]}: give a multiple of 8")
     if len(config.kernels) < max(config.heads) or not all(k % 2 for k in config.kernels):
         raise UserError(f"kernels={config.kernels}: give an odd number for each of {max(config.heads)} heads")
-    if not _is_count(config.key_dim):
-        raise UserError(f"key_dim={config.key_dim!r}: give a whole number of at least 1")
-    if not (_is_count(config.ffns) or (config.ffns == 0 and not isinstance(config.ffns, bool))):
-        raise UserError(f"ffns={config.ffns!r}: give a whole number of at least 0")
-    for field in ("distilled", "cascade", "interaction"):
-        if not isinstance(getattr(config, field), bool):
-            raise UserError(f"{field}={getattr(config, field)!r}: give True or False")
-    ratio = config.value_ratio
-    number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool) and 0 < ratio < float("inf")
-    if not number or not all(config.value_dim(s) for s in range(len(config.dims))):
-        raise UserError(f"value_ratio={ratio!r}: give a positive number that leaves each head at least one channel")
-    choices: dict[str, Collection[str]] = {
-        "attention": ("cascaded", "plain"),
-        "act": MAP_ACTIVATIONS,
-        "norm": MAP_NORMS,
-    }
-    for field, valid in choices.items():
-        value = getattr(config, field)
-        if not isinstance(value, str) or value not in valid:
-            raise UserError(f"{field}={value!r}: valid are {', '.join(map(repr, valid))}")
 
 
 def _is_count(value: object) -> bool:
@@ -232,7 +234,11 @@ class EfficientViTBackbone(Backbone):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         check_image(image)
-        x = renew(self.stem(image.contiguous(memory_format=torch.channels_last)))
+        if torch.compiler.is_compiling():
+            image = renew(image)  # a convolution reads hints of sizes that it has, and guards on them
+        else:
+            image = image.contiguous(memory_format=torch.channels_last)
+        x = renew(self.stem(image))
         maps = []
         for number, stage in enumerate(self.stages[: self.out_indices[-1] + 1]):
             x = stage(x, self.run_block)
@@ -282,9 +288,9 @@ class EfficientViTHead(nn.Module):
         """The mean over the map and one linear layer."""
         if not (isinstance(self.norm, nn.BatchNorm1d) and isinstance(self.fc, nn.Linear)):
             return self
-        fc: Any = fold_before(self.norm, self.fc)  # type: ignore[arg-type]
+        fc: Any = fold_before(self.norm, self.fc)
         if self.fc_distilled is not None:
-            other = fold_before(self.norm_distilled, self.fc_distilled)  # type: ignore[arg-type]
+            other = fold_before(self.norm_distilled, self.fc_distilled)
             fc = with_weights(fc, (fc.weight + other.weight) / 2, (fc.bias + other.bias) / 2)
         return FoldedHead(fc)
 
