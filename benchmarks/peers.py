@@ -1,14 +1,15 @@
-"""Latency of Swin and Swin-Free against the libraries that people use, with the same weights.
+"""Latency of each family against the libraries that people use, with the same weights.
 
-    python benchmarks/peers.py                       # the table of the README
-    python benchmarks/peers.py --models swin_t --batch 8 --seconds 5
+    python benchmarks/peers.py                       # the tables of docs/speed.md
+    python benchmarks/peers.py --models efficientvit_m5 --batch 8 --seconds 5
 
 Each peer is built with random weights, norms and bias tables among them, and its own state dict is loaded into
 Muntin's model. Outputs are compared before anything is timed; then all take turns (muntin.measure.bench). Peers
-run with fused attention where they have it. Results go to benchmarks/results/ as JSON and as a Markdown table.
+run with fused attention where they have it. Results go to benchmarks/results/peers_FAMILY.json and .md.
 
 Swin-Free is in none of these libraries: its peers are put together from a library's own blocks, one window per
-stage and no shift, which the blocks' own constructors take.
+stage and no shift, which the blocks' own constructors take. RMT is in none either: its peer is the authors' form of
+the computation (benchmarks/rmt_authors.py). EfficientViT is timm's, also with its BatchNorms folded by timm itself.
 """
 
 import argparse
@@ -17,22 +18,32 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from rmt_authors import authors_form
 from torch import Tensor, nn
 
 import muntin
 from muntin.measure import BenchReport, bench
-from muntin.measure.bench import rounded, transformers_swin
+from muntin.measure.bench import LogitsOnly, rounded, transformers_swin
 from muntin.run import atomic_write
+from muntin.runtime import fold
 
-MODELS = ("swin_t", "swin_s", "swin_b", "swin_free_t", "swin_free_b")
+MODELS = {
+    "swin": ("swin_t", "swin_b", "swin_free_t", "swin_free_b"),
+    "swinv2": ("swinv2_t",),
+    "efficientvit": ("efficientvit_m0", "efficientvit_m5"),
+    "rmt": ("rmt_t", "rmt_s"),
+}
 RESULTS = Path(__file__).parent / "results"
 BOUND = 1e-4  # largest difference of outputs, in standard deviations
 SIZE = 224
+SIZES = {"swinv2": 256}  # pixels, of the other families 224
+Peers = dict[str, nn.Module]
 
 
 def _free(config: Any) -> bool:
@@ -119,10 +130,22 @@ def transformers_peer(name: str, config: Any, classes: int = 1000) -> nn.Module:
     return wrapped
 
 
+def peer_of_timm(name: str) -> nn.Module:
+    """timm's Swin in the shape of our variant."""
+    with torch.device("meta"):
+        config = muntin.create_model(name).config
+    return timm_peer(config, fused=False)
+
+
 def randomise(model: nn.Module, seed: int) -> nn.Module:
-    """Weights under which a missing or transposed part shows."""
+    """Weights and running statistics under which a missing or transposed part shows."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        for name, b in model.named_buffers():
+            if name.endswith("running_mean"):
+                b.copy_(0.2 * torch.randn(b.shape, generator=generator))
+            elif name.endswith("running_var"):
+                b.copy_(0.5 + torch.rand(b.shape, generator=generator))
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
             if p.ndim == 1:
@@ -134,16 +157,12 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
     return model.eval()
 
 
-def _difference(found: Tensor, wanted: Tensor) -> float:
+def difference(found: Tensor, wanted: Tensor) -> float:
     return ((found.double() - wanted.double()).abs().max() / wanted.double().std()).item()
 
 
-def build(name: str, seed: int = 0) -> tuple[list[tuple[str, nn.Module]], dict[str, float]]:
-    """Muntin's model, its optimised copy and the peers, all with timm's random weights, and how far each one's
-    outputs are from Muntin's in standard deviations.
-
-    Raises SystemExit where a peer computes something else.
-    """
+def swin_peers(name: str, seed: int) -> Peers:
+    """Muntin's model first, then its copies and the peers, all with timm's random weights."""
     ours = muntin.create_model(name).eval()
     config = ours.backbone.config
     first = randomise(timm_peer(config, fused=False), seed)
@@ -158,10 +177,98 @@ def build(name: str, seed: int = 0) -> tuple[list[tuple[str, nn.Module]], dict[s
     }
     for label in ("timm (SDPA)", "torchvision", "transformers (SDPA)"):
         share(ours, peers[label])
-    images = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+    return peers
+
+
+def swinv2_peers(name: str, seed: int) -> Peers:
+    """The libraries' SwinV2; none of them has fused attention for it."""
+    import timm
+    import transformers
+    from torchvision import models
+
+    ours = muntin.create_model(name).eval()
+    c = ours.config
+    first = randomise(timm.create_model(f"swinv2_{WORDS[name[-1]]}_window8_256", img_size=SIZES["swinv2"]), seed)
+    muntin.load_checkpoint(ours, first.state_dict())
+    shape = {"image_size": SIZES["swinv2"], "embed_dim": c.dim, "depths": list(c.depths), "num_heads": list(c.heads)}
+    config: Any = transformers.Swinv2Config(window_size=8, **shape)
+    config.num_labels = 1000
+    peers = {
+        "muntin": ours,
+        "muntin.optimize": muntin.optimize(ours),
+        "timm": first,
+        "torchvision": models.get_model(f"swin_v2_{name[-1]}", weights=None),
+        "transformers": LogitsOnly(transformers.Swinv2ForImageClassification(config)),
+    }
+    for label in ("torchvision", "transformers"):
+        share(ours, peers[label])
+    return peers
+
+
+WORDS = {"t": "tiny", "s": "small", "b": "base"}
+
+
+def efficientvit_peers(name: str, seed: int) -> Peers:
+    """timm's EfficientViT as it is created, with its BatchNorms folded by timm, and that in channels-last memory."""
+    import timm
+    from timm.utils import reparameterize_model
+
+    ours = muntin.create_model(name).eval()
+    first = randomise(timm.create_model(name), seed)
+    muntin.load_checkpoint(ours, first.state_dict())
+    folded = reparameterize_model(first)
+    return {
+        "muntin": ours,
+        "muntin (BN folded)": fold(ours),
+        "muntin.optimize": muntin.optimize(ours),
+        "timm": first,
+        "timm (BN folded)": folded,
+        "timm (BN folded, channels last)": ChannelsLast(copy.deepcopy(folded)),
+    }
+
+
+class ChannelsLast(nn.Module):
+    """A model in channels-last memory, its image too."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images.contiguous(memory_format=torch.channels_last))
+
+
+def rmt_peers(name: str, seed: int) -> Peers:
+    """The authors' form of the computation; no library has RMT."""
+    ours = randomise(muntin.create_model(name), seed)
+    return {
+        "muntin": ours,
+        "muntin (BN folded)": fold(ours),
+        "muntin.optimize": muntin.optimize(ours),
+        "authors' form": authors_form(ours),
+    }
+
+
+FAMILIES: dict[str, Callable[[str, int], Peers]] = {
+    "swin": swin_peers,
+    "swinv2": swinv2_peers,
+    "efficientvit": efficientvit_peers,
+    "rmt": rmt_peers,
+}
+
+
+def build(family: str, name: str, seed: int = 0) -> tuple[list[tuple[str, nn.Module]], dict[str, float]]:
+    """Muntin's model, its copies and the peers, and how far each one's outputs are from Muntin's in standard
+    deviations.
+
+    Raises SystemExit where a peer computes something else.
+    """
+    peers = FAMILIES[family](name, seed)
+    size = SIZES.get(family, SIZE)
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(seed))
     with torch.inference_mode():
-        wanted = ours(images)
-        errors = {label: _difference(peer.eval()(images), wanted) for label, peer in peers.items()}
+        wanted = peers["muntin"](images)
+        errors = {label: difference(peer.eval()(images), wanted) for label, peer in peers.items()}
     for label, error in errors.items():
         if not error <= BOUND:
             sys.exit(f"{name}: {label} differs by {error:.1e} standard deviations; nothing was timed")
@@ -191,13 +298,13 @@ def share(ours: nn.Module, peer: nn.Module) -> None:
             p.copy_(values[tags[name].flatten().long()].view_as(p))
 
 
-def markdown(reports: dict[str, BenchReport], errors: dict[str, dict[str, float]]) -> str:
+def markdown(family: str, reports: dict[str, BenchReport], errors: dict[str, dict[str, float]]) -> str:
     """One table per batch size: milliseconds, and how much faster Muntin is than each peer."""
     lines = []
     some = next(iter(reports.values()))
     for batch in sorted({row.batch for row in some.rows}):
         labels = [row.target for row in some.rows if row.batch == batch]
-        lines += [f"Batch {batch}, {SIZE} pixels, {some.protocol['dtype']}, ms (median ± 95%)", ""]
+        lines += [f"Batch {batch}, {SIZES.get(family, SIZE)} pixels, {some.protocol['dtype']}, ms (median ± 95%)", ""]
         lines += [
             "| model | " + " | ".join(labels) + " | best peer over ours | over optimize |",
             "| --- |" + " ---: |" * (len(labels) + 2),
@@ -219,34 +326,42 @@ def markdown(reports: dict[str, BenchReport], errors: dict[str, dict[str, float]
         lines.append("")
     m, p, v = some.machine, some.protocol, some.versions
     worst = max(error for by_peer in errors.values() for error in by_peer.values())
+    libraries = ", ".join(f"{name} {v[name]}" for name in ("torch", "timm", "torchvision", "transformers"))
     lines.append(
         f"{m.get('gpu') or m['cpu']}, {m['cores']} cores ({', '.join(m['flags'])}), {p['threads']} threads, "
-        f"{p['rounds']} interleaved rounds; torch {v['torch']}, timm {v['timm']}, torchvision {v['torchvision']}, "
-        f"transformers {v['transformers']}; same weights, outputs equal to {worst:.0e} "
+        f"{p['rounds']} interleaved rounds; {libraries}; same weights, outputs equal to {worst:.0e} "
         f"standard deviations; commit {some.commit}."
     )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
+    every = [name for names in MODELS.values() for name in names]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), help="of " + ", ".join(MODELS))
+    parser.add_argument("--models", nargs="+", choices=every, default=every, metavar="NAME", help=", ".join(every))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default=None)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=10.0, help="timed per model and batch size")
-    parser.add_argument("--out", default=str(RESULTS / "peers.json"))
+    parser.add_argument("--out", default=str(RESULTS), help="folder for peers_FAMILY.json and .md")
     args = parser.parse_args()
+    for family, names in MODELS.items():
+        chosen = [name for name in names if name in args.models]
+        if chosen:
+            _run(family, chosen, args)
+
+
+def _run(family: str, names: list[str], args: argparse.Namespace) -> None:
     reports, errors = {}, {}
-    for name in args.models:
-        targets, errors[name] = build(name)
+    for name in names:
+        targets, errors[name] = build(family, name)
         print(f"{name}: outputs equal to {max(errors[name].values()):.1e} standard deviations", flush=True)
         reports[name] = bench(
             targets,
             args.batch,
-            SIZE,
+            SIZES.get(family, SIZE),
             dtype=args.dtype,
             device=args.device,
             threads=args.threads,
@@ -257,10 +372,10 @@ def main() -> None:
         del targets
         gc.collect()
     content = {"errors": errors, "reports": {name: asdict(report) for name, report in reports.items()}}
-    out = Path(args.out)
+    out = Path(args.out) / f"peers_{family}.json"
     atomic_write(out, (json.dumps(content, indent=1) + "\n").encode())
-    atomic_write(out.with_suffix(".md"), markdown(reports, errors).encode())
-    print(markdown(reports, errors))
+    atomic_write(out.with_suffix(".md"), markdown(family, reports, errors).encode())
+    print(markdown(family, reports, errors))
     print(f"written: {os.fspath(out)} and {out.with_suffix('.md').name}")
 
 
