@@ -258,7 +258,7 @@ def test_listing() -> None:
     for size in "tsb":
         published |= {f"swin_free_{size}", f"swin_free_{size}_br"}
     published |= {f"swin_free_b{br}_dr{x}" for br in ("", "_br") for x in (10, 12, 14, 16)}
-    published |= {f"swinv2_{size}" for size in "tsb"} | {f"efficientvit_m{number}" for number in range(6)}
+    published |= {f"swinv2_{size}" for size in "tsbl"} | {f"efficientvit_m{number}" for number in range(6)}
     published |= {f"rmt_{size}" for size in "tsbl"} | {"rmt_deit_s", "rmt_swin_t", "rmt_swin_s"}
     assert published | {"swin_free_digits"} == set(muntin.list_models())
 

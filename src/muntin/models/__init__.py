@@ -2,6 +2,8 @@
 
 import fnmatch
 import importlib
+import os
+import warnings
 from dataclasses import fields, replace
 from types import ModuleType
 from typing import Any
@@ -25,22 +27,29 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def create_model(
-    name: str, num_classes: int = 1000, pretrained: bool | str = False, drop_path: float = 0.0, **config: Any
+    name: str,
+    num_classes: int = 1000,
+    pretrained: bool | str | os.PathLike[str] = False,
+    drop_path: float = 0.0,
+    **config: Any,
 ) -> Classifier:
     """A classifier by name: image (B, 3, H, W), any H and W from 1 up -> logits (B, num_classes).
 
     name: a listed model, or the dotted path of a configuration or of a module with VARIANTS.
-    pretrained: path of a checkpoint in any dialect that `load_checkpoint` reads.
+    pretrained: published weights by tag (`muntin weights` lists them; True: the first), or the path or address of
+    a checkpoint in any dialect that `load_checkpoint` reads. What a tag's weights need, such as their window, is
+    set unless config says otherwise.
     drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
     config: any field of the family's configuration, such as window=(7, 14, 14, 7).
 
     Raises UserError for an unknown name or field (with the nearest valid ones) and impossible values.
     """
     check_classes(num_classes)
-    family, row = _configure(name, config)
+    checkpoint = _checkpoint(name, pretrained)
+    family, row = _configure(name, getattr(checkpoint, "config", {}) | config)
     backbone = family.BACKBONE(row, out_indices=(-1,), drop_path=_rate(drop_path))
     model = Classifier(name, backbone, family.HEAD(row, num_classes), num_classes)
-    _load(model, pretrained)
+    _load(model, checkpoint)
     return model
 
 
@@ -49,6 +58,7 @@ def create_backbone(
     out_indices: tuple[int, ...] | None = None,
     out_norm: bool = False,
     drop_path: float = 0.0,
+    pretrained: bool | str | os.PathLike[str] = False,
     **config: Any,
 ) -> Backbone:
     """A backbone by name: image (B, 3, H, W) -> list of NCHW maps, one for each stage in `out_indices`.
@@ -57,8 +67,11 @@ def create_backbone(
     Windows follow the rules of the authors' detection code (each family's DENSE, such as small_maps="pad") unless
     config says otherwise. The rest as in `create_model`.
     """
-    family, row = _configure(name, config, dense=True)
-    return family.BACKBONE(row, out_indices, out_norm, _rate(drop_path))
+    checkpoint = _checkpoint(name, pretrained)
+    family, row = _configure(name, getattr(checkpoint, "config", {}) | config, dense=True)
+    backbone = family.BACKBONE(row, out_indices, out_norm, _rate(drop_path))
+    _load(backbone, checkpoint)
+    return backbone
 
 
 def _rate(drop_path: float) -> float:
@@ -106,15 +119,28 @@ def _import(path: str) -> tuple[ModuleType, Any]:
     )
 
 
-def _load(model: nn.Module, pretrained: bool | str) -> None:
+def _checkpoint(name: str, pretrained: bool | str | os.PathLike[str]) -> Any:
+    """A published checkpoint, an address or path, or None."""
     if pretrained is False:
-        return
-    if pretrained is True:
-        raise UserError(
-            "pretrained=True: no weights are hosted yet; give pretrained='FILE', a checkpoint of the authors', "
-            "timm, torchvision, transformers or Muntin"
-        )
-    from muntin.weights import load_checkpoint
+        return None
+    from muntin.weights.download import resolve
 
+    _find(name)  # a wrong name of a model is said first
+    return resolve(name, pretrained)
+
+
+def _load(model: nn.Module, checkpoint: Any) -> None:
+    if checkpoint is None:
+        return
+    from muntin.weights import load_checkpoint
+    from muntin.weights.download import local_file
+
+    classes, own = getattr(checkpoint, "classes", None), getattr(model, "num_classes", None)
+    if classes not in (None, 1000) and own == 1000:
+        warnings.warn(
+            f"{checkpoint.tag} has {classes} classes, so the last layer is random: num_classes={classes} keeps its own",
+            stacklevel=3,
+        )
+    path = local_file(checkpoint) if isinstance(checkpoint, (str, os.PathLike)) else checkpoint.fetch()
     with torch.no_grad():
-        load_checkpoint(model, pretrained)
+        load_checkpoint(model, path)

@@ -347,6 +347,7 @@ VARIANTS: dict[str, SwinV2] = {
     "swinv2_t": SwinV2(96, (2, 2, 6, 2), (3, 6, 12, 24)),
     "swinv2_s": SwinV2(96, (2, 2, 18, 2), (3, 6, 12, 24)),
     "swinv2_b": SwinV2(128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "swinv2_l": SwinV2(192, (2, 2, 18, 2), (6, 12, 24, 48)),
 }
 """Table 7 of the paper, for 256 pixels and windows of 8; window=16 is the other published setting."""
 
