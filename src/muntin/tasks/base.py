@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from muntin.tasks.settings import Settings
 
-NO_DECAY = ("bias_table",)  # besides all one-dimensional parameters: spec of every family
+# Besides all one-dimensional parameters: tables of position biases, and the network that makes SwinV2's.
+NO_DECAY = ("bias_table", "position.fc1.weight", "position.fc2.weight")
 FLOOR = 0.01  # the last learning rate over the peak
 
 
