@@ -32,6 +32,32 @@ MAP_NORMS: dict[str, type[MapBatchNorm] | type[MapLayerNorm]] = {"batch": MapBat
 MAP_ACTIVATIONS: dict[str, type[nn.ReLU] | type[nn.Hardswish]] = {"relu": nn.ReLU, "hardswish": nn.Hardswish}
 
 
+class Conv(nn.Conv2d):
+    """A convolution of zero-padded maps (B, C, H, W) that compiles once for all sizes, see `convolution`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if not traced or torch.is_grad_enabled():
+            return super().forward(input)
+        return convolution(input, self.weight, self.bias, self.stride[0], self.kernel_size[0] // 2, self.groups)
+
+
+@torch.library.custom_op("muntin::convolution", mutates_args=())
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, groups: int) -> Tensor:
+    """A convolution for compiled inference, opaque to the compiler.
+
+    The compiler chooses an implementation, and guards on batch and size for it; of sizes without hints it does not
+    foresee the layout of the result. This one is channels-last always.
+    """
+    return F.conv2d(x, weight, bias, stride, padding, 1, groups).contiguous(memory_format=torch.channels_last)
+
+
+@convolution.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, groups: int) -> Tensor:
+    height, width = ((x.shape[i] + 2 * padding - weight.shape[i]) // stride + 1 for i in (2, 3))
+    return x.new_empty((x.shape[0], height, width, weight.shape[0])).permute(0, 3, 1, 2)
+
+
 class ConvNorm(nn.Module):
     """Convolution, then norm: (B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride)) for odd kernels."""
 
@@ -48,7 +74,7 @@ class ConvNorm(nn.Module):
     ) -> None:
         """scale: initial weight of the norm, 0 where a residual branch should start at zero."""
         super().__init__()
-        self.conv = nn.Conv2d(channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=bias)
+        self.conv = Conv(channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=bias)
         self.norm: nn.Module = MAP_NORMS[norm](out_channels)
         nn.init.constant_(self.norm.weight, scale)
 

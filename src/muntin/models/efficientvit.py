@@ -160,12 +160,12 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, dim: int, hidden: int, act: str) -> None:
         super().__init__()
-        self.reduce = nn.Conv2d(dim, hidden, 1)
+        self.reduce = nn.Linear(dim, hidden)
         self.act = MAP_ACTIVATIONS[act]()
-        self.expand = nn.Conv2d(hidden, dim, 1)
+        self.expand = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.expand(self.act(self.reduce(x.mean((2, 3), keepdim=True)))).sigmoid()
+        return x * self.expand(self.act(self.reduce(x.mean((2, 3))))).sigmoid()[:, :, None, None]
 
 
 def _subsample(config: EfficientViT, stage: int) -> nn.Sequential:
@@ -234,10 +234,8 @@ class EfficientViTBackbone(Backbone):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         check_image(image)
-        if torch.compiler.is_compiling():
-            image = renew(image)  # a convolution reads hints of sizes that it has, and guards on them
-        else:
-            image = image.contiguous(memory_format=torch.channels_last)
+        # under export and compile: a convolution guards on sizes that it has hints of
+        image = renew(image).contiguous(memory_format=torch.channels_last)
         x = renew(self.stem(image))
         maps = []
         for number, stage in enumerate(self.stages[: self.out_indices[-1] + 1]):

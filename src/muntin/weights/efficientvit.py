@@ -17,6 +17,16 @@ def _turned(table: Tensor) -> Tensor:
     return table.t()
 
 
+def _flat(tensor: Tensor) -> Tensor:
+    """The weight of a 1x1 convolution -> that of a linear layer; a bias stays."""
+    return tensor.flatten(1) if tensor.ndim == 4 else tensor
+
+
+def _unflat(tensor: Tensor) -> Tensor:
+    """The weight of a linear layer -> that of a 1x1 convolution; a bias stays."""
+    return tensor[:, :, None, None] if tensor.ndim == 2 else tensor
+
+
 def _conv(ours: str, authors: str, timm: str) -> list[Rule]:
     """The rules of a convolution with its norm."""
     return [
@@ -71,10 +81,14 @@ RULES = [
     Rule(
         f"{_OURS}.reduce.gate.reduce.*",
         {"timm": f"{_TIMM}.patchmerge.se.fc1.*", "authors": f"{_AUTHORS}.1.se.fc1.*"},
+        _flat,
+        _unflat,
     ),
     Rule(
         f"{_OURS}.reduce.gate.expand.*",
         {"timm": f"{_TIMM}.patchmerge.se.fc2.*", "authors": f"{_AUTHORS}.1.se.fc2.*"},
+        _flat,
+        _unflat,
     ),
     *_conv(f"{_OURS}.reduce.project", f"{_AUTHORS}.1.conv3", f"{_TIMM}.patchmerge.conv3"),
     *_side("after", "2", "res2"),

@@ -75,7 +75,7 @@ class Network:
         mean = x.sum((2, 3)) / (x.shape[2] * x.shape[3])
         for layer in ("reduce", "expand"):
             weight, bias = self.state[f"{name}.{layer}.weight"], self.state[f"{name}.{layer}.bias"]
-            mean = mean @ weight[:, :, 0, 0].T + bias
+            mean = mean @ weight.T + bias
             mean = self.act(mean) if layer == "reduce" else 1 / (1 + torch.exp(-mean))
         return x * mean[:, :, None, None]
 
