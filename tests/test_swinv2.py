@@ -597,7 +597,7 @@ def test_no_weight_decay_on_scales_and_position_biases() -> None:
 
 
 def test_low_precision_stays_close_where_scales_are_large(randomise: Any) -> None:
-    model = _tiny("swinv2_t", 1, randomise)
+    model = randomise(create_model("swinv2_t", 10, **SMALL | {"dim": 32})).eval()  # heads of 32 channels
     for module in model.modules():
         if isinstance(module, CosineAttention):
             module.logit_scale.data.fill_(math.log(30))
@@ -605,8 +605,8 @@ def test_low_precision_stays_close_where_scales_are_large(randomise: Any) -> Non
     with torch.inference_mode():
         exact = model(image)
         with torch.autocast("cpu", torch.bfloat16):
-            assert error_of(model(image), exact) < 0.2
-        for dtype, bound in ((torch.bfloat16, 0.2), (torch.float16, 0.02)):
+            assert error_of(model(image), exact) < 0.15
+        for dtype, bound in ((torch.bfloat16, 0.15), (torch.float16, 0.02)):
             low = copy.deepcopy(model).to(dtype)(image.to(dtype))
             assert low.dtype == dtype and error_of(low, exact) < bound
 
