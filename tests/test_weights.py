@@ -376,6 +376,67 @@ def test_tables_of_another_window(model: Any) -> None:
     assert torch.allclose(wider.backbone.stages[0].blocks[0].attention.bias_table, torch.tensor(0.25))
 
 
+@pytest.mark.parametrize(("size", "given"), [((64, 128), (2, 4)), ((128, 64), (4, 2)), ((64, 128), (4, 8))])
+def test_tables_of_windows_that_are_not_square(size: tuple[int, int], given: tuple[int, int], model: Any) -> None:
+    """timm cuts the windows of its last stages to maps that are not square."""
+    theirs = timm_swin.SwinTransformer(
+        img_size=size,
+        embed_dim=8,
+        depths=list(CONFIG["depths"]),
+        num_heads=list(CONFIG["heads"]),
+        window_size=4,
+        num_classes=10,
+    )
+    state = theirs.state_dict()
+    table = state["layers.3.blocks.0.attn.relative_position_bias_table"]
+    assert len(table) == 21  # of 3 x 7 offsets, or of 7 x 3
+    table.copy_(torch.randn(table.shape, generator=torch.Generator().manual_seed(0)))
+    _rejected(model, state, "21x8 in the file, 49x8 in the model", "file_window=(2, 4) or (4, 2)")
+    report = load_checkpoint(model, state, file_window=given)
+    name = "backbone.stages.3.blocks.0.attention.bias_table"
+    sides = (3, 7) if size[0] < size[1] else (7, 3)
+    assert report.details[name] == f"{sides[0]}x{sides[1]} to 7x7"
+    wanted = F.interpolate(table.t().view(1, 8, *sides), size=(7, 7), mode="bicubic", align_corners=False)
+    assert torch.allclose(model.state_dict()[name], wanted.flatten(2)[0].t(), atol=1e-6)
+    # files of before 0.9 hold the index of positions, which shows the window
+    index = theirs.layers[3].blocks[0].attn.relative_position_index
+    other = create_model("swin_t", 10, **CONFIG)
+    report = load_checkpoint(other, state | {"layers.3.blocks.0.attn.relative_position_index": index})
+    assert report.details[name] == f"{sides[0]}x{sides[1]} to 7x7"
+    assert torch.equal(other.state_dict()[name], model.state_dict()[name])
+
+
+def test_classes_out_of_a_larger_head(model: Any) -> None:
+    few = create_model("swin_t", 3, **CONFIG)
+    report = load_checkpoint(few, convert(model.state_dict(), "timm"), classes=[7, 0, 9])
+    assert torch.equal(few.head.fc.weight, model.head.fc.weight[[7, 0, 9]])
+    assert torch.equal(few.head.fc.bias, model.head.fc.bias[[7, 0, 9]])
+    assert not report.replaced
+    assert "head.fc.weight (3 of 10 classes)" in str(report)
+    with pytest.raises(UserError, match="classes=.10.: give numbers from 0 to 9"):
+        load_checkpoint(few, model.state_dict(), classes=[10])
+    with pytest.raises(UserError, match="with 21841 classes, this one has 10"):
+        load_checkpoint(few, model.state_dict(), classes="imagenet-1k")
+    with pytest.raises(UserError, match="'imagenet-1k' or numbers"):
+        load_checkpoint(few, model.state_dict(), classes="imagenet")
+    with pytest.raises(UserError, match="no last layer"):
+        load_checkpoint(few, model.backbone.state_dict(), classes=[1])
+
+
+def test_imagenet_1k_out_of_22k() -> None:
+    """The authors' published list, against the synsets that timm ships: some of theirs are missing in timm's."""
+    many, one = create_model("swin_t", 21841, **CONFIG), create_model("swin_t", 1000, **CONFIG)
+    many.head.fc.bias.data = torch.arange(21841.0)
+    load_checkpoint(one, convert(many.state_dict(), "authors"), classes="imagenet-1k")
+    found = one.head.fc.bias.tolist()
+    folder = Path(timm_swin.__file__).parents[1] / "data" / "_info"
+    synsets = {s: i for i, s in enumerate((folder / "imagenet22k_synsets.txt").read_text().split())}
+    wanted = [synsets.get(s) for s in (folder / "imagenet_synsets.txt").read_text().split()]
+    assert len(set(found)) == 1000
+    shifts = [f - w for f, w in zip(found, wanted, strict=True) if w is not None]
+    assert shifts == [0] * 718 + [1] * 263 + [2] * 18
+
+
 def test_head_of_another_class_count(model: Any) -> None:
     wide = create_model("swin_t", 37, **CONFIG).eval()
     before = wide.head.fc.weight.clone(), wide.head.fc.bias.clone()

@@ -8,8 +8,9 @@ import os
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from muntin.errors import UserError
 from muntin.weights import efficientvit, rmt, swin, swinv2
+from muntin.weights.download import local_file
 from muntin.weights.rules import (
     Reading,
     Rule,
@@ -110,7 +112,8 @@ class LoadReport:
         lines = [f"{'dialect':<10}  {self.dialect}"]
         for name in ("loaded", "resized", "replaced", "missing", "unexpected", "ignored", "nonfinite"):
             entries = getattr(self, name)
-            shown = "" if name == "loaded" else preview([self._entry(entry) for entry in entries])
+            told = [entry for entry in entries if entry in self.details] if name == "loaded" else entries
+            shown = preview([self._entry(entry) for entry in told])
             lines.append(f"{name:<10}  {len(entries):>5}  {shown}".rstrip())
         return "\n".join(lines)
 
@@ -119,7 +122,12 @@ class LoadReport:
 
 
 def load_checkpoint(
-    model: nn.Module, path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any], strict: bool = True
+    model: nn.Module,
+    path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any],
+    strict: bool = True,
+    *,
+    classes: str | Sequence[int] | None = None,
+    file_window: tuple[int, int] | None = None,
 ) -> LoadReport:
     """Load weights in any known dialect into a model made by `create_model` or `create_backbone`.
 
@@ -129,6 +137,11 @@ def load_checkpoint(
     Bias tables of another window are resized bicubically, as the authors do. A head of another number of
     classes, or a head or output norms that the file does not have, keep the model's values (`replaced`); a head
     that the model does not have is `ignored`.
+    path_or_state_dict: an http or https address is downloaded first (see `muntin.weights.download`).
+    classes: which of the file's classes the model has, by number and in order; "imagenet-1k" for the 1000 of
+    ImageNet-1k out of the authors' 21841 of ImageNet-22k.
+    file_window: height and width of the file's windows where timm made them for images that are not square, and
+    the file does not show it. Such tables are resized to the model's square windows too.
     strict: raise UserError, and change nothing, where anything else does not fit; otherwise load the rest.
 
     Raises UserError for unreadable files, unknown names, and a checkpoint of another model.
@@ -136,7 +149,7 @@ def load_checkpoint(
     if isinstance(path_or_state_dict, Mapping):
         source, content = "the state dict", path_or_state_dict
     else:
-        source, content = os.fspath(path_or_state_dict), read_file(path_or_state_dict)
+        source, content = os.fspath(path_or_state_dict), read_file(local_file(path_or_state_dict))
     own = model.state_dict()
     names = _bare_names(own)
     target = {bare: own[name] for bare, name in names.items()}
@@ -145,6 +158,7 @@ def load_checkpoint(
         family = _family_of(target)
         reading = recognise(_rules(first=family), state) if family else read_plainly(target, state)
         weights = translate(reading, state)
+        taken = {} if classes is None else _take(weights, _numbers(classes, weights))
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     if any(tensor.is_meta for tensor in target.values()):
@@ -156,7 +170,8 @@ def load_checkpoint(
             f"{source} holds weights of {reading.family} ({theirs}), the model is {title} ({family}): create the "
             "model that the weights belong to, or choose another file"
         )
-    plan = _Plan(reading, weights, target)
+    plan = _Plan(reading, weights, target, _windows(reading, weights, state, file_window))
+    plan.details |= taken
     if strict:
         plan.check(source, title)
     with torch.no_grad():
@@ -202,8 +217,15 @@ def _bare_names(names: Iterable[str]) -> dict[str, str]:
 class _Plan:
     """Each weight of the file against the model, under our names; nothing is written yet."""
 
-    def __init__(self, reading: Reading, weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        reading: Reading,
+        weights: Mapping[str, Tensor],
+        target: Mapping[str, Tensor],
+        windows: Mapping[str, tuple[int, int]],
+    ) -> None:
         self.reading = reading
+        self.windows = windows
         self.weights = weights
         self.target = target
         self.values: dict[str, Tensor] = {}
@@ -229,22 +251,29 @@ class _Plan:
             (self.ignored if headless or name.startswith("norms.") else self.unexpected).append(theirs)
             return
         ours = self.target[name]
-        if tensor.shape == ours.shape:
+        window = self.windows.get(name)
+        if tensor.shape == ours.shape and (window is None or window[0] == window[1]):
             self.values[name] = tensor
         elif (table := self._resize(name, tensor, ours.shape)) is not None:
             self.values[name] = table
             self.resized.append(name)
-            square = name.endswith("bias_table") and tensor.ndim == 2 and tensor.shape[1] == ours.shape[1]
-            side = _side if square else _shape
-            self.details[name] = f"{side(tensor)} to {side(ours)}"
+            grid = _grid(ours.shape[0], None)
+            told = [_shape(tensor), _shape(ours)]
+            if tensor.ndim == 2 and grid is not None and (before := _grid(tensor.shape[0], window)) is not None:
+                told = [f"{rows}x{columns}" for rows, columns in (before, grid)]
+            self.details[name] = f"{told[0]} to {told[1]}"
         else:
             self.misshapen.append(name)
             self.details[name] = f"{_shape(tensor)} in the file, {_shape(ours)} in the model"
+            if name.endswith("bias_table") and tensor.ndim == 2 and tensor.shape[1] == ours.shape[-1]:
+                fitting = " or ".join(map(str, _possible_windows(tensor.shape[0])[:4]))
+                if fitting:
+                    self.details[name] += f"; for a window that is not square say which: file_window={fitting}"
 
     def _resize(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         if (resize := getattr(FAMILIES.get(self.reading.family), "resize", None)) is not None:
             return resize(name, tensor, shape)
-        return resize_table(tensor, shape) if name.endswith("bias_table") else None
+        return resize_table(tensor, shape, self.windows.get(name)) if name.endswith("bias_table") else None
 
     def _replace_head(self) -> None:
         """Last layers for another number of classes, `head.fc` and `head.fc_...`, keep the model's values."""
@@ -302,16 +331,108 @@ class _Plan:
         )
 
 
-def resize_table(table: Tensor, shape: torch.Size) -> Tensor | None:
-    """A bias table for another window: bicubic on its (2w-1) x (2w-1) grid. None where it is no such table."""
+def resize_table(table: Tensor, shape: torch.Size, window: tuple[int, int] | None = None) -> Tensor | None:
+    """A bias table for another window: bicubic on its (2h-1) x (2w-1) grid. None where it is no such table.
+
+    window: the height and width of the table's own; square unless given. `shape` is that of a square window.
+    """
     if table.ndim != 2 or table.shape[1] != shape[1]:
         return None
-    side, wanted = math.isqrt(table.shape[0]), math.isqrt(shape[0])
-    if side * side != table.shape[0] or wanted * wanted != shape[0]:
+    grid, wanted = _grid(table.shape[0], window), _grid(shape[0], None)
+    if grid is None or wanted is None:
         return None
-    grid = table.float().t().reshape(1, -1, side, side)
-    grid = F.interpolate(grid, size=(wanted, wanted), mode="bicubic", align_corners=False)
-    return grid.flatten(2)[0].t().to(table.dtype)
+    values = table.float().t().reshape(1, -1, *grid)
+    values = F.interpolate(values, size=wanted, mode="bicubic", align_corners=False)
+    return values.flatten(2)[0].t().to(table.dtype)
+
+
+def _grid(rows: int, window: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The sides of a table's grid of offsets."""
+    if window is not None:
+        return 2 * window[0] - 1, 2 * window[1] - 1
+    side = math.isqrt(rows)
+    return (side, side) if side * side == rows else None
+
+
+def _possible_windows(rows: int) -> list[tuple[int, int]]:
+    """The windows, of more than one row and column, that have a table of so many rows; compact ones first."""
+    odd = [n for n in range(3, rows // 3 + 1, 2) if rows % n == 0 and (rows // n) % 2]
+    pairs = [((n + 1) // 2, (rows // n + 1) // 2) for n in odd]
+    return sorted(pairs, key=lambda pair: (max(pair), pair))
+
+
+def _choose(rows: int, given: tuple[int, int]) -> tuple[int, int] | None:
+    """The window of a table out of those that may be, for a file whose windows are at most `given`."""
+    if (2 * given[0] - 1) * (2 * given[1] - 1) == rows:
+        return given
+    if _grid(rows, None) is not None:
+        return None
+    fits = [pair for pair in _possible_windows(rows) if pair[0] <= given[0] and pair[1] <= given[1]]
+    if len(fits) > 1:
+        fits = [pair for pair in fits if (pair[0] > pair[1]) == (given[0] > given[1])]
+    return fits[0] if len(fits) == 1 else None
+
+
+def _windows(
+    reading: Reading, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], given: tuple[int, int] | None
+) -> dict[str, tuple[int, int]]:
+    """Height and width of the window of each table where the file's index of positions shows them, or `given` fits.
+
+    timm cuts a window to the map along each axis, so a table may be of a smaller window than the one given.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    if hasattr(FAMILIES.get(reading.family), "resize"):
+        return found
+    for name, tensor in weights.items():
+        if not name.endswith("bias_table") or tensor.ndim != 2:
+            continue
+        index = state.get(reading.sources[name].parts[0].replace("_bias_table", "_index"))
+        if index is not None and (window := _window_of_index(index, tensor.shape[0])) is not None:
+            found[name] = window
+        elif given is not None and (window := _choose(tensor.shape[0], given)) is not None:
+            found[name] = window
+    return found
+
+
+def _window_of_index(index: Tensor, rows: int) -> tuple[int, int] | None:
+    """A table's window from the offsets of its first token to all others: those in its own row count down by one."""
+    area = math.isqrt(index.numel())
+    first = index.flatten()[:area].tolist()
+    width = next((x for x in range(area) if first[x] != (rows - 1) // 2 - x), area)
+    window = area // max(width, 1), width
+    return window if width and (2 * window[0] - 1) * (2 * window[1] - 1) == rows else None
+
+
+def _numbers(classes: str | Sequence[int], weights: Mapping[str, Tensor]) -> list[int]:
+    """The numbers of classes that a caller names. UserError for unknown names and numbers that are not there."""
+    rows = [len(tensor) for name, tensor in weights.items() if name.startswith("head.fc") and tensor.ndim]
+    if not rows:
+        raise UserError(f"classes={_short(classes)}, but there is no last layer in the file: leave classes out")
+    if isinstance(classes, str):
+        if classes != "imagenet-1k":
+            raise UserError(f"classes={classes!r}: give 'imagenet-1k' or numbers of classes")
+        if rows[0] != 21841:
+            raise UserError(f"classes='imagenet-1k' is for files with 21841 classes, this one has {rows[0]}")
+        text = (resources.files("muntin") / "weights" / "imagenet_1k_of_22k.txt").read_text(encoding="utf-8")
+        return [int(number) for line in text.splitlines() if not line.startswith("#") for number in line.split()]
+    numbers = list(classes)
+    if not numbers or not all(isinstance(n, int) and 0 <= n < min(rows) for n in numbers):
+        raise UserError(f"classes={_short(classes)}: give numbers from 0 to {min(rows) - 1}, the file's classes")
+    return numbers
+
+
+def _take(weights: dict[str, Tensor], numbers: list[int]) -> dict[str, str]:
+    """Cut the last layers to these classes; what to say of each of them."""
+    told = {}
+    for name in [name for name in weights if name.startswith("head.fc")]:
+        told[name] = f"{len(numbers)} of {len(weights[name])} classes"
+        weights[name] = weights[name][torch.tensor(numbers)]
+    return told
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else text[:57] + "..."
 
 
 def read_file(path: str | os.PathLike[str]) -> Mapping[str, Any]:
@@ -394,8 +515,3 @@ def _plain(shown: Mapping[str, Any]) -> str:
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a number"
-
-
-def _side(table: Tensor) -> str:
-    side = math.isqrt(table.shape[0])
-    return f"{side}x{side}"
