@@ -9,13 +9,13 @@ L tokens of one attention (N, or a row's W, or a column's H), M attentions.
 """
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muntin.layers.position import constants
+from muntin.layers.tokens import on_map
 
 DECAYS = ("softmax", "no_softmax", "none")
 KEPT = 1 << 23
@@ -210,8 +210,3 @@ class ManhattanAttention(nn.Module):
             return None
         slope = log_gamma(self.heads, self.least, self.reach, distance.dtype).to(distance.device)
         return (slope[:, None, None] * distance)[None].to(dtype)
-
-
-def on_map(layer: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
-    """A layer of NCHW maps on tokens (B, N, C), whose map is a view in channels-last order."""
-    return layer(x.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)

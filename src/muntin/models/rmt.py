@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muntin.errors import UserError
-from muntin.layers.conv import ConvNorm, Residual, fold_after, with_weights
+from muntin.layers.conv import ConvNorm, fold_after, with_weights
 from muntin.layers.drop import DropPath
-from muntin.layers.manhattan import DECAYS, ManhattanAttention, on_map
+from muntin.layers.manhattan import DECAYS, ManhattanAttention
 from muntin.layers.mlp import Mlp, TokenBatchNorm
 from muntin.layers.patch import PatchEmbed, PatchMerging, check_image
+from muntin.layers.tokens import after, on_map
 from muntin.layers.window import fresh
 from muntin.models.backbone import Backbone, select_outputs
 
@@ -145,14 +146,13 @@ class ConvStem(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, int, int]:
         check_image(image)
-        if torch.compiler.is_exporting():
-            image = _own_sides(image)
-        elif not torch.compiler.is_compiling():
-            image = image.contiguous(memory_format=torch.channels_last)
-        x = image
+        size = fresh(image.shape[2]), fresh(image.shape[3])
+        x = image.flatten(2).transpose(1, 2)
+        if torch.compiler.is_exporting():  # a strided convolution specialises the sides that it sees
+            x = x.index_select(1, torch.arange(size[0] * size[1], device=x.device))
         for number, conv in enumerate(self.convs):
-            x = conv(F.gelu(x) if number else x)
-        return _tokens(x)
+            x, size = _convolve(conv, F.gelu(x) if number else x.contiguous(), size)
+        return x, *size
 
 
 class Downsample(nn.Module):
@@ -163,7 +163,21 @@ class Downsample(nn.Module):
         self.conv = ConvNorm(dim, out_dim, 3, 2, bias=True)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, int, int]:
-        return _tokens(self.conv(x.transpose(1, 2).unflatten(2, size)))
+        x, size = _convolve(self.conv, x, size)
+        return x, *size
+
+
+def _convolve(layer: Any, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """ConvNorm, or the convolution that it was folded into, and the sides of the map after it.
+
+    The sides are symbols of their own under export and `muntin.compile`.
+    """
+    x = on_map(layer, x, size)
+    stride = (layer.conv if isinstance(layer, ConvNorm) else layer).stride[0]
+    height, width = (fresh(after(side, 3, stride, 1)) for side in size)
+    if torch.compiler.is_exporting() and stride > 1:
+        x = x.index_select(1, torch.arange(height * width, device=x.device))
+    return x, (height, width)
 
 
 class Merge(PatchMerging):
@@ -175,24 +189,24 @@ class Merge(PatchMerging):
         return super().forward(x[None], None, None, size)[0], (size[0] + 1) // 2, (size[1] + 1) // 2
 
 
-def _own_sides(image: Tensor) -> Tensor:
-    """Under export, the image with sides that are symbols of their own: a strided convolution specialises them."""
-    for axis in (2, 3):
-        image = image.index_select(axis, torch.arange(fresh(image.shape[axis]), device=image.device))
-    return image
+class ResidualConv(nn.Module):
+    """x + DWConv3x3(x) on the map of tokens (B, N, C)."""
 
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.residual = True
 
-def _tokens(x: Tensor) -> tuple[Tensor, int, int]:
-    """Map (B, C, H, W) that a strided convolution made -> (B, N, C), H, W, these as symbols of their own."""
-    height, width = fresh(x.shape[2]), fresh(x.shape[3])
-    x = x.flatten(2).transpose(1, 2)
-    if torch.compiler.is_exporting():
-        return x.index_select(1, torch.arange(height * width, device=x.device)), height, width
-    return x.contiguous(), height, width
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        y = on_map(self.conv, x, size)
+        return x + y if self.residual else y
 
-
-def _residual_depthwise(dim: int) -> Residual:
-    return Residual(nn.Conv2d(dim, dim, 3, padding=1, groups=dim))
+    def folded(self) -> nn.Module:
+        """1 added to the centre tap in place of the residual."""
+        weight = self.conv.weight.double().clone()
+        weight[:, 0, 1, 1] += 1
+        self.conv, self.residual = with_weights(self.conv, weight, self.conv.bias), False
+        return self
 
 
 class FeedForward(Mlp):
@@ -200,11 +214,11 @@ class FeedForward(Mlp):
 
     def __init__(self, dim: int, hidden: int, conv: bool) -> None:
         super().__init__(dim, hidden)
-        self.mix: nn.Module | None = _residual_depthwise(hidden) if conv else None
+        self.mix: nn.Module | None = ResidualConv(hidden) if conv else None
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
         x = self.act(self.fc1(x))
-        return self.fc2(x if self.mix is None else on_map(self.mix, x, size))
+        return self.fc2(x if self.mix is None else self.mix(x, size))
 
 
 class RmtBlock(nn.Module):
@@ -213,7 +227,7 @@ class RmtBlock(nn.Module):
     def __init__(self, config: Rmt, stage: int, drop_path: float) -> None:
         super().__init__()
         dim = config.dims[stage]
-        self.position: nn.Module | None = _residual_depthwise(dim) if config.position_conv else None
+        self.position: nn.Module | None = ResidualConv(dim) if config.position_conv else None
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attention = ManhattanAttention(
             dim,
@@ -243,7 +257,7 @@ class RmtBlock(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         if self.position is not None:
-            x = on_map(self.position, x, size)
+            x = self.position(x, size)
         x = x + self._branch(self.attention(self.norm1(x), size), self.scale1)
         return x + self._branch(self.mlp(self.norm2(x), size), self.scale2)
 
