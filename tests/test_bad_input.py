@@ -94,6 +94,11 @@ def test_no_images_at_all(refused, tmp_path):
     refused(*train(tmp_path / "data"), words=["data has no images", ".png"])
 
 
+def test_a_head_that_needs_a_teacher(refused, data):
+    refused("train", "--data", data, "--out", "run", "--model=efficientvit_m0", "--set=model.distilled=true",
+            words=["second head (fc_distilled)", "leave out the setting"])  # fmt: skip
+
+
 def test_train_without_val(refused, data, tmp_path):
     data.rename(tmp_path / "train")
     refused(*train(tmp_path), words=["train but no val", f"--data {tmp_path / 'train'}"])

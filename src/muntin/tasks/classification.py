@@ -272,6 +272,11 @@ def _build(settings: Settings, num_classes: int, meta: bool = False) -> Any:
             drop_path=settings.drop_path or 0.0,
             **settings.model_config,
         )
+    if second := [name for name, _ in model.head.named_children() if name.startswith("fc_")]:
+        raise UserError(
+            f"{_model_name(settings)} with a second head ({', '.join(second)}) learns from a teacher's labels, and these "
+            "are images with a class each: leave out the setting that adds the head, or train in a loop of your own"
+        )
     if settings.weights and not meta:
         muntin.load_checkpoint(model, settings.weights)
     return model
