@@ -274,8 +274,8 @@ def _build(settings: Settings, num_classes: int, meta: bool = False) -> Any:
         )
     if second := [name for name, _ in model.head.named_children() if name.startswith("fc_")]:
         raise UserError(
-            f"{_model_name(settings)} with a second head ({', '.join(second)}) learns from a teacher's labels, and these "
-            "are images with a class each: leave out the setting that adds the head, or train in a loop of your own"
+            f"{_model_name(settings)} with a second head ({', '.join(second)}) learns from a teacher's labels, and "
+            "these are images with a class each: leave out the setting that adds the head, or train in your own loop"
         )
     if settings.weights and not meta:
         muntin.load_checkpoint(model, settings.weights)
