@@ -40,7 +40,9 @@ lint: .venv/ready  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 bench: .venv/ready  ## what benchmarks/results holds: peers with the same weights, start-up, digits over seeds
+	@$(BIN)/python benchmarks/parity.py
 	@$(BIN)/python benchmarks/peers.py
+	@$(BIN)/python benchmarks/rmt_memory.py
 	@$(BIN)/python benchmarks/startup.py
 	@$(BIN)/python benchmarks/digits.py
 
