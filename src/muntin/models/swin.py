@@ -10,9 +10,8 @@ blocks the tokens are a stream (n, B, A, C) in the order of the last block's win
 single window that is the map, is (1, B, N, C). See layers/window.py.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +30,8 @@ from muntin.layers.window import (
     pieces,
     reorder,
     same_order,
-    symbolic_grid,
 )
-from muntin.models.backbone import Backbone, select_outputs
+from muntin.models.windowed import MeanHead, WindowBackbone, WindowStage, drop_rates, initialise
 
 
 @dataclass(frozen=True)
@@ -187,47 +185,7 @@ class SwinBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class SwinStage(nn.Module):
-    """Patch merging, but for the first stage, then blocks on maps of one size."""
-
-    def __init__(self, config: Swin, stage: int, drop_paths: list[float]) -> None:
-        super().__init__()
-        self.merge = PatchMerging(config.dim * 2 ** (stage - 1), config.norm) if stage else None
-        self.blocks = nn.ModuleList(SwinBlock(config, stage, b, rate) for b, rate in enumerate(drop_paths))
-
-    def forward(
-        self, x: Tensor, source: Grid | None, size: tuple[int, int], run: Callable[..., Tensor]
-    ) -> tuple[Tensor, Grid | None, tuple[int, int]]:
-        """Stream, its order and its map's sides -> the same after the stage. `run(block, ...)` calls a block."""
-        if self.merge is not None:
-            half = (size[0] + 1) // 2, (size[1] + 1) // 2
-            first: Any = self.blocks[0]
-            target = first.order(None, half)
-            x, source, size = self.merge(x, source, target, size), target, half
-        block: Any
-        for block in self.blocks:
-            x = run(block, x, source, size)
-            source = block.order(source, size)
-        return x, source, size
-
-    def forward_symbolic(
-        self, x: Tensor, height: int, width: int, run: Callable[..., Tensor]
-    ) -> tuple[Tensor, int, int]:
-        """(B, N, C) in raster order and the map's sides -> the same after the stage."""
-        if self.merge is not None:
-            x, height, width = self.merge.forward_symbolic(x, height, width)
-        grids: dict[bool, SymbolicGrid] = {}
-        block: Any
-        for block in self.blocks:
-            if block.shifted not in grids:
-                grids[block.shifted] = symbolic_grid(
-                    height, width, block.window, block.shifted, block.small_maps, x.device
-                )
-            x = run(block.forward_symbolic, x, grids[block.shifted])
-        return x, height, width
-
-
-class SwinBackbone(Backbone):
+class SwinBackbone(WindowBackbone):
     """Image (B, 3, H, W) -> NCHW maps of the stages in `out_indices`, at strides patch * (1, 2, 4, 8).
 
     out_norm: a norm of its own on each map that is returned, as in the authors' detection code.
@@ -240,80 +198,20 @@ class SwinBackbone(Backbone):
         out_norm: bool = False,
         drop_path: float = 0.0,
     ) -> None:
-        super().__init__()
-        count = len(config.depths)
-        self.config = config
-        self.out_indices = select_outputs(out_indices, count)
-        self.channels = tuple(config.dim * 2**s for s in self.out_indices)
-        self.strides = tuple(config.patch * 2**s for s in self.out_indices)
-        self.stem = PatchEmbed(config.dim, config.patch, config.norm)
-        rates = torch.linspace(0, drop_path, sum(config.depths), device="cpu").split(list(config.depths))
-        self.stages = nn.ModuleList(SwinStage(config, s, r.tolist()) for s, r in enumerate(rates))
-        self.norms = nn.ModuleDict()
-        if out_norm:
-            self.norms.update({str(s): NORMS[config.norm](config.dim * 2**s) for s in self.out_indices})
-        self.apply(_initialise)
-
-    def forward(self, image: Tensor) -> list[Tensor]:
-        if torch.compiler.is_compiling():
-            return self._forward_symbolic(image)
-        x, height, width = self.stem(image)
-        x, order, size = x[None], None, (height, width)
-        maps = []
-        for number, stage in enumerate(self.stages[: self.out_indices[-1] + 1]):
-            x, order, size = stage(x, order, size, self.run_block)
-            if number in self.out_indices:
-                maps.append(self._map(number, reorder(x, order, None, size)[0], *size))
-        return maps
-
-    def _forward_symbolic(self, image: Tensor) -> list[Tensor]:
-        x, height, width = self.stem(image)
-        maps: list[Tensor] = []
-        stage: Any
-        for number, stage in enumerate(self.stages[: self.out_indices[-1] + 1]):
-            x, height, width = stage.forward_symbolic(x, height, width, self.run_block)
-            if number in self.out_indices:
-                maps.append(self._map(number, x, height, width))
-        return maps
-
-    def _map(self, number: int, x: Tensor, height: int, width: int) -> Tensor:
-        if str(number) in self.norms:
-            x = self.norms[str(number)](x)
-        return x.view(x.shape[0], height, width, x.shape[-1]).permute(0, 3, 1, 2)
+        stem = PatchEmbed(config.dim, config.patch, config.norm)
+        stages = []
+        for s, rates in enumerate(drop_rates(config.depths, drop_path)):
+            merge = PatchMerging(config.dim * 2 ** (s - 1), config.norm) if s else None
+            stages.append(WindowStage(merge, [SwinBlock(config, s, b, rate) for b, rate in enumerate(rates)]))
+        super().__init__(config, stem, stages, NORMS[config.norm], out_indices, out_norm)
+        self.apply(initialise)
 
 
-class SwinHead(nn.Module):
+class SwinHead(MeanHead):
     """Norm, mean over the map, linear: (B, C, H, W) -> (B, num_classes)."""
 
     def __init__(self, config: Swin, num_classes: int) -> None:
-        super().__init__()
-        dim = config.dim * 2 ** (len(config.depths) - 1)
-        self.norm = NORMS[config.norm](dim)
-        self.fc = nn.Linear(dim, num_classes)
-        self.apply(_initialise)
-
-    def reset(self, num_classes: int) -> None:
-        self.fc = nn.Linear(self.fc.in_features, num_classes, device=self.fc.weight.device, dtype=self.fc.weight.dtype)
-        _initialise(self.fc)
-
-    def features(self, x: Tensor) -> Tensor:
-        """The last map, normalised: (B, C, H, W) -> the same."""
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    def pooled(self, x: Tensor) -> Tensor:
-        """What `fc` takes: (B, C, H, W) -> (B, C)."""
-        tokens = x.flatten(2).transpose(1, 2)  # (B, N, C), a view of the tokens that made the map
-        return self.norm(tokens).mean(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.pooled(x))
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        super().__init__(config, NORMS[config.norm], num_classes)
 
 
 def _with_br(rows: dict[str, Swin]) -> dict[str, Swin]:
