@@ -14,7 +14,8 @@ from torch import nn
 import muntin
 from muntin.errors import UserError
 from muntin.measure import bench
-from muntin.measure.bench import _listed_size, median_interval, percentile, rounded, transformers_swin
+from muntin.measure.bench import median_interval, percentile, rounded, transformers_swin
+from muntin.models import published
 from muntin.run import Run, save_model
 
 TINY: dict[str, Any] = {"dim": 16, "depths": (1, 1, 2, 1), "heads": (1, 2, 4, 8)}
@@ -143,9 +144,9 @@ def test_transformers_peer_has_our_shape():
         transformers_swin("swin_free_t", (224, 224))
 
 
-def test_default_sizes_come_from_the_table():
-    assert _listed_size("swin_free_digits") == 32
-    assert _listed_size("swin_t") == 224
+def test_default_sizes_are_the_published_ones():
+    assert published("swin_free_digits")["size"] == 32
+    assert published("swin_t")["size"] == 224
 
 
 @pytest.mark.parametrize(

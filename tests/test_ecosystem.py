@@ -19,7 +19,7 @@ import muntin
 from conftest import error_of
 from muntin import hub
 from muntin.errors import UserError
-from muntin.models import FAMILIES
+from muntin.models import FAMILIES, published
 from muntin.run import Run
 
 pytest.importorskip("timm")
@@ -124,7 +124,7 @@ def test_timm_configuration_fits_the_model(family: Any, changes: dict[str, Any])
     assert model.get_submodule(config["first_conv"]).in_channels == 3
     data = timm.data.resolve_model_data_config(model)
     assert data["mean"] == (0.485, 0.456, 0.406) and data["interpolation"] == "bicubic" and data["crop_pct"] == 0.875
-    assert data["input_size"][1] == hub.published_size(listed(family))
+    assert data["input_size"][1] == published(listed(family))["size"]
     assert model.forward_features(torch.randn(1, *data["input_size"])).shape[2:] == config["pool_size"]
 
 

@@ -22,6 +22,7 @@ from torch import nn
 import muntin
 from muntin.errors import UserError
 from muntin.measure.cost import cost
+from muntin.models import published
 from muntin.run import PREPROCESSING, Run, atomic_write, save_model, write_json
 
 FILES = ("model.safetensors", "config.json", "README.md")
@@ -113,12 +114,6 @@ def push_to_hub(model: nn.Module | Run, repo_id: str, *, private: bool | None = 
     return str(commit)
 
 
-def published_size(name: str) -> int:
-    """The side in pixels of the images that a listed model is published for."""
-    table = json.loads((Path(muntin.__file__).parent / "models" / "table.json").read_bytes())
-    return next((row["size"] for row in table if row["name"] == name), 224)
-
-
 def _hub() -> Any:
     try:
         import huggingface_hub
@@ -150,7 +145,7 @@ def _fields(model: Any) -> dict[str, Any]:
 
 
 def _papers(name: str) -> dict[str, Any]:
-    size = published_size(name)
+    size = published(name).get("size", 224)
     return {
         "size": [size, size],
         "resize": round(size / 0.875),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import muntin
 from muntin.errors import UserError
-from muntin.hub import published_size
+from muntin.models import published
 from muntin.models.backbone import Backbone
 from muntin.models.classifier import Classifier
 
@@ -286,7 +286,7 @@ def _register(registered: str, name: str) -> None:
 default_cfgs = generate_default_cfgs(
     {
         registered: {"input_size": (3, size, size), "classifier": "head.fc"}
-        for registered, size in ((r, published_size(name)) for r, name in _names().items())
+        for registered, size in ((r, published(name).get("size", 224)) for r, name in _names().items())
     }
 )
 """Read by timm when a model of this module is registered."""

@@ -238,17 +238,11 @@ def commit() -> str | None:
 # ------------------------------------------------------------------------------------------------ the targets
 
 
-def _listed_size(name: str) -> int:
-    """The input size that a variant was published for, from the generated table."""
-    table = MODELS / "table.json"
-    rows = json.loads(table.read_text()) if table.exists() else []
-    return next((row["size"] for row in rows if row["name"] == name), 224)
-
-
 def _ours(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, tuple[int, int]]:
     import muntin
+    from muntin.models import published
 
-    return muntin.create_model(name), size or (_listed_size(name),) * 2
+    return muntin.create_model(name), size or (published(name).get("size", 224),) * 2
 
 
 def _timm(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, tuple[int, int]]:
@@ -332,7 +326,9 @@ def _several(value: Any) -> tuple[Any, ...]:
 
 
 def _transformers(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, tuple[int, int]]:
-    size = size or (_listed_size(name),) * 2
+    from muntin.models import published
+
+    size = size or (published(name).get("size", 224),) * 2
     return transformers_swin(name, size), size
 
 

@@ -3,8 +3,11 @@
 import fnmatch
 import importlib
 import os
+import tomllib
 import warnings
 from dataclasses import fields, replace
+from functools import lru_cache
+from importlib import resources
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +27,13 @@ def list_models(pattern: str = "*") -> list[str]:
     """Names of the listed models that match a shell pattern, such as "swin_free*"."""
     names = [name for family in FAMILIES for name in family.VARIANTS]
     return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+
+
+@lru_cache
+def published(name: str) -> dict[str, Any]:
+    """What is stated elsewhere about a listed variant: `size` in pixels, `drop_path`, `top1` and more; {} for others."""
+    path = resources.files("muntin") / "models" / "published.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8")).get(name, {})
 
 
 def create_model(

@@ -39,6 +39,7 @@ from muntin.data.loading import (
 )
 from muntin.data.transforms import CROP, IMAGENET_MEAN, IMAGENET_STD, Evaluate
 from muntin.errors import UserError
+from muntin.models import published
 from muntin.run import Run, atomic_write, read_json, save_model, write_json
 from muntin.tasks.base import Task
 from muntin.tasks.callbacks import (
@@ -241,26 +242,9 @@ def _with_defaults(settings: Settings) -> Settings:
     """What was left to the data and the model."""
     name = _model_name(settings)
     workers = settings.workers if settings.workers is not None else min(os.cpu_count() or 1, 8)
-    size = settings.size or published_size(name)
-    drop_path = settings.drop_path if settings.drop_path is not None else published_drop_path(name)
+    size = settings.size or published(name).get("size", 224)
+    drop_path = settings.drop_path if settings.drop_path is not None else published(name).get("drop_path", 0.1)
     return replace(settings, workers=workers, size=size, drop_path=drop_path)
-
-
-def _published(name: str) -> dict[str, Any]:
-    """What the papers say about a variant, as far as the package lists it."""
-    import tomllib
-    from importlib import resources
-
-    path = resources.files("muntin") / "models" / "published.toml"
-    return tomllib.loads(path.read_text(encoding="utf-8")).get(name, {})
-
-
-def published_size(name: str) -> int:
-    return int(_published(name).get("size", 224))
-
-
-def published_drop_path(name: str) -> float:
-    return float(_published(name).get("drop_path", 0.1))
 
 
 def _build(settings: Settings, num_classes: int, meta: bool = False) -> Any:
