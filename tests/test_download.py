@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from muntin.cli import main
 from muntin.errors import UserError
 from muntin.models import create_backbone, create_model, list_models
 from muntin.weights import convert
@@ -345,6 +346,23 @@ def test_what_pretrained_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for name, words in (("rmt_s", "file-sharing site"), ("swin_free_t", "Swin-Free"), ("swin_b_br", "BatchNorm")):
         with pytest.raises(UserError, match=f"no weights of {name} are published: .*{words}"):
             create_model(name, pretrained=True)
+
+
+def test_the_command_lists_and_fetches(home: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["weights", "swinv2_t"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["model", "tag", "size", "classes", "top-1", "licence", "address"]
+    assert [line.split()[1] for line in lines[1:]] == [c.tag for c in published() if c.model == "swinv2_t"]
+    assert main(["weights", "swin_x"]) == 2
+    assert "did you mean" in capsys.readouterr().err
+    monkeypatch.setenv("MUNTIN_OFFLINE", "1")
+    assert main(["weights", "swin_t", "--fetch", "in1k"]) == 2
+    place = home / "weights" / "swin_tiny_patch4_window7_224.pth"
+    assert f"put it at {place}" in capsys.readouterr().err
+    place.parent.mkdir(parents=True)
+    place.write_bytes(CONTENT)
+    assert main(["weights", "swin_t", "--fetch", "in1k"]) == 0
+    assert capsys.readouterr().out.strip() == str(place)
 
 
 def test_the_preprocessing_of_a_checkpoint() -> None:

@@ -19,6 +19,7 @@ import transformers
 from lightning.fabric.utilities.data import AttributeDict
 from torch import Tensor, nn
 
+from muntin.cli import main
 from muntin.errors import UserError
 from muntin.layers.reference import swin as reference
 from muntin.models import create_backbone, create_model
@@ -249,6 +250,57 @@ def test_unknown_target_of_a_conversion(model: Any) -> None:
     norms = create_backbone("swin_t", out_norm=True, **CONFIG)
     with pytest.raises(UserError, match="timm has no name for norms.0"):
         convert(norms.state_dict(), "timm")
+
+
+# Files converted
+
+
+def _converted(model: nn.Module, tmp_path: Path, out: str, to: str) -> Path:
+    torch.save({"model": convert(model.state_dict(), "timm")}, tmp_path / "in.pth")
+    assert main(["convert", str(tmp_path / "in.pth"), str(tmp_path / out), "--to", to]) == 0
+    return tmp_path / out
+
+
+def test_convert_writes_safetensors(model: Any, other: Any, tmp_path: Path, capsys: Any) -> None:
+    path = _converted(model, tmp_path, "out.safetensors", "muntin")
+    shown = capsys.readouterr().out
+    assert f"{path}: swin, like no listed model (dim 8, depths 1-2-3-1" in shown
+    assert "dialect     timm" in shown
+    assert _equal(safetensors.torch.load_file(path), _copy(model))
+    load_checkpoint(other, path)
+    assert _equal(_copy(other), _copy(model))
+
+
+@pytest.mark.parametrize("out", ["out.safetensors", "out.pt"])
+@pytest.mark.parametrize("to", ["authors", "transformers", "torchvision", "mmpretrain"])
+def test_convert_to_each_dialect(to: str, out: str, model: Any, other: Any, tmp_path: Path) -> None:
+    path = _converted(model, tmp_path, out, to)
+    if out.endswith(".pt"):
+        content = torch.load(path, weights_only=True)
+        assert ("model" in content) == (to == "authors")  # as their code reads it
+    report = load_checkpoint(other, path)
+    assert report.dialect == to
+    assert _equal(_copy(other), _copy(model))
+
+
+def test_convert_says_what_is_wrong(model: Any, tmp_path: Path, capsys: Any) -> None:
+    path = _converted(model, tmp_path, "out.safetensors", "muntin")
+    before = path.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(path)
+    for out, to, words in (
+        ("out.safetensors", "timm", "is the file to convert"),
+        ("link.safetensors", "timm", "is the file to convert"),
+        ("out.bin", "timm", "ends in .safetensors, .pth or .pt"),
+        ("other.pth", "tim", "did you mean 'timm'"),
+    ):
+        assert main(["convert", str(path), str(tmp_path / out), "--to", to]) == 2
+        assert words in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "none.pth"), str(path)]) == 2
+    assert "no checkpoint at" in capsys.readouterr().err
+    torch.save(convert(model.state_dict(), "timm") | {"extra": torch.ones(2)}, tmp_path / "more.pth")
+    assert main(["convert", str(tmp_path / "more.pth"), str(path)]) == 2
+    assert "no name in muntin for extra" in capsys.readouterr().err
+    assert path.read_bytes() == before
 
 
 # What is wrapped around weights

@@ -129,6 +129,50 @@ def _models(args: Any) -> int:
     return 0
 
 
+def _describe_weights(parser: Any) -> None:
+    parser.add_argument("pattern", nargs="?", default="*", help='models by a shell pattern, as in "swinv2*"')
+    parser.add_argument("--fetch", metavar="TAG", help="download this file of one model now, for use without a network")
+
+
+def _weights(args: Any) -> int:
+    import fnmatch
+
+    from muntin.weights.download import find, published
+
+    if args.fetch:
+        print(find(args.pattern, args.fetch).fetch())
+        return 0
+    rows = [c for c in published() if fnmatch.fnmatchcase(c.model, args.pattern)]
+    if not rows:
+        find(args.pattern)  # its error says what there is, or why there is nothing
+    cells = [["model", "tag", "size", "classes", "top-1", "licence", "address"]]
+    cells += [[c.model, c.tag, str(c.size), str(c.classes), c.top1 or "-", c.licence, c.address] for c in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(6)]
+    for line in cells:
+        left = [text.ljust(width) for text, width in zip(line[:6], widths, strict=True)]
+        print("  ".join([*left, line[6]]))
+    return 0
+
+
+def _describe_convert(parser: Any) -> None:
+    parser.add_argument("source", metavar="IN", help="a checkpoint in any known dialect, by path or address")
+    parser.add_argument("out", metavar="OUT", help="what is written: .safetensors, or .pth or .pt for torch.save")
+    parser.add_argument(
+        "--to",
+        default="muntin",
+        help="the dialect: muntin (default), authors, timm, torchvision, transformers, mm or mmpretrain",
+    )
+
+
+def _convert(args: Any) -> int:
+    from muntin.weights import convert_file
+
+    what, report = convert_file(args.source, args.out, args.to)
+    print(f"{args.out}: {what}, by {args.to}")
+    print(report)
+    return 0
+
+
 def _describe_train(parser: Any) -> None:
     parser.add_argument("--model", help="name of a model (see: muntin models); swin_free_digits for digits")
     parser.add_argument("--data", help="digits (default), or a folder: FOLDER/CLASS/*, or FOLDER/{train,val}/CLASS/*")
@@ -279,6 +323,13 @@ def _report(args: Any) -> int:
 
 COMMANDS: dict[str, tuple[Any, str, str, Any]] = {
     "models": (_describe_models, "list the models", 'muntin models "swin_free*"', _models),
+    "weights": (_describe_weights, "list published weights", 'muntin weights "swinv2*"', _weights),
+    "convert": (
+        _describe_convert,
+        "write a checkpoint under other names",
+        "muntin convert swin_tiny_patch4_window7_224.pth swin_t.safetensors",
+        _convert,
+    ),
     "train": (
         _describe_train,
         "train a classifier",

@@ -97,8 +97,9 @@ def find(model: str, tag: str | None = None) -> Checkpoint:
     tags = {c.tag: c for c in published() if c.model == model}
     if not tags:
         reason = next((text for name, text in _index()["elsewhere"].items() if model.startswith(name)), "")
+        near = nearest(model, {c.model: None for c in published()})
         raise UserError(
-            f"no weights of {model} are published" + (f": {reason}" if reason else "; give pretrained='FILE'")
+            f"no weights of {model} are published" + (f": {reason}" if reason else f"{near}; give pretrained='FILE'")
         )
     if tag is None:
         return next(iter(tags.values()))

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muntin.errors import UserError
+from muntin.run import atomic_write
 from muntin.weights import efficientvit, rmt, swin, swinv2
 from muntin.weights.download import local_file
 from muntin.weights.rules import (
@@ -185,14 +187,63 @@ def load_checkpoint(
 
 def convert(state: Mapping[str, Any], to: str = "muntin") -> dict[str, Tensor]:
     """Weights of any known dialect under the names of another: "authors", "timm", "torchvision", "mm", ..."""
+    reading, weights = _read(state, to)
+    return _written(reading.family, weights, to)
+
+
+def convert_file(
+    source: str | os.PathLike[str], out: str | os.PathLike[str], to: str = "muntin"
+) -> tuple[str, LoadReport]:
+    """Write a checkpoint's weights under the names of another dialect; says what they are, and what became of each.
+
+    source: as for `load_checkpoint`. out: a .safetensors file, or .pth or .pt for torch.save, where the authors'
+    dialect has its weights under `model`, as their code reads them. The file is written whole or not at all.
+
+    Raises UserError as `load_checkpoint` does, and where `out` is the source itself.
+    """
+    path, out = local_file(source), Path(out)
+    path = path / "model.safetensors" if path.is_dir() else path
+    if out.suffix not in (".safetensors", ".pth", ".pt"):
+        raise UserError(f"{out}: the name of what is written ends in .safetensors, .pth or .pt")
+    if path.exists() and out.exists() and path.samefile(out):
+        raise UserError(f"{out} is the file to convert: give another name for what is written")
+    content = read_file(path, mapped=True)
+    try:
+        reading, weights = _read(content, to)
+        tensors = {name: _own_memory(tensor) for name, tensor in _written(reading.family, weights, to).items()}
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if out.suffix == ".safetensors":
+        metadata = {"format": "pt"}
+        atomic_write(out, lambda file: safetensors.torch.save_file(tensors, file, metadata))
+    else:
+        atomic_write(out, lambda file: torch.save({"model": tensors} if to == "authors" else tensors, file))
+    broken = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    shown = FAMILIES[reading.family].describe(weights)
+    report = LoadReport(reading.dialect, tuple(tensors), ignored=tuple(reading.ignored), nonfinite=tuple(broken))
+    return f"{reading.family}, {_like(shown, reading.family)} ({_plain(shown)})", report
+
+
+def _read(state: Mapping[str, Any], to: str) -> tuple[Reading, dict[str, Tensor]]:
+    """A state dict under our names. UserError where any of its names is unknown."""
     tensors = _unwrap(state)
     reading = recognise(_rules(), tensors)
     if reading.unexpected:
         raise UserError(f"no name in {to} for {preview(reading.unexpected)}: leave these out")
-    weights = translate(reading, tensors)
+    return reading, translate(reading, tensors)
+
+
+def _written(family: str, weights: Mapping[str, Tensor], to: str) -> dict[str, Tensor]:
+    """Weights under our names (without `backbone.`) as a dialect has them."""
     if to != "muntin":
-        return untranslate(FAMILIES[reading.family].RULES, weights, to)
+        return untranslate(FAMILIES[family].RULES, weights, to)
     return {name if name.startswith("head.") else f"backbone.{name}": t for name, t in weights.items()}
+
+
+def _own_memory(tensor: Tensor) -> Tensor:
+    """Contiguous, and no part of a larger one: files hold each tensor by itself."""
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _rules(first: str = "") -> dict[str, list[Rule]]:
@@ -435,8 +486,11 @@ def _short(value: object) -> str:
     return text if len(text) < 60 else text[:57] + "..."
 
 
-def read_file(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """The tensors of a .safetensors file or of one that torch.save wrote. UserError where it is neither."""
+def read_file(path: str | os.PathLike[str], mapped: bool = False) -> Mapping[str, Any]:
+    """The tensors of a .safetensors file or of one that torch.save wrote. UserError where it is neither.
+
+    mapped: leave the tensors of torch.save's newer files on the disk until they are used.
+    """
     path = Path(path)
     if path.is_dir():
         path = path / "model.safetensors"
@@ -457,7 +511,8 @@ def read_file(path: str | os.PathLike[str]) -> Mapping[str, Any]:
             stand_ins: list[Any] = [(OrderedDict, name) for name in _MAPPINGS]
             stand_ins += [(_Nothing, name) for name in _RECORDS]
             with torch.serialization.safe_globals(stand_ins):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+                mapped = mapped and zipfile.is_zipfile(path)
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except PermissionError as error:
         raise UserError(f"{path} cannot be read ({error}): check its permissions") from error
     except Exception as error:  # a foreign file makes the unpickler raise anything
