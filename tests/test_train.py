@@ -24,6 +24,7 @@ from muntin.tasks.callbacks import AtomicCheckpoints, Saver, least, preferred, r
 from muntin.tasks.classification import Classification, Interrupted, choose_precision
 from muntin.tasks.inference import calibration_error
 from muntin.tasks.settings import Settings, read_config, recipes, settings_from
+from muntin.weights.download import Checkpoint
 
 TINY = {
     "model.dim": 8,
@@ -438,6 +439,22 @@ def test_training_starts_from_given_weights(tmp_path, uninterrupted):
     wanted = load_file(uninterrupted.weights)
     for name, value in load_file(run.weights).items():
         torch.testing.assert_close(value, wanted[name])
+
+
+def test_training_starts_from_a_published_tag_with_its_configuration(tmp_path, uninterrupted, monkeypatch):
+    """The fields come with the tag: they are there before the weights are fetched, and stand in the run's settings."""
+    config = {"dim": 8, "depths": (1, 1), "heads": (1, 2), "window": (4, 4), "patch": 4}
+    address = uninterrupted.weights.as_uri()
+    tag = Checkpoint("swin_free_digits", "a-tag", address, "us", "Apache-2.0", 10, 16, config=config)
+    monkeypatch.setattr("muntin.weights.download.published", lambda: (tag,))
+    monkeypatch.setenv("MUNTIN_HOME", str(tmp_path / "cache"))
+    given = {name: value for name, value in TINY.items() if not name.startswith("model.")}
+    start = {"weights": "a-tag", "epochs": 1, "lr": 1e-12, "ema_decay": 0}
+    run = train(tmp_path / "run", report=silent, **given | start)
+    wanted = load_file(uninterrupted.weights)
+    for name, value in load_file(run.weights).items():
+        torch.testing.assert_close(value, wanted[name])
+    assert tuple(read_config(str(run.path / "config.yaml"))["model.window"]) == (4, 4)
 
 
 @pytest.mark.parametrize("name", sorted(recipes()))

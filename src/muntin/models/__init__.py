@@ -31,7 +31,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 @lru_cache
 def published(name: str) -> dict[str, Any]:
-    """What is stated elsewhere about a listed variant: `size` in pixels, `drop_path`, `top1` and more; {} for others."""
+    """What is stated about a listed variant: `size` in pixels, `drop_path`, `top1` and more; {} for others."""
     path = resources.files("muntin") / "models" / "published.toml"
     return tomllib.loads(path.read_text(encoding="utf-8")).get(name, {})
 

@@ -53,6 +53,7 @@ from muntin.tasks.callbacks import (
 )
 from muntin.tasks.inference import evaluate_images
 from muntin.tasks.settings import Settings, read_config, settings_from, write_config
+from muntin.weights.download import resolve
 
 FREE_TO_CHANGE = {"workers", "save_minutes"}  # on --resume: they do not touch the result
 
@@ -156,8 +157,9 @@ def _absolute(values: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(values)
     if values.get("data", "digits") != "digits":
         values["data"] = os.path.abspath(str(values["data"]))
-    if values.get("weights") not in (None, "", "pretrained"):
-        values["weights"] = os.path.abspath(str(values["weights"]))
+    weights = str(values.get("weights") or "")
+    if os.path.exists(weights):  # otherwise a tag, or an address
+        values["weights"] = os.path.abspath(weights)
     return values
 
 
@@ -249,20 +251,18 @@ def _with_defaults(settings: Settings) -> Settings:
 
 def _build(settings: Settings, num_classes: int, meta: bool = False) -> Any:
     """The model with what it starts from; on "meta" only its shapes."""
+    name, config = _model_name(settings), dict(settings.model_config)
+    weights: bool | str = {"": False, "pretrained": True}.get(settings.weights, settings.weights)
+    if meta and weights:
+        config = dict(getattr(resolve(name, weights), "config", {})) | config
+        weights = False
     with torch.device("meta") if meta else contextlib.nullcontext():
-        model = muntin.create_model(
-            _model_name(settings),
-            num_classes=num_classes,
-            drop_path=settings.drop_path or 0.0,
-            **settings.model_config,
-        )
+        model = muntin.create_model(name, num_classes, weights, settings.drop_path or 0.0, **config)
     if second := [name for name, _ in model.head.named_children() if name.startswith("fc_")]:
         raise UserError(
-            f"{_model_name(settings)} with a second head ({', '.join(second)}) learns from a teacher's labels, and "
+            f"{name} with a second head ({', '.join(second)}) learns from a teacher's labels, and "
             "these are images with a class each: leave out the setting that adds the head, or train in your own loop"
         )
-    if settings.weights and not meta:
-        muntin.load_checkpoint(model, settings.weights)
     return model
 
 

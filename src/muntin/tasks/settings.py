@@ -32,7 +32,7 @@ class Settings:
     precision: "bf16", "32", or "auto": bf16 where the hardware multiplies it natively
     workers: processes that read and augment images; threads: of the CPU in the training step, all by default
     patience: stop after so many epochs without a better validation accuracy, 0 for never
-    weights: what to start from: "" (random), "pretrained", or a checkpoint's path
+    weights: what to start from: "" (random), "pretrained", a tag (muntin weights), a checkpoint's path or address
     save_minutes: how often to save within an epoch; the end of every epoch is saved anyway
     """
 
