@@ -93,7 +93,7 @@ def _rate(drop_path: float) -> float:
 def _configure(name: str, overrides: dict[str, Any], dense: bool = False) -> tuple[ModuleType, Any]:
     family, row = _find(name)
     if dense:
-        overrides = family.DENSE | overrides
+        overrides = getattr(family, "DENSE", {}) | overrides
     valid = [field.name for field in fields(row)]
     for key in overrides:
         if key not in valid:
