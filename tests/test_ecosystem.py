@@ -21,6 +21,8 @@ from muntin import hub
 from muntin.errors import UserError
 from muntin.models import FAMILIES, published
 from muntin.run import Run
+from muntin.weights import download
+from muntin.weights.download import Checkpoint
 
 pytest.importorskip("timm")
 smp = pytest.importorskip("segmentation_models_pytorch")
@@ -123,7 +125,8 @@ def test_timm_configuration_fits_the_model(family: Any, changes: dict[str, Any])
     assert len(classifiers) == len([name for name in names if name.startswith("head.fc") and name.endswith("weight")])
     assert model.get_submodule(config["first_conv"]).in_channels == 3
     data = timm.data.resolve_model_data_config(model)
-    assert data["mean"] == (0.485, 0.456, 0.406) and data["interpolation"] == "bicubic" and data["crop_pct"] == 0.875
+    assert data["mean"] == (0.485, 0.456, 0.406) and data["interpolation"] == "bicubic"
+    assert data["crop_pct"] == pytest.approx(0.875, abs=0.01)
     assert data["input_size"][1] == published(listed(family))["size"]
     assert model.forward_features(torch.randn(1, *data["input_size"])).shape[2:] == config["pool_size"]
 
@@ -337,6 +340,37 @@ def test_timm_loads_checkpoints_of_any_dialect(family: Any, tmp_path: Path, rand
     assert torch.equal(other.forward_features(image), ours.backbone(image)[-1]) and other(image).shape == (2, 3)
     maps = create(family, features_only=True, pretrained=True, pretrained_cfg=str(tmp_path / "ours.pth")).eval()
     assert torch.equal(maps(image)[-1], ours.backbone(image)[-1])
+
+
+def test_timm_knows_published_weights_by_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for checkpoint in download.published():
+        entry = timm.get_pretrained_cfg(f"muntin_{checkpoint.model}.{checkpoint.tag}")
+        assert entry.url == checkpoint.address and entry.num_classes == checkpoint.classes
+        assert entry.input_size == (3, checkpoint.size, checkpoint.size)
+    with torch.device("meta"):
+        model = timm.create_model("swin_b.in22k_384")  # its window and classes, with or without its weights
+        assert (model.config.window, model.num_classes) == (12, 21841)
+        assert timm.create_model("swin_b").num_classes == 1000
+        maps = timm.create_model("swin_b.in22k_384", features_only=True)
+        assert (maps.model.config.window, maps.model.config.small_maps) == (12, "pad")
+        for name in ("rmt_t", "swin_t.nothing"):
+            with pytest.raises(UserError, match="no weights of rmt_t|no weights 'nothing'"):
+                timm.create_model(name, pretrained=True)
+    small = {"dim": 8, "depths": (1, 1), "heads": (1, 2)}
+    published = muntin.create_model("swin_b", 21841, **small, window=12)
+    torch.save({"model": published.state_dict()}, tmp_path / "file.pth")
+    asked = []
+    monkeypatch.setattr(Checkpoint, "fetch", lambda self: asked.append(self.tag) or tmp_path / "file.pth")
+    wanted = published.state_dict()
+    whole = timm.create_model("swin_b.in22k_384", pretrained=True, **small)
+    found = timm.models.resolve_model_input_args("swin_b.in22k_384") if hasattr(
+        timm.models, "resolve_model_input_args") else {"model_name": "swin_b.in22k_384"}  # fmt: skip
+    scripted = timm.create_model(**found, pretrained=True, **small)
+    for model in (whole, scripted):
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+    headless = timm.create_model("swin_b.in22k_384", pretrained=True, num_classes=0, **small)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in headless.state_dict().items())
+    assert asked == ["in22k_384"] * 3
 
 
 def test_timm_loads_timms_own_names() -> None:

@@ -30,7 +30,15 @@ WHOLE = 5  # smp's default depth
 class Encoder(nn.Module):
     """Image (B, 3, H, W) -> [image, maps (B, out_channels[i], ceil(H / 2^i), ceil(W / 2^i))]."""
 
-    def __init__(self, name: str, depth: int = WHOLE, output_stride: int = 32, out_norm: bool = True, **config: Any):
+    def __init__(
+        self,
+        name: str,
+        depth: int = WHOLE,
+        output_stride: int = 32,
+        out_norm: bool = True,
+        pretrained: bool | str = False,
+        **config: Any,
+    ) -> None:
         """depth: the coarsest stride is 2^depth. The rest as in `muntin.create_backbone`."""
         super().__init__()
         self._depth = depth
@@ -42,7 +50,7 @@ class Encoder(nn.Module):
         if not least <= depth <= most:
             raise UserError(f"depth {depth}: the maps of {name} have strides {strides}; give {least} to {most}")
         kept = tuple(i for i, stride in enumerate(strides) if stride <= 2**depth or depth == WHOLE)
-        self.backbone = muntin.create_backbone(name, kept, out_norm, **config)
+        self.backbone = muntin.create_backbone(name, kept, out_norm, pretrained=pretrained, **config)
         self.levels: list[tuple[int, ...]] = []
         """For each stride the maps that are stacked there, by number."""
         for stride in (2**i for i in range(1, depth + 1)):
@@ -96,14 +104,9 @@ def _get_encoder(
 ) -> nn.Module:
     if not name.startswith(PREFIX):
         return original(name, in_channels, depth, weights, output_stride, **config)
-    out_norm = config.pop("out_norm", True)
-    model = name.removeprefix(PREFIX)
-    encoder = Encoder(model, depth, output_stride, out_norm, **config)
+    pretrained = True if weights == "imagenet" else weights or False
+    encoder = Encoder(name.removeprefix(PREFIX), depth, output_stride, pretrained=pretrained, **config)
     encoder.set_in_channels(in_channels)
-    if weights:
-        row = encoder.backbone.config
-        source = muntin.create_model(model, pretrained=True if weights == "imagenet" else weights, **vars(row))
-        encoder.backbone.load_state_dict(source.backbone.state_dict(), strict=False)  # output norms are new
     return encoder
 
 

@@ -23,10 +23,10 @@ from muntin.errors import UserError
 from muntin.models import published
 from muntin.models.backbone import Backbone
 from muntin.models.classifier import Classifier
+from muntin.weights import download
+from muntin.weights.download import Checkpoint
 
 __all__ = ["TimmModel"]  # and every model's function: timm adds these names
-
-_SOURCES = ("url", "file", "hf_hub_id", "state_dict")  # entries of timm's pretrained_cfg that say where weights are
 
 
 class TimmModel(nn.Module):
@@ -212,7 +212,7 @@ def _returning(backbone: Backbone, indices: tuple[int, ...]) -> Backbone:
 
 def _build(
     name: str,
-    weights: bool | str,
+    weights: Checkpoint | str | None,
     dense: bool,
     num_classes: int = 1000,
     in_chans: int = 3,
@@ -229,7 +229,10 @@ def _build(
         with torch.device("meta"):
             row: Any = muntin.create_backbone(name, **config).config
         config = {field.name: getattr(row, field.name) for field in fields(row)}
-    model = muntin.create_model(name, num_classes or 1000, weights, drop_path_rate, **config)
+    classes = num_classes or 1000
+    if isinstance(weights, Checkpoint):
+        classes, weights = num_classes or weights.classes, weights.tag
+    model = muntin.create_model(name, classes, weights or False, drop_path_rate, **config)
     return TimmModel(model, num_classes, global_pool, drop_rate)
 
 
@@ -241,19 +244,20 @@ def _create(
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """What timm calls. A tag (`rmt_t.TAG`) is Muntin's; weights that a pretrained_cfg names are timm's to load."""
-    weights: bool | str = pretrained
+    """What timm calls. A tag (`swin_t.TAG`) is Muntin's; weights that a pretrained_cfg names are timm's to load."""
+    source = _source(name, pretrained, pretrained_cfg, pretrained_cfg_overlay or {})
+    by_timm = pretrained and (source is None or _names_weights(pretrained_cfg_overlay or {}))
+    if isinstance(source, Checkpoint):
+        kwargs = source.config | kwargs
     if isinstance(pretrained_cfg, str):
-        weights, pretrained_cfg = (pretrained_cfg if pretrained else False), None
-    given = [pretrained_cfg_overlay or {}, pretrained_cfg or {}]
-    by_timm = any((c.get(key) if isinstance(c, Mapping) else getattr(c, key)) for c in given for key in _SOURCES)
+        pretrained_cfg = source.tag if isinstance(source, Checkpoint) else None
     maps = bool(kwargs.get("features_only"))
     if maps and kwargs.pop("feature_cls", "getter") != "getter":
         raise UserError("features_only takes the maps from forward_intermediates: leave out feature_cls")
     model = build_model_with_cfg(
-        partial(_build, name, False if by_timm else weights, maps),
+        partial(_build, name, source if pretrained and not by_timm else None, maps),
         registered,
-        pretrained=bool(pretrained and by_timm),
+        pretrained=by_timm,
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=pretrained_cfg_overlay,
         pretrained_filter_fn=_load_any_dialect,
@@ -263,6 +267,21 @@ def _create(
     if isinstance(model, TimmModel):
         model.pretrained_cfg |= model.layers()
     return model
+
+
+def _source(name: str, pretrained: bool, given: Any, overlay: Mapping[str, Any]) -> Checkpoint | str | None:
+    """The published checkpoint, path or address that timm's arguments mean, or None where timm is to load."""
+    if isinstance(given, str):
+        return download.resolve(name, given)
+    entries = dict(given) if isinstance(given, Mapping) else vars(given) if given else {}
+    for checkpoint in download.published():  # timm's scripts look a tag up and pass its entry of `default_cfgs`
+        if checkpoint.model == name and checkpoint.address == entries.get("url"):
+            return checkpoint
+    return download.resolve(name, True) if pretrained and not _names_weights({**entries, **overlay}) else None
+
+
+def _names_weights(entries: Mapping[str, Any]) -> bool:
+    return any(entries.get(key) for key in ("url", "file", "hf_hub_id", "state_dict"))
 
 
 def _load_any_dialect(weights: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -283,10 +302,30 @@ def _register(registered: str, name: str) -> None:
     globals()[registered] = register_model(create)
 
 
+def _entries(name: str) -> dict[str, dict[str, Any]]:
+    """timm's configuration of a listed model, by tag of its published weights, or for want of any under ""."""
+    size = published(name).get("size", 224)
+    entries: dict[str, dict[str, Any]] = {
+        checkpoint.tag: {
+            "url": checkpoint.address,
+            "input_size": (3, checkpoint.size, checkpoint.size),
+            "crop_pct": checkpoint.size / checkpoint.resize if checkpoint.resize else 1.0,
+            "crop_mode": "center" if checkpoint.resize else "squash",
+            "num_classes": checkpoint.classes,
+            "license": checkpoint.licence.lower(),
+            "classifier": "head.fc",
+        }
+        for checkpoint in download.published()
+        if checkpoint.model == name
+    }
+    return entries or {"": {"input_size": (3, size, size), "classifier": "head.fc"}}
+
+
 default_cfgs = generate_default_cfgs(
     {
-        registered: {"input_size": (3, size, size), "classifier": "head.fc"}
-        for registered, size in ((r, published(name).get("size", 224)) for r, name in _names().items())
+        f"{registered}.{tag}" if tag else registered: entry
+        for registered, name in _names().items()
+        for tag, entry in _entries(name).items()
     }
 )
 """Read by timm when a model of this module is registered."""
