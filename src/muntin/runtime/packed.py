@@ -1,0 +1,193 @@
+"""Products in oneDNN's own weight layouts, with the activation that follows fused and the residual added in place.
+
+The operators are PyTorch's but not public, and for inference on a CPU alone: each is tried on a small product first
+and left out where it fails or differs.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from muntin.layers.conv import Residual, crop
+from muntin.layers.mlp import Mlp
+from muntin.layers.position import constants
+
+_ALGORITHM = {"none": "", "relu": "", "hardswish": "", "gelu": "none"}
+_ACTIVATION: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.ReLU: "relu", nn.Hardswish: "hardswish"}
+
+
+class Packed(nn.Module):
+    """Base: what is packed is opaque to pickle and copy, and made again from the layer."""
+
+    def __init__(self, layer: Any, act: str = "none") -> None:
+        super().__init__()
+        self._original = layer
+        self.act = act
+        self._pack()
+
+    def _pack(self) -> None:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if not key.startswith("_packed")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._pack()
+
+    def extra_repr(self) -> str:
+        return f"act={self.act}"
+
+
+class PackedLinear(Packed):
+    """A linear layer with an activation: (..., in) -> (..., out)."""
+
+    def _pack(self) -> None:
+        layer = self._original
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        with constants():
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().contiguous())
+        self._bias = None if layer.bias is None else layer.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, self.act, [], _ALGORITHM[self.act])
+
+
+class PackedPointwise(PackedLinear):
+    """A 1x1 convolution of maps in channels-last memory, as a linear layer: (B, C, H, W) -> (B, C', H, W)."""
+
+    def _pack(self) -> None:
+        conv = self._original
+        self.in_features, self.out_features = conv.in_channels, conv.out_channels
+        with constants():
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(conv.weight.detach().flatten(1).contiguous())
+        self._bias = None if conv.bias is None else conv.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class PackedConv(Packed):
+    """A convolution with an activation. The best layout of its weights depends on the size of the map: for each it
+    is made once.
+    """
+
+    def _pack(self) -> None:
+        conv = self._original
+        self._sizes = list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
+        self._bias = None if conv.bias is None else conv.bias.detach()
+        self._packed: dict[tuple[int, ...], Tensor] = {}
+
+    def _weight(self, x: Tensor) -> Tensor:
+        shape = tuple(x.shape)
+        weight = self._packed.get(shape)
+        if weight is None:
+            if len(self._packed) >= 8:
+                self._packed.clear()
+            with constants():
+                original = self._original.weight.detach().contiguous(memory_format=torch.channels_last)
+                weight = torch.ops.mkldnn._reorder_convolution_weight(original, *self._sizes, list(shape))
+            self._packed[shape] = weight
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, self._weight(x), self._bias, *self._sizes, self.act, [], _ALGORITHM[self.act]
+        )
+
+
+class PackedResidual(nn.Module):
+    """x + conv(before(x)), or x + conv(before(y)), see `Residual`."""
+
+    def __init__(self, before: nn.Module | None, conv: PackedConv | PackedPointwise) -> None:
+        super().__init__()
+        self.before, self.conv = before, conv
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        y = x if y is None else y
+        y = self.conv(y if self.before is None else self.before(y))
+        # in place: cheaper than the operators that fuse a sum, and nobody else has the product's output
+        return y.add_(x) if y.shape[2:] == x.shape[2:] else x + crop(y, x)
+
+
+def pack(model: nn.Module) -> nn.Module:
+    """Packs what is known here, in place: linear layers, convolutions, and what stands behind these."""
+    for name, child in list(model.named_children()):
+        setattr(model, name, pack(child))
+    if type(model) is nn.Linear:
+        return PackedLinear(model) if _packs(PackedLinear, model.weight, "none") else model
+    if isinstance(model, nn.Conv2d) and model.padding_mode == "zeros" and isinstance(model.padding, tuple):
+        kind = PackedPointwise if _is_pointwise(model) else PackedConv
+        return kind(model) if _packs(kind, model.weight, "none") else model
+    if isinstance(model, Mlp):
+        model.act = _fuse(model.fc1, model.act) or nn.Identity()
+    if isinstance(model, nn.Sequential):
+        _fuse_all(model)
+    if isinstance(model, Residual):
+        return _pack_residual(model)
+    return model
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+
+
+def _fuse(layer: nn.Module, act: nn.Module) -> nn.Module | None:
+    """The activation, or None if the layer has taken it over."""
+    kind = _ACTIVATION.get(type(act))
+    exact = not isinstance(act, nn.GELU) or act.approximate == "none"
+    if kind is None or not exact or not isinstance(layer, Packed) or layer.act != "none":
+        return act
+    if not _packs(type(layer), layer._original.weight, kind):
+        return act
+    layer.act = kind
+    return None
+
+
+def _fuse_all(layers: nn.Sequential) -> None:
+    last: nn.Module | None = None
+    for name, layer in list(layers.named_children()):
+        if last is not None and _fuse(last, layer) is None:
+            delattr(layers, name)
+        else:
+            last = layer
+
+
+def _pack_residual(residual: Residual) -> nn.Module:
+    branch = residual.branch
+    before, last = None, branch
+    if isinstance(branch, nn.Sequential) and len(branch):
+        name, last = list(branch.named_children())[-1]
+        before = branch
+    if not isinstance(last, PackedConv | PackedPointwise) or last.act != "none":
+        return residual
+    if before is not None:
+        delattr(before, name)
+    return PackedResidual(before, last)
+
+
+def _packs(kind: Any, weight: Tensor, act: str) -> bool:
+    known = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+    return known and _computes_the_same(kind, weight.dtype, act)
+
+
+@lru_cache
+def _computes_the_same(kind: Any, dtype: torch.dtype, act: str) -> bool:
+    """Whether this build has the packed product with this activation."""
+    functions = {"none": lambda y: y, "gelu": F.gelu, "relu": F.relu, "hardswish": F.hardswish}
+    with constants():
+        layer: Any = nn.Linear(48, 40)
+        x = torch.linspace(-2, 2, 33 * 48).view(33, 48)
+        if kind is not PackedLinear:
+            layer = nn.Conv2d(48, 40, 1 if kind is PackedPointwise else 3, padding=0 if kind is PackedPointwise else 1)
+            x = torch.linspace(-2, 2, 2 * 48 * 35).view(2, 48, 5, 7).contiguous(memory_format=torch.channels_last)
+        layer, x = layer.to(dtype), x.to(dtype)
+        expected = functions[act](layer(x))
+        try:
+            out = kind(layer, act)(x)
+        except (RuntimeError, AttributeError, NotImplementedError):
+            return False
+        return bool(torch.allclose(out, expected, atol=1e-5 if dtype == torch.float32 else 5e-2))
