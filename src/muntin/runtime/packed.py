@@ -61,7 +61,7 @@ class PackedPointwise(PackedLinear):
 
     def _pack(self) -> None:
         conv = self._original
-        self.in_features, self.out_features = conv.in_channels, conv.out_channels
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         with constants():
             self._packed = torch.ops.mkldnn._reorder_linear_weight(conv.weight.detach().flatten(1).contiguous())
         self._bias = None if conv.bias is None else conv.bias.detach()
@@ -77,6 +77,8 @@ class PackedConv(Packed):
 
     def _pack(self) -> None:
         conv = self._original
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
+        self.kernel_size, self.stride, self.groups = conv.kernel_size, conv.stride, conv.groups
         self._sizes = list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
         self._bias = None if conv.bias is None else conv.bias.detach()
         self._packed: dict[tuple[int, ...], Tensor] = {}
