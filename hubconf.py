@@ -17,9 +17,9 @@ def model(name, num_classes=1000, pretrained=False, drop_path=0.0, **config):
     return _muntin.create_model(name, num_classes, pretrained, drop_path, **config)
 
 
-def backbone(name, out_indices=None, out_norm=False, drop_path=0.0, **config):
+def backbone(name, out_indices=None, out_norm=False, drop_path=0.0, pretrained=False, **config):
     """A backbone by name, image -> list of maps, as `muntin.create_backbone`."""
-    return _muntin.create_backbone(name, out_indices, out_norm, drop_path, **config)
+    return _muntin.create_backbone(name, out_indices, out_norm, drop_path, pretrained, **config)
 
 
 def _entry(name):
