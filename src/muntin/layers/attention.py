@@ -102,7 +102,7 @@ class WindowAttention(nn.Module):
                 bias = bias.expand(*fold, -1, -1, -1).flatten(0, 1)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
         else:
-            logits = (q * self.scale) @ k.transpose(-2, -1)  # (M, h, A, A)
+            logits = (q if self.scale == 1.0 else q * self.scale) @ k.transpose(-2, -1)  # (M, h, A, A)
             if bias.ndim == 5:
                 lead = (-1, bias.shape[1]) if bias.shape[0] == 1 else (bias.shape[0], -1)
                 logits = (logits.view(*lead, *logits.shape[1:]) + bias).view(-1, *logits.shape[1:])
