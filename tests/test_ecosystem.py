@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import muntin
 from conftest import error_of
 from muntin import hub
+from muntin.cli import main
 from muntin.errors import UserError
 from muntin.models import FAMILIES, published
 from muntin.run import Run
@@ -463,6 +464,16 @@ def test_smp_loads_weights_into_the_encoder(tmp_path: Path, randomise: Any) -> N
             assert torch.equal(tensor, model.encoder.backbone.state_dict()[name]), name
 
 
+def test_smp_saves_and_opens_models(tmp_path: Path) -> None:
+    family = FAMILIES[0]
+    model = smp.Unet(f"muntin-{listed(family)}", encoder_weights=None, **plain(family)).eval()
+    model.save_pretrained(tmp_path)
+    image = torch.randn(1, 3, 64, 64)
+    assert torch.equal(smp.from_pretrained(tmp_path).eval()(image), model(image))
+    model.freeze_encoder()
+    assert not any(p.requires_grad for p in model.encoder.parameters())
+
+
 def test_smp_takes_timms_way_too() -> None:
     family = next(f for f in FAMILIES if "rmt_t" in f.VARIANTS)
     model = smp.Unet("tu-rmt_t", encoder_weights=None, **plain(family)).eval()
@@ -594,6 +605,15 @@ def test_hub_card_of_a_run_has_its_metrics(run: Run, tmp_path: Path) -> None:
     assert again.classes == ["no", "yes"] and again.preprocessing == run.preprocessing
     config = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
     assert config["crop_mode"] == "squash" and config["input_size"] == [3, 32, 48]
+
+
+def test_hub_folder_is_a_run_to_every_command(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = hub.save_pretrained(run, tmp_path / "out")
+    image = pytest.importorskip("PIL.Image").new("RGB", (60, 40), "red")
+    image.save(tmp_path / "red.png")
+    rows = tmp_path / "rows.csv"
+    assert main(["predict", str(folder), str(tmp_path / "red.png"), "--out", str(rows)]) in (0, None)
+    assert ",no," in rows.read_text() and ",yes," in rows.read_text()
 
 
 def test_hub_repositories_are_downloaded_once_by_its_library(
