@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muntin.errors import UserError
@@ -136,22 +135,31 @@ class ConvStem(nn.Module):
     """Four 3x3 convolutions with BatchNorm: image (B, 3, H, W) -> tokens (B, N, C), and the map's sides."""
 
     stride = 4
+    strides = (2, 1, 2, 1)
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         widths = (3, dim // 2, dim // 2, dim, dim)
-        self.convs = nn.ModuleList(
-            ConvNorm(widths[i], widths[i + 1], 3, stride, bias=True) for i, stride in enumerate((2, 1, 2, 1))
-        )
+        layers: list[nn.Module] = []
+        for i, stride in enumerate(self.strides):
+            layers += [ConvNorm(widths[i], widths[i + 1], 3, stride, bias=True), nn.GELU()]
+        self.convs = nn.Sequential(*layers[:-1])
 
     def forward(self, image: Tensor) -> tuple[Tensor, int, int]:
         check_image(image)
+        if not torch.compiler.is_compiling():
+            x = self.convs(image.contiguous(memory_format=torch.channels_last))
+            return x.flatten(2).transpose(1, 2).contiguous(), x.shape[2], x.shape[3]
         size = fresh(image.shape[2]), fresh(image.shape[3])
-        x = image.flatten(2).transpose(1, 2)
+        x = image.flatten(2).transpose(1, 2).contiguous()
         if torch.compiler.is_exporting():  # a strided convolution specialises the sides that it sees
             x = x.index_select(1, torch.arange(size[0] * size[1], device=x.device))
-        for number, conv in enumerate(self.convs):
-            x, size = _convolve(conv, F.gelu(x) if number else x.contiguous(), size)
+        strides = iter(self.strides)
+        for layer in self.convs:
+            if isinstance(layer, nn.GELU):
+                x = layer(x)
+            else:
+                x, size = _convolve(layer, x, size, next(strides))
         return x, *size
 
 
@@ -163,17 +171,16 @@ class Downsample(nn.Module):
         self.conv = ConvNorm(dim, out_dim, 3, 2, bias=True)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, int, int]:
-        x, size = _convolve(self.conv, x, size)
+        x, size = _convolve(self.conv, x, size, 2)
         return x, *size
 
 
-def _convolve(layer: Any, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+def _convolve(layer: nn.Module, x: Tensor, size: tuple[int, int], stride: int) -> tuple[Tensor, tuple[int, int]]:
     """ConvNorm, or the convolution that it was folded into, and the sides of the map after it.
 
     The sides are symbols of their own under export and `muntin.compile`.
     """
     x = on_map(layer, x, size)
-    stride = (layer.conv if isinstance(layer, ConvNorm) else layer).stride[0]
     height, width = (fresh(after(side, 3, stride, 1)) for side in size)
     if torch.compiler.is_exporting() and stride > 1:
         x = x.index_select(1, torch.arange(height * width, device=x.device))

@@ -24,8 +24,8 @@ RULES = [
         rule
         for place in range(4)
         for rule in (
-            Rule(f"stem.convs.{place}.conv.*", {"authors": f"patch_embed.proj.{3 * place}.*"}),
-            Rule(f"stem.convs.{place}.norm.*", {"authors": f"patch_embed.proj.{3 * place + 1}.*"}),
+            Rule(f"stem.convs.{2 * place}.conv.*", {"authors": f"patch_embed.proj.{3 * place}.*"}),
+            Rule(f"stem.convs.{2 * place}.norm.*", {"authors": f"patch_embed.proj.{3 * place + 1}.*"}),
         )
     ),
     Rule("stages.{m}.merge.conv.conv.*", {"authors": "layers.{m-1}.downsample.reduction.*"}),
