@@ -275,8 +275,8 @@ def test_timm_layer_decay(family: Any) -> None:
     found = [{scale[id(p)] for name, p in named.items() if name.startswith(part)} for part in order]
     assert found == [{0.5 ** (len(order) - 1 - i)} for i in range(len(order))]
     for name, parameter in named.items():
-        table = name.endswith("bias_table")
-        assert decay[id(parameter)] == (0.0 if table or parameter.ndim <= 1 else 0.05), name
+        bias = "bias_table" in name or ".position.fc" in name  # Swin's and EfficientViT's tables, SwinV2's network
+        assert decay[id(parameter)] == (0.0 if bias or parameter.ndim <= 1 else 0.05), name
     coarse = timm.models.group_parameters(model, model.group_matcher(coarse=True), reverse=True)
     assert len(set(coarse.values())) == len(blocks) + 2
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import muntin
 from muntin.errors import UserError
 from muntin.models import published
-from muntin.models.backbone import Backbone
+from muntin.models.backbone import NO_DECAY, Backbone
 from muntin.models.classifier import Classifier
 from muntin.weights import download
 from muntin.weights.download import Checkpoint
@@ -161,7 +161,7 @@ class TimmModel(nn.Module):
         return {"stem": r"^backbone\.stem", "blocks": r"^backbone\.stages\.(\d+)" if coarse else blocks}
 
     def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith("bias_table")}
+        return {name for name, _ in self.named_parameters() if name.endswith(NO_DECAY)}
 
     def layers(self) -> dict[str, Any]:
         """What timm's configuration says about the layers of a model."""

@@ -14,6 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from muntin.errors import UserError
 from muntin.layers.mlp import recomputing
 
+NO_DECAY = ("bias_table", "position.fc1.weight", "position.fc2.weight")
+"""How the names end that take no weight decay, besides all one-dimensional parameters: tables of position biases, and
+the network that makes SwinV2's."""
+
 
 class Backbone(nn.Module):
     """Base of all families: which stages to return, and gradient checkpointing.

@@ -11,10 +11,9 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from muntin.models.backbone import NO_DECAY
 from muntin.tasks.settings import Settings
 
-# Besides all one-dimensional parameters: tables of position biases, and the network that makes SwinV2's.
-NO_DECAY = ("bias_table", "position.fc1.weight", "position.fc2.weight")
 FLOOR = 0.01  # the last learning rate over the peak
 
 
