@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
+import timm
 import timm.models.swin_transformer as timm_swin
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,25 @@ def test_names_and_shapes_are_the_authors(golden: Any) -> None:
     file = golden("swin")
     made = create_model("swin_t", 10, **{k: file.config[k] for k in ("dim", "depths", "heads", "window")})
     assert _shapes(convert(made.state_dict(), "authors")) == _shapes(file.weights)
+
+
+GOLDEN = ["swin", "swin_any_size", "swin_free", "swinv2", "efficientvit", "efficientvit_distilled", "efficientvit_maps"]
+GOLDEN += ["rmt_decomposed", "rmt_full", "rmt_maps"]
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_authors_files_there_and_back(name: str, golden: Any) -> None:
+    """What their code saved: every name, shape and value, each family, with heads and with output norms."""
+    file = golden(name)
+    config = dict(file.config)
+    model_name, classes = config.pop("model"), config.pop("num_classes", None)
+    made = create_backbone(model_name, **config) if classes is None else create_model(model_name, classes, **config)
+    report = load_checkpoint(made, file.weights)
+    assert report.dialect == "authors"
+    assert not (report.resized or report.missing or report.unexpected or report.ignored)
+    assert all(name.endswith("num_batches_tracked") for name in report.replaced)  # counters are not in these files
+    state = {n: t for n, t in made.state_dict().items() if n not in report.replaced}
+    assert _equal(convert(state, "authors"), file.weights)
 
 
 def test_names_of_published_transformers_files(model: Any) -> None:
@@ -364,6 +384,40 @@ def test_a_detector_gives_its_backbone(randomise: Any) -> None:
     assert report.dialect == "mm"
     assert len(report.ignored) == 301
     assert _equal(_copy(target), _copy(backbone))
+
+
+@pytest.mark.parametrize("prefix", ["encoder.", "model.pixel_level_module.encoder.", "student.net."])
+@pytest.mark.parametrize("dialect", ["muntin", "timm", "transformers"])
+def test_a_part_of_something_else(prefix: str, dialect: str, model: Any, other: Any) -> None:
+    """Where all of a backbone's names begin alike, whatever is beside them belongs to something else."""
+    bare = {n.removeprefix("backbone."): t for n, t in convert(model.state_dict(), dialect).items()}
+    state = {prefix + name: tensor for name, tensor in bare.items()}
+    beside = {"decoder.0.weight": torch.ones(2), "loss.center": torch.ones(3)}
+    report = load_checkpoint(other, state | beside)
+    assert (report.dialect, set(report.ignored)) == (dialect, set(beside))
+    assert _equal(_copy(other), _copy(model))
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "efficientvit_m0"])
+def test_timm_features(name: str) -> None:
+    """timm's features_only writes layers_0 for layers.0."""
+    theirs = timm.create_model(name, features_only=True).state_dict()
+    ours = create_backbone({"swin_tiny_patch4_window7_224": "swin_t"}.get(name, name))
+    report = load_checkpoint(ours, theirs)
+    assert len(report.loaded) + len(report.resized) == len(ours.state_dict()) == len(theirs)
+
+
+def test_transformers_segmenters(randomise: Any) -> None:
+    """Output norms and all, out of a model that has the backbone deep inside."""
+    config = {"embed_dim": 8, "depths": [1, 2, 3, 1], "num_heads": [1, 2, 4, 8], "window_size": 4}
+    face = transformers.SwinConfig(**config, out_features=[f"stage{s}" for s in (1, 2, 3, 4)])
+    for theirs in (
+        transformers.UperNetForSemanticSegmentation(transformers.UperNetConfig(backbone_config=face)),
+        transformers.Mask2FormerForUniversalSegmentation(transformers.Mask2FormerConfig(backbone_config=face)),
+    ):
+        ours = create_backbone("swin_t", out_norm=True, **CONFIG)
+        report = load_checkpoint(ours, theirs.state_dict())
+        assert len(report.loaded) == len(ours.state_dict())
 
 
 def test_derived_buffers_are_ignored(model: Any, other: Any) -> None:

@@ -21,13 +21,14 @@ DIALECTS = ("muntin", "timm", "authors", "torchvision", "transformers", "mm", "m
 # mmpretrain (once mmcls) writes what mmdetection and mmsegmentation write, but for the ends of a classifier.
 SPOKEN_LIKE = {"mmpretrain": "mm"}
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
-# Buffers that follow from a configuration, and the counters that averages keep.
+# Buffers that follow from a configuration, the counters that averages keep, and what pretraining hides patches with.
 DERIVED = re.compile(
     r"(^|\.)(relative_position_index|relative_coords_table|attn_mask|attention_bias_idxs|attn\.ab|Relpos\.[a-z]+)$"
-    r"|^(n_averaged|steps)$"
+    r"|^(n_averaged|steps)$|(^|\.)mask_token$"
 )
 _TOKEN = re.compile(r"\{(\d*)([a-z])([+-]\d+)?\}|\(([^)]*)\)|(\*)")
 _FIRST = {"m": 1}
+_FLAT = re.compile(r"\b(layers|stages|patch_embed)_(\d|conv)")  # timm's features_only: layers_0 for layers.0
 
 
 def _unchanged(tensor: Tensor) -> Tensor:
@@ -159,27 +160,47 @@ def _index(rules: list[Rule], dialect: str) -> Index:
     return result
 
 
+def _outer(rules: list[Rule], dialect: str, names: Iterable[str]) -> str:
+    """What stands before all names of a backbone that is a part of something else, such as `model.encoder.`.
+
+    Found from the stem, a family's first rule; empty where the stem is in its place or in several places.
+    """
+    patterns = {_stem(re.sub(r"\([^)]*\)", "", pattern)): pattern for pattern in rules[0].names(dialect)}
+    found = set()
+    for name in names:
+        for stem, pattern in patterns.items():
+            if _stem(name).endswith(stem):
+                parts = name.split(".")
+                ends = (".".join(parts[start:]) for start in range(len(parts)))  # the longest first
+                if (end := next((end for end in ends if read_name(pattern, end) is not None), None)) is not None:
+                    found.add(name.removesuffix(end))
+    outer = found.pop() if len(found) == 1 else ""
+    return "" if "" in forms(outer) else outer
+
+
 def _find(index: Index, name: str) -> tuple[Rule, int, Places, str] | None:
     """The rule for a name, which of the rule's parts it is, its places, and the prefix that was in the way."""
     for form in forms(name):
         for rule, part, pattern in index.get(_stem(form), ()):
             if (places := read_name(pattern, form)) is not None:
                 return rule, part, places, name.removesuffix(form)
-    return None
+    flat = _FLAT.sub(r"\1.\2", name)
+    return None if flat == name else _find(index, flat)
 
 
-def _read(family: str, dialect: str, rules: list[Rule], names: Iterable[str]) -> Reading:
+def _read(family: str, dialect: str, rules: list[Rule], names: Collection[str]) -> Reading:
     result = Reading(family, dialect)
-    index = _index(rules, dialect)
+    index, outer = _index(rules, dialect), _outer(rules, dialect, names)
     wrapped, unknown, prefixes = False, [], set()
     for name in names:
-        found = _find(index, name)
+        found = _find(index, name.removeprefix(outer)) if name.startswith(outer) else None
         if DERIVED.search(name):
             result.ignored.append(name)
         elif found is None:
             unknown.append(name)
         else:
             rule, part, places, prefix = found
+            prefix = outer + prefix
             wrapped |= "backbone." in prefix and dialect != "muntin"
             prefixes.add(prefix.removesuffix("backbone.") if dialect == "muntin" else prefix)
             ours = write_name(rule.ours, places)
