@@ -150,6 +150,7 @@ def test_timm_reset_classifier(family: Any, changes: dict[str, Any]) -> None:
     assert whole.shape == (2, model.head_hidden_size, *features.shape[2:])
     assert torch.equal(model.forward_head(features, pre_logits=True), whole)
     model.reset_classifier(9, "avg")
+    assert torch.equal(model(image), model(image))  # no dropout: the new layer is in evaluation mode, too
     assert model(image).shape == (2, 9) and model.num_classes == 9 and model.get_classifier().out_features == 9
     model.train()
     assert all(each.shape[-1] == 9 for each in logits_of(model(image)))

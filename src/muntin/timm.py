@@ -179,8 +179,9 @@ class TimmModel(nn.Module):
 
     def _drop(self) -> None:
         """Dropout in front of every last layer, without a module that would change names."""
-        if self.drop_rate and self.num_classes:
-            for layer in self._classifiers().values():
+        for layer in self._classifiers().values():
+            layer.train(self.training)  # a new layer begins in training mode
+            if self.drop_rate and self.num_classes:
                 layer.register_forward_pre_hook(partial(_dropout, rate=self.drop_rate))
 
 
