@@ -700,6 +700,38 @@ def test_parts_that_cannot_be_joined(model: Any) -> None:
     _rejected(model, state, "stages.0.downsample.norm.weight of shape (31,)")
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.to_sparse(), "mlp.fc1.weight is sparse"),
+        (
+            lambda t: torch.nested.as_nested_tensor([t, t[:2]], layout=torch.jagged),
+            "mlp.fc1.weight is sparse or nested",
+        ),
+        (lambda t: t.to("meta"), "mlp.fc1.weight is on the meta device"),
+        (lambda t: t.to(torch.int8), "mlp.fc1.weight (torch.int8 in the file, torch.float32 in the model)"),
+        (lambda t: t.to(torch.complex64), "torch.complex64 in the file"),
+    ],
+)
+def test_tensors_that_are_no_weights(change: Callable[[Tensor], Tensor], words: str, model: Any) -> None:
+    state = convert(model.state_dict(), "timm")
+    name = "layers.1.blocks.0.mlp.fc1.weight"
+    _rejected(model, state | {name: change(state[name])}, words)
+
+
+def test_what_weights_come_from(model: Any) -> None:
+    for given in (None, 5, ["file.pth"]):
+        _rejected(model, given, "a path, an address or a state dict")
+    _rejected(model, model, "not from a Classifier: its state_dict()?")
+    _rejected(model, {1: torch.ones(2)}, "no weights")
+    endless: dict[str, Any] = {}
+    endless["model"] = endless
+    _rejected(model, endless, "no weights")
+    for window in (5, (0, 4), (4,), "4x7"):
+        with pytest.raises(UserError, match="height and width"):
+            load_checkpoint(model, {}, file_window=window)  # type: ignore[arg-type]
+
+
 def test_a_query_without_its_key(model: Any) -> None:
     state = convert(model.state_dict(), "transformers")
     del state["swin.encoder.layers.0.blocks.0.attention.self.key.weight"]

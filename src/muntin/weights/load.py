@@ -151,7 +151,13 @@ def load_checkpoint(
     if isinstance(path_or_state_dict, Mapping):
         source, content = "the state dict", path_or_state_dict
     else:
+        if not isinstance(path_or_state_dict, (str, os.PathLike)):
+            hint = ": its state_dict()?" if isinstance(path_or_state_dict, nn.Module) else ""
+            kind = type(path_or_state_dict).__name__
+            raise UserError(f"weights come from a path, an address or a state dict, not from a {kind}{hint}")
         source, content = os.fspath(path_or_state_dict), read_file(local_file(path_or_state_dict))
+    if file_window is not None:
+        _check_window(file_window)
     own = model.state_dict()
     names = _bare_names(own)
     target = {bare: own[name] for bare, name in names.items()}
@@ -176,6 +182,8 @@ def load_checkpoint(
     plan.details |= taken
     if strict:
         plan.check(source, title)
+    if hollow := next((name for name, tensor in plan.values.items() if tensor.is_meta), None):
+        raise UserError(f"{source}: {hollow} is on the meta device and has no values")
     with torch.no_grad():
         for name, tensor in plan.values.items():
             target[name].copy_(tensor)
@@ -303,7 +311,10 @@ class _Plan:
             return
         ours = self.target[name]
         window = self.windows.get(name)
-        if tensor.shape == ours.shape and (window is None or window[0] == window[1]):
+        if tensor.is_floating_point() != ours.is_floating_point():
+            self.misshapen.append(name)
+            self.details[name] = f"{tensor.dtype} in the file, {ours.dtype} in the model"
+        elif tensor.shape == ours.shape and (window is None or window[0] == window[1]):
             self.values[name] = tensor
         elif (table := self._resize(name, tensor, ours.shape)) is not None:
             self.values[name] = table
@@ -445,6 +456,12 @@ def _windows(
     return found
 
 
+def _check_window(window: object) -> None:
+    sides = window if isinstance(window, (tuple, list)) else ()
+    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+        raise UserError(f"file_window={window!r}: give height and width in tokens, as in (4, 7)")
+
+
 def _window_of_index(index: Tensor, rows: int) -> tuple[int, int] | None:
     """A table's window from the offsets of its first token to all others: those in its own row count down by one."""
     area = math.isqrt(index.numel())
@@ -466,7 +483,7 @@ def _numbers(classes: str | Sequence[int], weights: Mapping[str, Tensor]) -> lis
             raise UserError(f"classes='imagenet-1k' is for files with 21841 classes, this one has {rows[0]}")
         text = (resources.files("muntin") / "weights" / "imagenet_1k_of_22k.txt").read_text(encoding="utf-8")
         return [int(number) for line in text.splitlines() if not line.startswith("#") for number in line.split()]
-    numbers = list(classes)
+    numbers = list(classes) if isinstance(classes, Iterable) else []
     if not numbers or not all(isinstance(n, int) and 0 <= n < min(rows) for n in numbers):
         raise UserError(f"classes={_short(classes)}: give numbers from 0 to {min(rows) - 1}, the file's classes")
     return numbers
@@ -537,12 +554,16 @@ def _code_in(path: Path, error: Exception) -> str | None:
         return "pickled without torch.save" if file.read(1) == b"\x80" else None
 
 
-def _unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
+def _unwrap(content: Mapping[str, Any], depth: int = 0) -> dict[str, Tensor]:
     """The state dict itself, out of the entries that training code puts around it."""
     for entry in _ENTRIES:
-        if isinstance(content.get(entry), Mapping):
-            return _unwrap(content[entry])
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        if isinstance(content.get(entry), Mapping) and depth < 8:
+            return _unwrap(content[entry], depth + 1)
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    for name, tensor in tensors.items():
+        if tensor.is_quantized or tensor.is_nested or tensor.layout is not torch.strided:
+            kind = "quantised" if tensor.is_quantized else "sparse or nested"
+            raise UserError(f"{name} is {kind}: save plain tensors")
     if tensors:
         average = {name.removeprefix(_AVERAGE): t for name, t in tensors.items() if name.startswith(_AVERAGE)}
         return average or tensors
