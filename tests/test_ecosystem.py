@@ -329,6 +329,29 @@ def test_timm_training_utilities_run_a_step(family: Any, tmp_path: Path) -> None
 
 
 @families()
+def test_timm_tasks_train_and_distil(family: Any) -> None:
+    tasks = pytest.importorskip("timm.task")
+    model, teacher = create(family, num_classes=5, device="cpu", dtype=torch.float32), create(family, num_classes=5)
+    images, targets = torch.randn(4, 3, 64, 64), torch.arange(4)
+    made = [tasks.ClassificationTask(model, verbose=False)]
+    made += [
+        task(model, teacher, verbose=False) for task in (tasks.LogitDistillationTask, tasks.FeatureDistillationTask)
+    ]
+    if hasattr(family.TINY, "distilled"):
+        pair = create(family, {"distilled": True}, num_classes=5)
+        assert pair.train()(images).shape == (4, 5)  # the mean, until distillation asks for both
+        made.append(tasks.TokenDistillationTask(pair, teacher, verbose=False))
+        assert [logits.shape for logits in pair(images)] == [(4, 5)] * 2
+    for task in made:
+        loss = task.train()(images, targets)["loss"]
+        loss.backward()
+        assert loss.isfinite()
+    with pytest.raises(UserError, match="no head for a teacher"):
+        model.set_distilled_training()
+    assert create(family, dtype=torch.float64).state_dict()["head.fc.weight"].dtype == torch.float64
+
+
+@families()
 def test_timm_loads_checkpoints_of_any_dialect(family: Any, tmp_path: Path, randomise: Any) -> None:
     ours = randomise(muntin.create_model(listed(family), 7, **plain(family))).eval()
     torch.save({"model": ours.state_dict()}, tmp_path / "ours.pth")

@@ -8,6 +8,7 @@ as in `muntin.create_model`. The state dict has Muntin's own names (`backbone.`,
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -34,7 +35,8 @@ class TimmModel(nn.Module):
 
     `forward_features` gives the last map as the backbone leaves it, since the last norm is part of the head, as in
     timm's ConvNeXt. Without classes (`num_classes=0`) the output is what the last layer would take (B,
-    head_hidden_size), and with `global_pool=""` the normalised map.
+    head_hidden_size), and with `global_pool=""` the normalised map. In training a head for token labels gives (logits,
+    labels), and a distilled one a pair after `set_distilled_training`.
     """
 
     pretrained_cfg: dict[str, Any]  # timm sets it
@@ -48,6 +50,7 @@ class TimmModel(nn.Module):
         self.num_classes = model.num_classes
         self.global_pool = "avg"
         self.drop_rate = drop_rate
+        self.distilled_training = False
         with torch.device("meta"):
             backbone: Any = type(self.backbone)
             every = backbone(self.backbone.config)  # the model's own returns its last map only
@@ -83,7 +86,12 @@ class TimmModel(nn.Module):
             return x
         if not self.global_pool:
             return self.head.features(x)
-        return self.head.pooled(x) if pre_logits or not self.num_classes else self.head(x)
+        if pre_logits or not self.num_classes:
+            return self.head.pooled(x)
+        logits = self.head(x)
+        if isinstance(logits, tuple) and "fc_distilled" in self._widths and not self.distilled_training:
+            return (logits[0] + logits[1]) / 2
+        return logits
 
     def forward_intermediates(
         self,
@@ -151,6 +159,14 @@ class TimmModel(nn.Module):
             self.head.reset(num_classes)
         self.num_classes, self.global_pool = num_classes, pool
         self._drop()
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Whether a model with a distilled head gives the logits of both in training, or their mean."""
+        if "fc_distilled" not in self._widths:
+            raise UserError(
+                f"{self.name} has no head for a teacher: create it with distilled=True where that is a field"
+            )
+        self.distilled_training = enable
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.backbone.set_grad_checkpointing(enable)
@@ -221,6 +237,8 @@ def _build(
     global_pool: str = "avg",
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     **config: Any,
 ) -> TimmModel:
     """dense: small maps by `create_backbone`'s rule. img_size is timm's and means nothing here: every size works."""
@@ -233,8 +251,9 @@ def _build(
     classes = num_classes or 1000
     if isinstance(weights, Checkpoint):
         classes, weights = num_classes or weights.classes, weights.tag
-    model = muntin.create_model(name, classes, weights or False, drop_path_rate, **config)
-    return TimmModel(model, num_classes, global_pool, drop_rate)
+    with nullcontext() if device is None else torch.device(device):
+        model = muntin.create_model(name, classes, weights or False, drop_path_rate, **config)
+        return TimmModel(model, num_classes, global_pool, drop_rate).to(dtype=dtype)
 
 
 def _create(
