@@ -653,6 +653,20 @@ def test_a_step_of_training_and_what_follows(randomise: Any, tmp_path: Any) -> N
         assert error_of(muntin.optimize(model)(image), wanted) < 1e-5
 
 
+@pytest.mark.filterwarnings("default")  # the exporter's own
+def test_openvino_computes_the_same_coordinates(randomise: Any, tmp_path: Any) -> None:
+    """The last stage's windows shrink with the image, and their coordinates are computed in the graph."""
+    openvino = pytest.importorskip("openvino")
+    model = randomise(create_model("swinv2_t", 10, **BASE | {"depths": (2, 1), "heads": (1, 2)})).eval()
+    muntin.export(model, tmp_path / "model.onnx", sizes=[(32, 32)], batches=[1], progress=False)
+    precision = {"INFERENCE_PRECISION_HINT": "f32"}
+    engine = openvino.Core().compile_model(tmp_path / "model.onnx", "CPU", precision)
+    for size in ((32, 32), (20, 61), (9, 5)):
+        image = _image(size, batch=2)
+        with torch.inference_mode():
+            assert error_of(torch.from_numpy(engine(image.numpy())[0]), model(image)) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
