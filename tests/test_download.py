@@ -323,10 +323,11 @@ def test_every_entry_is_sound() -> None:
     for c in published():
         assert c.model in list_models(), c
         assert c.address.startswith("https://")
-        assert c.classes in (1000, 21841)
+        assert c.classes in (0, 1000, 21841)
+        assert bool(c.classes) == bool(c.size) != bool(c.figure)
         assert c.resize is None or c.size < c.resize < 1.2 * c.size
         with torch.device("meta"):
-            create_model(c.model, c.classes, **c.config)
+            create_model(c.model, c.classes or 1000, **c.config)
     assert {c.model for c in published()} >= {*(f"swin_{s}" for s in "tsbl"), *(f"swinv2_{s}" for s in "tsbl")}
     assert all(c.address.rpartition("-")[2] == f"{c.sha256}.pth" for c in published() if c.sha256)
     assert sum(bool(c.sha256) for c in published()) == 6
@@ -351,7 +352,7 @@ def test_what_pretrained_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_command_lists_and_fetches(home: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["weights", "swinv2_t"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["model", "tag", "size", "classes", "top-1", "licence", "address"]
+    assert lines[0].split() == ["model", "tag", "size", "classes", "published", "licence", "address"]
     assert [line.split()[1] for line in lines[1:]] == [c.tag for c in published() if c.model == "swinv2_t"]
     assert main(["weights", "swin_x"]) == 2
     assert "did you mean" in capsys.readouterr().err
@@ -371,6 +372,21 @@ def test_the_preprocessing_of_a_checkpoint() -> None:
     shown = find("swin_b", "in22k_ft_in1k_384").preprocessing
     assert (shown["size"], shown["resize"]) == ((384, 384), None)
     assert Evaluate(**find("efficientvit_m0").preprocessing) is not None
+    with pytest.raises(UserError, match="backbone for images of any size"):
+        _ = find("swin_t", "coco_mask_rcnn_3x").preprocessing
+
+
+def test_the_backbone_of_a_detector(home: Path, randomise: Any) -> None:
+    small: dict[str, Any] = {"dim": 8, "depths": (1, 1, 1, 1), "heads": (1, 2, 4, 8)}
+    one = randomise(create_backbone("swin_t", out_norm=True, **small))
+    path = home / "weights" / "mask_rcnn_swin_tiny_patch4_window7.pth"
+    path.parent.mkdir(parents=True)
+    state = {f"backbone.{n}": t for n, t in convert(one.state_dict(), "authors").items()}
+    torch.save({"state_dict": state | {"neck.x": torch.ones(2)}, "meta": {"epoch": 36}}, path)
+    two = create_backbone("swin_t", out_norm=True, pretrained="coco_mask_rcnn_3x", **small)
+    assert all(torch.equal(t, one.state_dict()[n]) for n, t in two.state_dict().items())
+    with pytest.raises(UserError, match="create_backbone"):
+        create_model("swin_t", pretrained="coco_mask_rcnn_3x")
 
 
 def test_a_model_with_published_weights(home: Path, randomise: Any, monkeypatch: pytest.MonkeyPatch) -> None:

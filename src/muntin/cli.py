@@ -145,8 +145,10 @@ def _weights(args: Any) -> int:
     rows = [c for c in published() if fnmatch.fnmatchcase(c.model, args.pattern)]
     if not rows:
         find(args.pattern)  # its error says what there is, or why there is nothing
-    cells = [["model", "tag", "size", "classes", "top-1", "licence", "address"]]
-    cells += [[c.model, c.tag, str(c.size), str(c.classes), c.top1 or "-", c.licence, c.address] for c in rows]
+    cells = [["model", "tag", "size", "classes", "published", "licence", "address"]]
+    for c in rows:
+        size, classes = (str(c.size), str(c.classes)) if c.classes else ("-", "-")
+        cells.append([c.model, c.tag, size, classes, c.top1 or c.figure or "-", c.licence, c.address])
     widths = [max(len(line[column]) for line in cells) for column in range(6)]
     for line in cells:
         left = [text.ljust(width) for text, width in zip(line[:6], widths, strict=True)]

@@ -336,7 +336,7 @@ def _entries(name: str) -> dict[str, dict[str, Any]]:
             "classifier": "head.fc",
         }
         for checkpoint in download.published()
-        if checkpoint.model == name
+        if checkpoint.model == name and checkpoint.classes  # timm's tags are classifiers
     }
     return entries or {"": {"input_size": (3, size, size), "classifier": "head.fc"}}
 

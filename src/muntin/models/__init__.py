@@ -146,6 +146,10 @@ def _load(model: nn.Module, checkpoint: Any) -> None:
     from muntin.weights.download import local_file
 
     classes, own = getattr(checkpoint, "classes", None), getattr(model, "num_classes", None)
+    if classes == 0 and own is not None:
+        raise UserError(
+            f"{checkpoint.tag} is a backbone and has no classes: load it with create_backbone({model.name!r})"
+        )
     if classes not in (None, 1000) and own == 1000:
         warnings.warn(
             f"{checkpoint.tag} has {classes} classes, so the last layer is random: num_classes={classes} keeps its own",

@@ -43,8 +43,9 @@ _COMMON = ("model.safetensors", "pytorch_model.bin")  # names that say nothing
 class Checkpoint:
     """A published file and what it was measured with. `sha256` may be the first digits only, or empty: not given.
 
-    size: sides of the input; resize: the shorter side before the centre crop, None where the whole image is
-    resized to `size`; top1: percent of ImageNet-1k, as published; config: fields that differ from the model's row.
+    classes: of the last layer, 0 for the backbone of a detector or segmenter; size: sides of the input; resize: the
+    shorter side before the centre crop, None where the whole image is resized to `size`; top1: percent of
+    ImageNet-1k, as published; figure: what else is published; config: fields that differ from the model's row.
     """
 
     model: str
@@ -53,15 +54,20 @@ class Checkpoint:
     publisher: str
     licence: str
     classes: int
-    size: int
+    size: int = 0
     resize: int | None = None
     top1: str = ""
+    figure: str = ""
     sha256: str = ""
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def preprocessing(self) -> dict[str, Any]:
         """What `muntin.data.transforms.Evaluate` takes."""
+        if not self.classes:
+            raise UserError(
+                f"{self.model} {self.tag} is a backbone for images of any size: take what its detector takes"
+            )
         size = (self.size, self.size)
         return {"size": size, "resize": self.resize, "mean": MEAN, "std": STD} | {
             "interpolation": "bicubic",
@@ -392,11 +398,12 @@ def _check(path: Path, sha256: str, place: Path | None = None, aside: bool = Tru
 def index_table() -> str:
     """The index as a table for the documentation."""
     lines = [
-        "| model | tag | pixels | classes | published top-1 | licence | settings |",
+        "| model | tag | pixels | classes | published | licence | settings |",
         "| --- | --- | ---: | ---: | --- | --- | --- |",
     ]
     for c in published():
         settings = ", ".join(f"`{name}={value}`" for name, value in c.config.items()) or "-"
-        cells = [f"`{c.model}`", f"[`{c.tag}`]({c.address})", str(c.size), f"{c.classes:,}", c.top1 or "-", c.licence]
+        classes, size = (f"{c.classes:,}", str(c.size)) if c.classes else ("-", "-")
+        cells = [f"`{c.model}`", f"[`{c.tag}`]({c.address})", size, classes, c.top1 or c.figure or "-", c.licence]
         lines.append("| " + " | ".join([*cells, settings]) + " |")
     return "\n".join(lines)
