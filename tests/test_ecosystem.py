@@ -670,6 +670,22 @@ def test_hub_repositories_are_downloaded_once_by_its_library(
         hub.from_pretrained("org/flowers")
 
 
+def test_hub_repositories_open_in_timm(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = hub.save_pretrained(run, tmp_path / "repository")
+    fetched = []
+
+    def download(repo_id: str, filename: str, **_: Any) -> str:
+        fetched.append((repo_id, filename))
+        return str(folder / filename)
+
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", download)
+    model = timm.create_model("hf-hub:org/flowers", pretrained=True).eval()
+    image = torch.randn(1, 3, 32, 48)
+    assert torch.equal(model(image), run.model()(image)) and model.name == run.name
+    assert model.pretrained_cfg["label_names"] == ["no", "yes"] and model.pretrained_cfg["input_size"] == [3, 32, 48]
+    assert fetched == [("org/flowers", "config.json"), ("org/flowers", "model.safetensors")]
+
+
 def test_hub_push(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
