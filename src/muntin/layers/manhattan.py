@@ -20,6 +20,10 @@ from muntin.layers.tokens import on_map
 DECAYS = ("softmax", "no_softmax", "none")
 KEPT = 1 << 23
 """Values of the largest table that is kept between calls."""
+SHORT = 64
+"""Tokens of the longest attention that is computed by explicit products on a CPU."""
+PIECE = 1 << 20
+"""Values that are worked on at a time on a CPU."""
 
 
 def log_gamma(heads: int, least: float, reach: float, dtype: torch.dtype) -> Tensor:
@@ -65,6 +69,31 @@ def whole_decay(
 
 
 kept_whole_decay = lru_cache(maxsize=8)(whole_decay)
+
+
+def _is_short(q: Tensor) -> bool:
+    """Whether explicit products beat the fused ones: 1.4 to 2.5 times with 56 to 14 tokens on a CPU, in inference."""
+    plain = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
+    return plain and q.shape[2] <= SHORT and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def attend_in_pieces(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
+    """softmax(q k^T + decay) v for (M, h, L, d), a few attentions at a time, whose products stay in cache."""
+    count, heads, tokens, _ = q.shape
+    out = torch.empty((count, tokens, heads, v.shape[-1]), dtype=v.dtype).transpose(1, 2)
+    step = max(1, PIECE // (heads * tokens**2))
+    for start in range(0, count, step):
+        part = slice(start, start + step)
+        logits = q[part] @ k[part].transpose(-2, -1)  # (m, h, L, L)
+        if decay is not None:
+            logits += decay
+        if tokens < 16:  # softmax itself is slow on rows shorter than a vector
+            logits = logits.sub_(logits.amax(-1, True)).exp_()
+            logits = logits.div_(logits.sum(-1, True))
+        else:
+            logits = logits.softmax(-1)
+        out[part] = logits @ v[part]
+    return out
 
 
 class ManhattanAttention(nn.Module):
@@ -130,7 +159,7 @@ class ManhattanAttention(nn.Module):
         q, k, v = (t.reshape(-1, height, width, self.heads, self.width) for t in (q, k, v))
         v = self._mix_rows(q, k, v, self._axis_decay(width, q))
         decay = self._axis_decay(height, q)
-        if len(q) == 1 or torch.is_grad_enabled():
+        if len(q) == 1 or q.numel() < PIECE or torch.is_grad_enabled():
             return self._mix_columns(q, k, v, decay)
         images = zip(q.split(1), k.split(1), v.split(1), strict=True)  # whose columns are views, not copies
         return torch.cat([self._mix_columns(*image, decay) for image in images])
@@ -156,6 +185,8 @@ class ManhattanAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
         """(M, h, L, d) -> (M, h, L, d); decay: (1, h, L, L)."""
         if self.decay != "no_softmax" and self._fused(q):
+            if _is_short(q):
+                return attend_in_pieces(q, k, v, decay)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=decay, scale=1.0)
         logits = q @ k.transpose(-2, -1)  # (M, h, L, L)
         if self.decay == "no_softmax" and decay is not None:

@@ -16,7 +16,8 @@ def on_map(layer: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
     if traced and not (torch.is_grad_enabled() or layer.training):
         conv, weight, bias = (layer, layer.weight, layer.bias) if isinstance(layer, nn.Conv2d) else _folded(layer)
         return _opaque(x, weight, bias, *size, conv.stride[0], conv.padding[0], conv.groups)
-    return layer(x.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)
+    # not transpose(1, 2).unflatten(2, size): of one image it has strides by which a convolution takes another layout
+    return layer(x.unflatten(1, size).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
 
 
 def _folded(layer: Any) -> tuple[nn.Conv2d, Tensor, Tensor]:
@@ -33,7 +34,7 @@ def _opaque(
     """A convolution that `torch.compile` does not look into: it would make a graph for batches from 16 up and one for
     small images, and inductor guesses the memory layout of a map whose sides are symbols.
     """
-    x = x.contiguous().transpose(1, 2).unflatten(2, (height, width))
+    x = x.contiguous().view(-1, height, width, x.shape[2]).permute(0, 3, 1, 2)
     x = F.conv2d(x, weight, bias, stride, padding, groups=groups)
     return x.flatten(2).transpose(1, 2).contiguous()
 

@@ -335,7 +335,7 @@ class RmtBackbone(Backbone):
             x, height, width = stage(x, height, width, self.run_block)
             if number in self.out_indices:
                 y = self.norms[str(number)](x) if str(number) in self.norms else x
-                maps.append(y.transpose(1, 2).unflatten(2, (height, width)))
+                maps.append(y.unflatten(1, (height, width)).permute(0, 3, 1, 2))
         return maps
 
 
@@ -383,8 +383,8 @@ class RmtHead(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """The last map, projected where there is a projection, and normalised: (B, C, H, W) -> (B, C', H, W)."""
-        size = x.shape[-2:]
-        return self._project(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, size)
+        projected = self._project(x.flatten(2).transpose(1, 2))
+        return projected.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)
 
     def pooled(self, x: Tensor) -> Tensor:
         """What `fc` takes: (B, C, H, W) -> (B, C')."""
