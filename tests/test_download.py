@@ -51,9 +51,11 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.strip("/").partition(".")[0]
         number = sum(asked == self.path for asked, _ in self.server.asked)  # of this request, from 0
         self.server.asked.append((self.path, self.headers["Range"]))
-        if path == "redirect":
+        if path in ("redirect", "hub"):
             self.send_response(302)
             self.send_header("Location", "/file.bin")
+            if path == "hub":
+                self.send_header("X-Linked-ETag", f'"{SHA}"')
             self.send_header("Content-Length", "0")
             self.end_headers()
         elif path.isdigit():
@@ -246,6 +248,14 @@ def test_a_wrong_hash_keeps_the_file_aside(server: Server, home: Path) -> None:
     with pytest.raises(UserError, match=hashlib.sha256(b"changed").hexdigest()):
         fetch(server.address("file.bin"), SHA, **QUICK)
     assert fetch(server.address("file.bin"), SHA, **QUICK).read_bytes() == CONTENT
+
+
+def test_a_hash_that_the_server_states(server: Server, home: Path) -> None:
+    """As Hugging Face's hub does."""
+    assert fetch(server.address("hub.bin"), **QUICK).read_bytes() == CONTENT
+    server.content = CONTENT[::-1]
+    with pytest.raises(UserError, match=f"should have {SHA}"):
+        fetch(server.address("hub.2.bin"), **QUICK)
 
 
 def test_a_hash_in_the_address(server: Server) -> None:

@@ -169,7 +169,8 @@ def fetch(
     """The file at an address, downloaded into `folder` (default: `cache_folder()`) unless it is there.
 
     address: http, https, or file, which is read where it is. It may end in #sha256=HEX.
-    sha256: of the file, or its first digits; a file with another one is kept aside as NAME.wrong and refused.
+    sha256: of the file, or its first digits; a file with another one is kept aside as NAME.wrong and refused. Where
+    none is given, what Hugging Face's hub states is checked.
     timeout: seconds without a byte after which a connection counts as broken. attempts: tries in a row that bring
     nothing new, `wait` seconds apart, doubled each time; what a broken try has brought is kept and continued.
 
@@ -195,7 +196,8 @@ def fetch(
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path) as part:
             if part is not None:
-                _download(_Transfer(address, path, timeout), part, attempts, wait)
+                stated = _download(_Transfer(address, path, timeout), part, attempts, wait)
+                sha256 = sha256 or stated
                 part.flush()
                 os.fsync(part.fileno())
                 if fcntl is not None:  # the lock is held until the file has its name
@@ -265,14 +267,16 @@ class _Broken(Exception):
     """A try that failed in a way that another one may not."""
 
 
-def _download(transfer: _Transfer, part: IO[bytes], attempts: int, wait: float) -> None:
-    """Fill the part. UserError where the server refuses, or after `attempts` tries in a row without a new byte."""
+def _download(transfer: _Transfer, part: IO[bytes], attempts: int, wait: float) -> str:
+    """Fill the part; the hash that the server states, or nothing.
+
+    UserError where the server refuses, or after `attempts` tries in a row without a new byte.
+    """
     failed = 0
     while True:
         before = part.seek(0, os.SEEK_END)
         try:
-            _attempt(transfer, part)
-            return
+            return _attempt(transfer, part)
         except _Broken as error:
             failed = failed + 1 if part.seek(0, os.SEEK_END) <= before else 1
             if failed >= attempts:
@@ -284,21 +288,33 @@ def _download(transfer: _Transfer, part: IO[bytes], attempts: int, wait: float) 
         time.sleep(wait * 2 ** (failed - 1) * random.uniform(0.75, 1.25))
 
 
-def _attempt(transfer: _Transfer, part: IO[bytes]) -> None:
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Hugging Face's hub states the sha256 of a large file when it redirects to where the file is stored."""
+
+    sha256 = ""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        stated = headers.get("X-Linked-ETag", "").strip('"').lower()
+        self.sha256 = stated if re.fullmatch(r"[0-9a-f]{64}", stated) else self.sha256
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _attempt(transfer: _Transfer, part: IO[bytes]) -> str:
     start = part.seek(0, os.SEEK_END)
     headers = {"User-Agent": "muntin", "Accept-Encoding": "identity"}
     validator = _read_validator(transfer.path)
     if start and validator:
         headers |= {"Range": f"bytes={start}-", "If-Range": validator}
+    redirects = _Redirects()
     try:
         request = urllib.request.Request(transfer.address, headers=headers)
-        with urllib.request.urlopen(request, timeout=transfer.timeout) as answer:
+        with urllib.request.build_opener(redirects).open(request, timeout=transfer.timeout) as answer:
             _receive(transfer, answer, part, start if answer.status == 206 else 0)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416:
             if error.headers.get("Content-Range") == f"bytes */{start}":
-                return  # all of it is here
+                return redirects.sha256  # all of it is here
             part.truncate(0)
             raise _Broken("the part did not fit the file") from error
         if error.code in _AGAIN:
@@ -313,6 +329,7 @@ def _attempt(transfer: _Transfer, part: IO[bytes]) -> None:
         raise
     except ValueError as error:
         raise UserError(f"{transfer.address!r} is no address ({error}): give http://, https:// or a path") from error
+    return redirects.sha256
 
 
 def _receive(transfer: _Transfer, answer: Any, part: IO[bytes], start: int) -> None:
