@@ -371,7 +371,9 @@ def test_timm_knows_published_weights_by_tag(tmp_path: Path, monkeypatch: pytest
     for checkpoint in download.published():
         entry = timm.get_pretrained_cfg(f"muntin_{checkpoint.model}.{checkpoint.tag}")
         assert entry.url == checkpoint.address and entry.num_classes == checkpoint.classes
-        assert entry.input_size == (3, checkpoint.size, checkpoint.size)
+        size = checkpoint.size or published(checkpoint.model)["size"]  # a detector's backbone has none of its own
+        assert entry.input_size == (3, size, size)
+        assert timm.get_pretrained_cfg(f"muntin_{checkpoint.model}").num_classes == 1000
     with torch.device("meta"):
         model = timm.create_model("swin_b.in22k_384")  # its window and classes, with or without its weights
         assert (model.config.window, model.num_classes) == (12, 21841)
@@ -382,11 +384,11 @@ def test_timm_knows_published_weights_by_tag(tmp_path: Path, monkeypatch: pytest
             with pytest.raises(UserError, match="no weights of rmt_t|no weights 'nothing'"):
                 timm.create_model(name, pretrained=True)
     small = {"dim": 8, "depths": (1, 1), "heads": (1, 2)}
-    published = muntin.create_model("swin_b", 21841, **small, window=12)
-    torch.save({"model": published.state_dict()}, tmp_path / "file.pth")
+    source = muntin.create_model("swin_b", 21841, **small, window=12)
+    torch.save({"model": source.state_dict()}, tmp_path / "file.pth")
     asked = []
     monkeypatch.setattr(Checkpoint, "fetch", lambda self: asked.append(self.tag) or tmp_path / "file.pth")
-    wanted = published.state_dict()
+    wanted = source.state_dict()
     whole = timm.create_model("swin_b.in22k_384", pretrained=True, **small)
     found = timm.models.resolve_model_input_args("swin_b.in22k_384") if hasattr(
         timm.models, "resolve_model_input_args") else {"model_name": "swin_b.in22k_384"}  # fmt: skip
@@ -396,6 +398,19 @@ def test_timm_knows_published_weights_by_tag(tmp_path: Path, monkeypatch: pytest
     headless = timm.create_model("swin_b.in22k_384", pretrained=True, num_classes=0, **small)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in headless.state_dict().items())
     assert asked == ["in22k_384"] * 3
+    segmenter = muntin.create_backbone("swin_b", out_norm=True, **small)
+    torch.save(segmenter.state_dict(), tmp_path / "file.pth")
+    maps = timm.create_model("swin_b.ade20k_upernet", pretrained=True, features_only=True, **small)
+    tuned = timm.create_model("swin_b.ade20k_upernet", pretrained=True, num_classes=3, small_maps="pad", **small)
+    assert tuned.num_classes == 3 and asked[3:] == ["ade20k_upernet"] * 2
+    for backbone in (maps.model.backbone, tuned.backbone):
+        for name, tensor in backbone.state_dict().items():
+            assert torch.equal(tensor, segmenter.state_dict()[name]), name
+    unet = smp.Unet(
+        "muntin-swin_b", 3, encoder_weights="ade20k_upernet", decoder_channels=(32, 16, 8), out_norm=True, **small
+    )
+    for name, tensor in unet.encoder.backbone.state_dict().items():
+        assert torch.equal(tensor, segmenter.state_dict()[name]), name  # its output norms too
 
 
 def test_timm_loads_timms_own_names() -> None:

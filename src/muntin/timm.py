@@ -248,11 +248,14 @@ def _build(
         with torch.device("meta"):
             row: Any = muntin.create_backbone(name, **config).config
         config = {field.name: getattr(row, field.name) for field in fields(row)}
-    classes = num_classes or 1000
-    if isinstance(weights, Checkpoint):
-        classes, weights = num_classes or weights.classes, weights.tag
+    known, path = (weights, None) if isinstance(weights, Checkpoint) else (None, weights)
+    headless = known is not None and not known.classes  # the backbone of a detector or segmenter
+    classes = num_classes or (known.classes if known else 0) or 1000
+    source = known.tag if known else path or False
     with nullcontext() if device is None else torch.device(device):
-        model = muntin.create_model(name, classes, weights or False, drop_path_rate, **config)
+        model = muntin.create_model(name, classes, False if headless else source, drop_path_rate, **config)
+        if known and headless:
+            muntin.load_checkpoint(model.backbone, known.fetch())
         return TimmModel(model, num_classes, global_pool, drop_rate).to(dtype=dtype)
 
 
@@ -328,15 +331,15 @@ def _entries(name: str) -> dict[str, dict[str, Any]]:
     entries: dict[str, dict[str, Any]] = {
         checkpoint.tag: {
             "url": checkpoint.address,
-            "input_size": (3, checkpoint.size, checkpoint.size),
+            "input_size": (3, checkpoint.size or size, checkpoint.size or size),
             "crop_pct": checkpoint.size / checkpoint.resize if checkpoint.resize else 1.0,
-            "crop_mode": "center" if checkpoint.resize else "squash",
+            "crop_mode": "center" if checkpoint.resize or not checkpoint.classes else "squash",
             "num_classes": checkpoint.classes,
             "license": checkpoint.licence.lower(),
-            "classifier": "head.fc",
+            "classifier": "head.fc" if checkpoint.classes else None,
         }
         for checkpoint in download.published()
-        if checkpoint.model == name and checkpoint.classes  # timm's tags are classifiers
+        if checkpoint.model == name
     }
     return entries or {"": {"input_size": (3, size, size), "classifier": "head.fc"}}
 
