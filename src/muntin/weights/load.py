@@ -3,12 +3,9 @@
 Nothing is copied before everything has been checked, so a failed load leaves the model as it was.
 """
 
-import math
 import os
 import re
 import warnings
-import zipfile
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -18,13 +15,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muntin.errors import UserError
 from muntin.run import atomic_write
 from muntin.weights import efficientvit, rmt, swin, swinv2
 from muntin.weights.download import local_file
+from muntin.weights.files import read_file, unwrap
 from muntin.weights.rules import (
     Reading,
     Rule,
@@ -36,6 +33,7 @@ from muntin.weights.rules import (
     translate,
     untranslate,
 )
+from muntin.weights.tables import check_window, grid_of, possible_windows, resize_table, table_windows
 
 FAMILIES: dict[str, ModuleType] = {"swin": swin, "swinv2": swinv2, "efficientvit": efficientvit, "rmt": rmt}
 """Each has RULES, and `describe(weights)`: the configuration that the shapes of our weights show.
@@ -43,50 +41,6 @@ FAMILIES: dict[str, ModuleType] = {"swin": swin, "swinv2": swinv2, "efficientvit
 `resize(name, tensor, shape)`, where there is one, makes a tensor of another shape fit, or returns None. Without
 it Swin's rule holds: a name that ends in `bias_table` is a table of (2w-1)^2 offsets for a window of w.
 """
-
-# An average of the weights comes before the weights, as in timm.
-_ENTRIES = (
-    *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
-    *("model_state_dict", "state_dict", "model", "module", "net"),
-)
-_AVERAGE = "average."  # in the state of our own training, beside `model.`
-
-# What the checkpoints of training code hold besides tensors: settings and logs. None of these classes is imported:
-# those that pickle as a mapping become a plain one, the others nothing.
-_MAPPINGS = (
-    "yacs.config.CfgNode",
-    "addict.addict.Dict",
-    "easydict.EasyDict",
-    "mmengine.config.config.ConfigDict",
-    "mmcv.utils.config.ConfigDict",
-    "pytorch_lightning.utilities.parsing.AttributeDict",
-    "lightning.pytorch.utilities.parsing.AttributeDict",
-    "lightning_fabric.utilities.data.AttributeDict",
-    "lightning.fabric.utilities.data.AttributeDict",
-)
-_RECORDS = (
-    "argparse.Namespace",
-    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
-    *(f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig", "nodes.AnyNode")),
-    *(f"omegaconf.{name}" for name in ("base.ContainerMetadata", "base.Metadata")),
-    *("typing.Any", "__builtin__.list", "__builtin__.dict", "__builtin__.int"),  # OmegaConf names types
-    *("mmengine.logging.history_buffer.HistoryBuffer", "__builtin__.getattr", "builtins.getattr"),
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    *("numpy.ndarray", "numpy.dtype", "_codecs.encode"),
-)
-
-
-class _Nothing:
-    """What `_RECORDS` are read as: takes anything, keeps nothing, does nothing."""
-
-    def __new__(cls, *_: Any) -> "_Nothing":
-        return super().__new__(cls)
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -157,12 +111,12 @@ def load_checkpoint(
             raise UserError(f"weights come from a path, an address or a state dict, not from a {kind}{hint}")
         source, content = os.fspath(path_or_state_dict), read_file(local_file(path_or_state_dict))
     if file_window is not None:
-        _check_window(file_window)
+        check_window(file_window)
     own = model.state_dict()
     names = _bare_names(own)
     target = {bare: own[name] for bare, name in names.items()}
     try:
-        state = _unwrap(content)
+        state = unwrap(content)
         family = _family_of(target)
         reading = recognise(_rules(first=family), state) if family else read_plainly(target, state)
         weights = translate(reading, state)
@@ -178,7 +132,9 @@ def load_checkpoint(
             f"{source} holds weights of {reading.family} ({theirs}), the model is {title} ({family}): create the "
             "model that the weights belong to, or choose another file"
         )
-    plan = _Plan(reading, weights, target, _windows(reading, weights, state, file_window))
+    resizes = hasattr(FAMILIES.get(reading.family), "resize")
+    windows = {} if resizes else table_windows(reading, weights, state, file_window)
+    plan = _Plan(reading, weights, target, windows)
     plan.details |= taken
     if strict:
         plan.check(source, title)
@@ -234,7 +190,7 @@ def convert_file(
 
 def _read(state: Mapping[str, Any], to: str) -> tuple[Reading, dict[str, Tensor]]:
     """A state dict under our names. UserError where any of its names is unknown."""
-    tensors = _unwrap(state)
+    tensors = unwrap(state)
     reading = recognise(_rules(), tensors)
     if reading.unexpected:
         raise UserError(f"no name in {to} for {preview(reading.unexpected)}: leave these out")
@@ -319,16 +275,16 @@ class _Plan:
         elif (table := self._resize(name, tensor, ours.shape)) is not None:
             self.values[name] = table
             self.resized.append(name)
-            grid = _grid(ours.shape[0], None)
+            grid = grid_of(ours.shape[0], None)
             told = [_shape(tensor), _shape(ours)]
-            if tensor.ndim == 2 and grid is not None and (before := _grid(tensor.shape[0], window)) is not None:
+            if tensor.ndim == 2 and grid is not None and (before := grid_of(tensor.shape[0], window)) is not None:
                 told = [f"{rows}x{columns}" for rows, columns in (before, grid)]
             self.details[name] = f"{told[0]} to {told[1]}"
         else:
             self.misshapen.append(name)
             self.details[name] = f"{_shape(tensor)} in the file, {_shape(ours)} in the model"
             if name.endswith("bias_table") and tensor.ndim == 2 and tensor.shape[1] == ours.shape[-1]:
-                fitting = " or ".join(map(str, _possible_windows(tensor.shape[0])[:4]))
+                fitting = " or ".join(map(str, possible_windows(tensor.shape[0])[:4]))
                 if fitting:
                     self.details[name] += f"; for a window that is not square say which: file_window={fitting}"
 
@@ -393,84 +349,6 @@ class _Plan:
         )
 
 
-def resize_table(table: Tensor, shape: torch.Size, window: tuple[int, int] | None = None) -> Tensor | None:
-    """A bias table for another window: bicubic on its (2h-1) x (2w-1) grid. None where it is no such table.
-
-    window: the height and width of the table's own; square unless given. `shape` is that of a square window.
-    """
-    if table.ndim != 2 or table.shape[1] != shape[1]:
-        return None
-    grid, wanted = _grid(table.shape[0], window), _grid(shape[0], None)
-    if grid is None or wanted is None:
-        return None
-    values = table.float().t().reshape(1, -1, *grid)
-    values = F.interpolate(values, size=wanted, mode="bicubic", align_corners=False)
-    return values.flatten(2)[0].t().to(table.dtype)
-
-
-def _grid(rows: int, window: tuple[int, int] | None) -> tuple[int, int] | None:
-    """The sides of a table's grid of offsets."""
-    if window is not None:
-        return 2 * window[0] - 1, 2 * window[1] - 1
-    side = math.isqrt(rows)
-    return (side, side) if side * side == rows else None
-
-
-def _possible_windows(rows: int) -> list[tuple[int, int]]:
-    """The windows, of more than one row and column, that have a table of so many rows; compact ones first."""
-    odd = [n for n in range(3, rows // 3 + 1, 2) if rows % n == 0 and (rows // n) % 2]
-    pairs = [((n + 1) // 2, (rows // n + 1) // 2) for n in odd]
-    return sorted(pairs, key=lambda pair: (max(pair), pair))
-
-
-def _choose(rows: int, given: tuple[int, int]) -> tuple[int, int] | None:
-    """The window of a table out of those that may be, for a file whose windows are at most `given`."""
-    if (2 * given[0] - 1) * (2 * given[1] - 1) == rows:
-        return given
-    if _grid(rows, None) is not None:
-        return None
-    fits = [pair for pair in _possible_windows(rows) if pair[0] <= given[0] and pair[1] <= given[1]]
-    if len(fits) > 1:
-        fits = [pair for pair in fits if (pair[0] > pair[1]) == (given[0] > given[1])]
-    return fits[0] if len(fits) == 1 else None
-
-
-def _windows(
-    reading: Reading, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], given: tuple[int, int] | None
-) -> dict[str, tuple[int, int]]:
-    """Height and width of the window of each table where the file's index of positions shows them, or `given` fits.
-
-    timm cuts a window to the map along each axis, so a table may be of a smaller window than the one given.
-    """
-    found: dict[str, tuple[int, int]] = {}
-    if hasattr(FAMILIES.get(reading.family), "resize"):
-        return found
-    for name, tensor in weights.items():
-        if not name.endswith("bias_table") or tensor.ndim != 2:
-            continue
-        index = state.get(reading.sources[name].parts[0].replace("_bias_table", "_index"))
-        if index is not None and (window := _window_of_index(index, tensor.shape[0])) is not None:
-            found[name] = window
-        elif given is not None and (window := _choose(tensor.shape[0], given)) is not None:
-            found[name] = window
-    return found
-
-
-def _check_window(window: object) -> None:
-    sides = window if isinstance(window, (tuple, list)) else ()
-    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
-        raise UserError(f"file_window={window!r}: give height and width in tokens, as in (4, 7)")
-
-
-def _window_of_index(index: Tensor, rows: int) -> tuple[int, int] | None:
-    """A table's window from the offsets of its first token to all others: those in its own row count down by one."""
-    area = math.isqrt(index.numel())
-    first = index.flatten()[:area].tolist()
-    width = next((x for x in range(area) if first[x] != (rows - 1) // 2 - x), area)
-    window = area // max(width, 1), width
-    return window if width and (2 * window[0] - 1) * (2 * window[1] - 1) == rows else None
-
-
 def _numbers(classes: str | Sequence[int], weights: Mapping[str, Tensor]) -> list[int]:
     """The numbers of classes that a caller names. UserError for unknown names and numbers that are not there."""
     rows = [len(tensor) for name, tensor in weights.items() if name.startswith("head.fc") and tensor.ndim]
@@ -501,76 +379,6 @@ def _take(weights: dict[str, Tensor], numbers: list[int]) -> dict[str, str]:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) < 60 else text[:57] + "..."
-
-
-def read_file(path: str | os.PathLike[str], mapped: bool = False) -> Mapping[str, Any]:
-    """The tensors of a .safetensors file or of one that torch.save wrote. UserError where it is neither.
-
-    mapped: leave the tensors of torch.save's newer files on the disk until they are used.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}: give a .safetensors, .pth or .pt file")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty (0 bytes): fetch or save it again")
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{path} is no whole safetensors file ({error}): fetch or save it again") from error
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error}): check its permissions") from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on old pickle protocols
-            stand_ins: list[Any] = [(OrderedDict, name) for name in _MAPPINGS]
-            stand_ins += [(_Nothing, name) for name in _RECORDS]
-            with torch.serialization.safe_globals(stand_ins):
-                mapped = mapped and zipfile.is_zipfile(path)
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except PermissionError as error:
-        raise UserError(f"{path} cannot be read ({error}): check its permissions") from error
-    except Exception as error:  # a foreign file makes the unpickler raise anything
-        if (code := _code_in(path, error)) is not None:
-            raise UserError(
-                f"{path} holds Python objects ({code}), which could run code, so it was not opened: where it was "
-                "made, save the tensors alone, torch.save(model.state_dict(), ...) or as .safetensors"
-            ) from error
-        raise UserError(f"{path} is no whole checkpoint of torch.save: fetch or save it again") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}: give a file with a state dict, names and tensors")
-    return content
-
-
-def _code_in(path: Path, error: Exception) -> str | None:
-    """What a file refused by `weights_only` holds besides tensors; None where it is no such file at all."""
-    if found := re.search(r"GLOBAL (\S+)", str(error)):
-        return found[1]
-    if "TorchScript" in str(error):
-        return "TorchScript"
-    with path.open("rb") as file:
-        return "pickled without torch.save" if file.read(1) == b"\x80" else None
-
-
-def _unwrap(content: Mapping[str, Any], depth: int = 0) -> dict[str, Tensor]:
-    """The state dict itself, out of the entries that training code puts around it."""
-    for entry in _ENTRIES:
-        if isinstance(content.get(entry), Mapping) and depth < 8:
-            return _unwrap(content[entry], depth + 1)
-    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    for name, tensor in tensors.items():
-        if tensor.is_quantized or tensor.is_nested or tensor.layout is not torch.strided:
-            kind = "quantised" if tensor.is_quantized else "sparse or nested"
-            raise UserError(f"{name} is {kind}: save plain tensors")
-    if tensors:
-        average = {name.removeprefix(_AVERAGE): t for name, t in tensors.items() if name.startswith(_AVERAGE)}
-        return average or tensors
-    raise UserError(
-        f"no weights in it, only {preview([str(name) for name in content]) or 'nothing'}: give a state dict, or one "
-        f"under {', '.join(_ENTRIES)}"
-    )
 
 
 def _like(shown: Mapping[str, Any], family: str) -> str:
