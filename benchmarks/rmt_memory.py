@@ -86,7 +86,7 @@ def markdown(content: dict[str, Any]) -> str:
     columns = [("backbone", "decomposed")] + [(str(stage), form) for stage in STAGES for form in FORMS]
     titles = ["backbone"] + [f"stage {stage}, {form}" for stage in STAGES for form in FORMS]
     lines = [
-        "Peak memory in MB beyond the memory before the run (kB per token of the first map or the stage's own)",
+        "Peak memory in MB beyond the memory before the run (in kB per token of the map: the stage's, or the first)",
         "",
         "| pixels | " + " | ".join(titles) + " |",
         "| --- |" + " ---: |" * len(titles),
@@ -98,8 +98,9 @@ def markdown(content: dict[str, Any]) -> str:
             cells.append(f"{row['bytes'] / 1e6:.0f} ({row['bytes'] / row['tokens'] / 1e3:.1f})" if row else "-")
         lines.append(f"| {side} x {side} | " + " | ".join(cells) + " |")
     m, v = content["machine"], content["versions"]
-    lines += ["", f"rmt_s, batch 1, float32, inference; -: not run, its decay alone takes more than "
-              f"{content['limit'] / 1e9:.0f} GB. {m['cpu']}, one thread; torch {v['torch']}; commit {content['commit']}."]  # fmt: skip
+    limit, commit_id = f"{content['limit'] / 1e9:.0f} GB", content["commit"]
+    lines += ["", f"rmt_s, batch 1, float32, inference; -: not run, its decay alone takes more than {limit}."]
+    lines += [f"{m['cpu']}, one thread; torch {v['torch']}; commit {commit_id}."]
     return "\n".join(lines) + "\n"
 
 
