@@ -140,15 +140,16 @@ class CascadedAttention(MapAttention):
         )
 
     def attend(self, x: Tensor, bias: Tensor, real: Tensor | None = None) -> Tensor:
-        outs: list[Tensor] = []
-        groups = x.chunk(len(self.qkvs), 1)
+        size, outs = x.shape[2:], list[Tensor]()
+        groups = _tokens(x).chunk(len(self.qkvs), 2)  # (M, A, C / h) each
         for i, (qkv, dw) in enumerate(zip(self.qkvs, self.dws, strict=True)):
-            group = _add(groups[i], _as_map(outs[-1], x)) if i and self.cascade else groups[i]
-            q, k, v = qkv(group).split((self.key_dim, self.key_dim, self.value_dim), 1)
-            q = dw(q if real is None else q * real)
-            logits = torch.baddbmm(bias.select(-3, i), _tokens(q), k.flatten(2), alpha=self.scale)
-            outs.append(logits.softmax(-1) @ _tokens(v))  # (M, A, V)
-        return _as_map(torch.cat(outs, -1), x)
+            group = _add(groups[i], outs[-1]) if i and self.cascade else groups[i]
+            q, k, v = _pointwise(qkv, group, size).split((self.key_dim, self.key_dim, self.value_dim), 2)
+            q = _as_map(q, size)
+            q = _tokens(dw(q if real is None else q * real))
+            logits = torch.baddbmm(bias.select(-3, i), q, k.transpose(1, 2), alpha=self.scale)
+            outs.append(torch.bmm(logits.softmax(-1), v))  # (M, A, V)
+        return _as_map(torch.cat(outs, 2), size)
 
     def folded(self) -> nn.Module:
         """The scale joins the convolution of the queries."""
@@ -169,9 +170,10 @@ class PlainAttention(MapAttention):
 
     def attend(self, x: Tensor, bias: Tensor, real: Tensor | None = None) -> Tensor:
         sizes = [self.heads * size for size in (self.key_dim, self.key_dim, self.value_dim)]
-        q, k, v = (_tokens(part).unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).split(sizes, 1))
-        weights = (q * self.scale @ k.transpose(-2, -1) + bias).softmax(-1)  # (M, h, A, A)
-        return _as_map((weights @ v).transpose(1, 2).flatten(2), x)
+        qkv = _pointwise(self.qkv, _tokens(x), x.shape[2:]).split(sizes, 2)
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in qkv)  # (M, h, A, .)
+        weights = (q * self.scale @ k.transpose(-2, -1) + bias).softmax(-1)
+        return _as_map((weights @ v).transpose(1, 2).flatten(2), x.shape[2:])
 
     def folded(self) -> nn.Module:
         """The scale joins the rows of the queries."""
@@ -190,14 +192,21 @@ def _tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
-def _as_map(x: Tensor, like: Tensor) -> Tensor:
-    """(M, A, C) -> (M, C, H, W), a view, with the sides of `like`."""
-    return x.transpose(1, 2).unflatten(2, like.shape[2:])
+def _as_map(x: Tensor, size: torch.Size) -> Tensor:
+    """(M, A, C) -> (M, C, H, W), a view."""
+    return x.transpose(1, 2).unflatten(2, size)
+
+
+def _pointwise(layer: Any, x: Tensor, size: torch.Size) -> Tensor:
+    """A 1x1 convolution of maps, on tokens (M, A, C). A packed layer takes these as they are."""
+    if hasattr(layer, "forward_tokens"):
+        return layer.forward_tokens(x)
+    return _tokens(layer(_as_map(x, size)))
 
 
 def _add(group: Tensor, given: Tensor) -> Tensor:
-    """Both summed in the channels that both have."""
-    own, others = group.shape[1], given.shape[1]
+    """(M, A, .) both, summed in the channels that both have."""
+    own, others = group.shape[2], given.shape[2]
     if others < own:
-        return torch.cat([group[:, :others] + given, group[:, others:]], 1)
-    return group + given[:, :own]
+        return torch.cat([group[..., :others] + given, group[..., others:]], 2)
+    return group + (given if others == own else given[..., :own])

@@ -303,8 +303,11 @@ class FoldedHead(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         return x
 
+    def pooled(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x.mean((2, 3)))
+        return self.fc(self.pooled(x))
 
 
 def _linear(dim: int, num_classes: int) -> nn.Linear:

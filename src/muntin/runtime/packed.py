@@ -69,6 +69,10 @@ class PackedPointwise(PackedLinear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
+    def forward_tokens(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C'), the channels last as they are in memory."""
+        return super().forward(x)
+
 
 class PackedConv(Packed):
     """A convolution with an activation. The best layout of its weights depends on the size of the map: for each it
@@ -190,6 +194,6 @@ def _computes_the_same(kind: Any, dtype: torch.dtype, act: str) -> bool:
         expected = functions[act](layer(x))
         try:
             out = kind(layer, act)(x)
-        except (RuntimeError, AttributeError, NotImplementedError):
+        except (RuntimeError, AttributeError, NotImplementedError):  # AttributeError: no such operator
             return False
         return bool(torch.allclose(out, expected, atol=1e-5 if dtype == torch.float32 else 5e-2))
