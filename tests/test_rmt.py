@@ -439,6 +439,40 @@ def test_fused_attention_equals_explicit_products(randomise: Any, monkeypatch: p
     assert error_of(model(image).detach(), wanted.detach()) < 1e-5
 
 
+@pytest.mark.parametrize("piece", [1, 300, 1 << 20])
+@pytest.mark.parametrize("decay", ["softmax", "none"])
+def test_short_attentions_in_pieces_equal_fused_ones(piece: int, decay: str, randomise: Any) -> None:
+    model = _model(randomise, decay=decay).double().eval()
+    image = _image((61, 83), batch=3)
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(manhattan, "SHORT", 0)
+        wanted = model(image)
+        patch.setattr(manhattan, "SHORT", 64)
+        patch.setattr(manhattan, "PIECE", piece)
+        assert error_of(model(image), wanted) < 1e-10
+
+
+@pytest.mark.filterwarnings("default")  # the exporter's own
+@pytest.mark.parametrize("changes", [{}, {"decay": "no_softmax", **MERGING}], ids=["rmt", "ablation"])
+def test_exported_graphs(changes: dict[str, Any], randomise: Any, tmp_path: Any) -> None:
+    """ONNX Runtime and OpenVINO at sizes that tracing never saw; ranks that Core ML takes, linears on rank 3."""
+    onnx, openvino = pytest.importorskip("onnx"), pytest.importorskip("openvino")
+    model = settle(_model(randomise, depths=(1, 1, 1, 1), **changes)).eval()
+    sizes = [(64, 64), (61, 83), (9, 5), (1, 1)]
+    report = muntin.export(model, tmp_path / "m.onnx", sizes=sizes, batches=[1, 3], progress=False)
+    assert report.max_rank <= 5 and report.max_error < 1e-5
+    graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "m.onnx")).graph
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
+    weights = {tensor.name for tensor in graph.initializer}
+    linears = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    assert len(linears) >= 4 * 4 and {ranks[node.output[0]] for node in linears} <= {2, 3}
+    engine = openvino.Core().compile_model(tmp_path / "m.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for size in sizes[:3]:
+        image = _image(size, dtype=torch.float32)
+        with torch.inference_mode():
+            assert error_of(torch.from_numpy(engine(image.numpy())[0]), model(image)) < 1e-5
+
+
 def test_tables_are_made_once_and_large_ones_not_kept(randomise: Any) -> None:
     model = _model(randomise, decomposed=(True, True, True, False)).eval()
     image = _image((64, 48), dtype=torch.float32)
