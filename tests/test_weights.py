@@ -303,6 +303,16 @@ def test_convert_to_each_dialect(to: str, out: str, model: Any, other: Any, tmp_
     assert _equal(_copy(other), _copy(model))
 
 
+def test_convert_writes_turned_tables(tmp_path: Path, randomise: Any) -> None:
+    """EfficientViT's tables are a transposed view of the authors', which safetensors does not take."""
+    tiny = {"dims": (16, 24, 32), "heads": (2, 2, 2), "key_dim": 4}
+    one = randomise(create_model("efficientvit_m0", 10, **tiny), 1)
+    safetensors.torch.save_file(dict(one.state_dict()), tmp_path / "in.safetensors")
+    out = tmp_path / "out.safetensors"
+    assert main(["convert", str(tmp_path / "in.safetensors"), str(out), "--to", "authors"]) == 0
+    assert _equal(safetensors.torch.load_file(out), convert(one.state_dict(), "authors"))
+
+
 def test_convert_says_what_is_wrong(model: Any, tmp_path: Path, capsys: Any) -> None:
     path = _converted(model, tmp_path, "out.safetensors", "muntin")
     before = path.read_bytes()
