@@ -140,7 +140,8 @@ class CascadedAttention(MapAttention):
         )
 
     def attend(self, x: Tensor, bias: Tensor, real: Tensor | None = None) -> Tensor:
-        size, outs = x.shape[2:], list[Tensor]()
+        size = x.shape[2:]
+        outs: list[Tensor] = []
         groups = _tokens(x).chunk(len(self.qkvs), 2)  # (M, A, C / h) each
         for i, (qkv, dw) in enumerate(zip(self.qkvs, self.dws, strict=True)):
             group = _add(groups[i], outs[-1]) if i and self.cascade else groups[i]
