@@ -122,14 +122,14 @@ def test_optimize_equals_the_model(family: Any, dtype: torch.dtype, bound: float
 @families()
 def test_autocast_stays_close(family: Any, randomise: Any) -> None:
     model = settle(randomise(tiny(family))).eval()
-    image = torch.randn(2, 3, 61, 83)
+    image = torch.randn(2, 3, 61, 83, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         exact = model(image)
         with torch.autocast("cpu", torch.bfloat16):
             rough = model(image)
         low = model.bfloat16()(image.bfloat16())
-    assert 1e-5 < error_of(rough, exact) < 0.1
-    assert low.dtype == torch.bfloat16 and error_of(low, exact) < 0.2
+    assert 1e-5 < ((rough - exact).std() / exact.std()).item() < 0.1
+    assert low.dtype == torch.bfloat16 and ((low - exact).std() / exact.std()).item() < 0.2
 
 
 @families()
