@@ -541,9 +541,20 @@ def test_detection_files_and_derived_buffers(randomise: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters(), strict=True))
 
 
-def test_weights_of_another_row_are_named(randomise: Any) -> None:
-    with pytest.raises(UserError, match=r"another model: .*depths 1-1-3-1.*depths 1-1-2-1"):
-        load_checkpoint(create_model("rmt_s", 5, **BASE), _model(randomise, depths=(1, 1, 3, 1)).state_dict())
+@pytest.mark.parametrize(
+    ("theirs", "ours", "words"),
+    [
+        ({"depths": (1, 1, 3, 1)}, {}, r"depths 1-1-3-1.*depths 1-1-2-1"),
+        ({"mlp_ratios": (4, 4, 3, 3)}, {}, r"mlp_ratios 4-4-3-3.*mlp_ratios 2-3-2-2"),
+        ({"token_label": True}, {}, r"token_label projection.*the model is rmt_s"),
+        ({"token_label": "stage"}, {"token_label": True}, r"token_label stage.*token_label projection"),
+    ],
+)
+def test_weights_of_another_row_are_named(
+    theirs: dict[str, Any], ours: dict[str, Any], words: str, randomise: Any
+) -> None:
+    with pytest.raises(UserError, match="another model: .*" + words):
+        load_checkpoint(create_model("rmt_s", 5, **BASE | ours), _model(randomise, **theirs).state_dict())
 
 
 def test_heads_for_other_classes_are_replaced(randomise: Any) -> None:

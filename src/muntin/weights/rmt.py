@@ -57,20 +57,30 @@ RULES = [
 
 
 def describe(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the shapes of weights under our names show of their configuration: `dims`, `depths`, `layer_scale`."""
+    """What the shapes of weights under our names show of their configuration: `dims`, `depths`, `mlp_ratios`,
+    `layer_scale`, and `token_label` where there is a head for tokens.
+    """
     blocks: dict[int, int] = {}
     dims: dict[int, int] = {}
+    ratios: dict[int, float] = {}
     scaled = set()
     for name, tensor in weights.items():
         if match := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.(.+)", name):
             stage, block = int(match[1]), int(match[2])
             blocks[stage] = max(blocks.get(stage, 0), block + 1)
-            if match[3] == "norm1.weight":
-                dims[stage] = tensor.shape[0]
+            if match[3] == "mlp.fc1.weight":
+                hidden, dims[stage] = tensor.shape
+                ratios[stage] = hidden // dims[stage] if hidden % dims[stage] == 0 else hidden / dims[stage]
             elif match[3] == "scale1":
                 scaled.add(stage)
-    return {
+    shown: dict[str, Any] = {
         "dims": tuple(dims[stage] for stage in sorted(dims)),
         "depths": tuple(blocks[stage] for stage in sorted(blocks)),
+        "mlp_ratios": tuple(ratios[stage] for stage in sorted(ratios)),
         "layer_scale": tuple(stage in scaled for stage in sorted(blocks)),
     }
+    tokens, projection = weights.get("head.fc_tokens.weight"), weights.get("head.norm.linear.bias")
+    if tokens is not None:
+        projected = projection is not None and tokens.shape[1] == len(projection)
+        shown["token_label"] = "projection" if projected else "stage"
+    return shown
