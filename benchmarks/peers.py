@@ -32,6 +32,7 @@ from muntin.measure import BenchReport, bench
 from muntin.measure.bench import LogitsOnly, rounded, transformers_swin
 from muntin.run import atomic_write
 from muntin.runtime import fold
+from muntin.weights import convert
 
 MODELS = {
     "swin": ("swin_t", "swin_b", "swin_free_t", "swin_free_b"),
@@ -205,8 +206,9 @@ def swinv2_peers(name: str, seed: int) -> Peers:
         "torchvision": models.get_model(f"swin_v2_{name[-1]}", weights=None),
         "transformers": LogitsOnly(transformers.Swinv2ForImageClassification(config)),
     }
-    for label in ("torchvision", "transformers"):
-        share(ours, peers[label])
+    # torchvision has a bias of the keys, which its forward sets to zero: `share` would not know what belongs there
+    peers["torchvision"].load_state_dict(convert(ours.state_dict(), "torchvision"), strict=False)
+    share(ours, peers["transformers"])
     return peers
 
 

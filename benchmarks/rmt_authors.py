@@ -1,30 +1,16 @@
 """RMT as its authors compute it, with the weights of one of Muntin's models: the peer that nobody packages.
 
-    python benchmarks/rmt_authors.py                    # rmt_t and rmt_s, batch 1 and 8
-    python benchmarks/rmt_authors.py --models rmt_b --batch 1
-
 Rotation and decay tables are made anew in every stage of every forward pass, the decay as a full mask for each
 head; q, k and v are three products; attention is explicit products and a softmax; residual convolutions and norms
-stand as they are. Outputs are compared before anything is timed; then all take turns (muntin.measure.bench).
+stand as they are. benchmarks/peers.py compares and times it.
 """
 
-import argparse
 import copy
-import json
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-import muntin
-from muntin.measure import bench
-from muntin.run import atomic_write
-
-BOUND = 1e-4  # largest difference of outputs, in standard deviations
-SIZE = 224
 
 
 def authors_form(model: nn.Module) -> nn.Module:
@@ -136,53 +122,3 @@ class AuthorsForm(nn.Module):
             for block in blocks:
                 x = block(x, tables)
         return self.fc(F.silu(self.norm(self.proj(x))).flatten(1, 2).mean(1))
-
-
-def build(name: str) -> tuple[list[tuple[str, nn.Module]], dict[str, float]]:
-    """Muntin's model, its optimised copy and the authors' form, and how far each one's outputs are from the first.
-
-    Raises SystemExit where one computes something else.
-    """
-    torch.manual_seed(0)
-    ours = muntin.create_model(name).eval()
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            elif parameter.ndim == 2:
-                parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
-    targets = {"muntin": ours, "muntin.optimize": muntin.optimize(ours), "authors' form": authors_form(ours)}
-    images = torch.randn(2, 3, SIZE, SIZE)
-    with torch.inference_mode():
-        found = {label: model(images) for label, model in targets.items()}
-    wanted = found["muntin"]
-    errors = {label: ((out - wanted).abs().max() / wanted.std()).item() for label, out in found.items()}
-    if not max(errors.values()) <= BOUND:
-        raise SystemExit(f"{name}: outputs differ by {errors} standard deviations; nothing was timed")
-    return list(targets.items()), errors
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["rmt_t", "rmt_s"])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=10.0, help="timed per model and batch size")
-    parser.add_argument("--out", default=None, help="a JSON file; by default nothing is written")
-    args = parser.parse_args()
-    content = {}
-    for name in args.models:
-        targets, errors = build(name)
-        print(f"{name}: outputs equal to {max(errors.values()):.1e} standard deviations", flush=True)
-        report = bench(
-            targets, args.batch, SIZE, dtype="float32", threads=args.threads, rounds=args.rounds, seconds=args.seconds
-        )
-        print(report.table(), "\n", flush=True)
-        content[name] = {"errors": errors, "report": asdict(report)}
-    if args.out:
-        atomic_write(Path(args.out), (json.dumps(content, indent=1) + "\n").encode())
-
-
-if __name__ == "__main__":
-    main()
