@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import muntin
 from muntin.measure import BenchReport, bench
-from muntin.measure.bench import LogitsOnly, rounded, transformers_swin
+from muntin.measure.bench import LogitsOnly, Row, rounded, transformers_swin
 from muntin.run import atomic_write
 from muntin.runtime import fold
 from muntin.weights import convert
@@ -306,14 +306,16 @@ def share(ours: nn.Module, peer: nn.Module) -> None:
 
 
 def markdown(family: str, reports: dict[str, BenchReport], errors: dict[str, dict[str, float]]) -> str:
-    """One table per batch size: milliseconds, and how much faster Muntin is than each peer."""
+    """One table per batch size: milliseconds, and how much faster Muntin is than the best peer, as it is created (with
+    its BatchNorms folded where the peers' are) and optimised.
+    """
     lines = []
     some = next(iter(reports.values()))
     for batch in sorted({row.batch for row in some.rows}):
         labels = [row.target for row in some.rows if row.batch == batch]
         lines += [f"Batch {batch}, {SIZES.get(family, SIZE)} pixels, {some.protocol['dtype']}, ms (median ± 95%)", ""]
         lines += [
-            "| model | " + " | ".join(labels) + " | best peer over ours | over optimize |",
+            "| model | " + " | ".join(labels) + f" | best peer over {_base(labels)} | over optimize |",
             "| --- |" + " ---: |" * (len(labels) + 2),
         ]
         for name, report in reports.items():
@@ -326,9 +328,11 @@ def markdown(family: str, reports: dict[str, BenchReport], errors: dict[str, dic
                 (row for label, row in rows.items() if not label.startswith("muntin")), key=lambda row: row.speed
             )
             low, high = (1 / value for value in reversed(best.speed_interval))
-            eager = f"{rounded(1 / best.speed, (high - low) / 2)}x ({best.target})"
-            fast = rows["muntin.optimize"].speed
-            optimized = f"{rounded(fast / best.speed, fast * (high - low) / 2)}x"
+            eager, optimized = (
+                f"{rounded(rows[label].speed / best.speed, rows[label].speed * (high - low) / 2)}x"
+                for label in (_base(labels), "muntin.optimize")
+            )
+            eager += f" ({best.target})"
             lines.append(f"| {name} | " + " | ".join(cells) + f" | {eager} | {optimized} |")
         lines.append("")
     m, p, v = some.machine, some.protocol, some.versions
@@ -342,6 +346,11 @@ def markdown(family: str, reports: dict[str, BenchReport], errors: dict[str, dic
     return "\n".join(lines) + "\n"
 
 
+def _base(labels: list[str]) -> str:
+    folded = any("BN folded" in label for label in labels if not label.startswith("muntin"))
+    return "muntin (BN folded)" if folded else "muntin"
+
+
 def main() -> None:
     every = [name for names in MODELS.values() for name in names]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -353,11 +362,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=10.0, help="timed per model and batch size")
     parser.add_argument("--out", default=str(RESULTS), help="folder for peers_FAMILY.json and .md")
+    parser.add_argument("--tables", action="store_true", help="time nothing; write the .md of what is in --out")
     args = parser.parse_args()
+    if args.tables:
+        for path in sorted(Path(args.out).glob("peers_*.json")):
+            content = json.loads(path.read_text())
+            stored = {name: read_report(report) for name, report in content["reports"].items()}
+            text = markdown(path.stem.removeprefix("peers_"), stored, content["errors"])
+            atomic_write(path.with_suffix(".md"), text.encode())
+        return
     for family, names in MODELS.items():
         chosen = [name for name in names if name in args.models]
         if chosen:
             _run(family, chosen, args)
+
+
+def read_report(content: dict[str, Any]) -> BenchReport:
+    """What `asdict` made of a report, as a report."""
+    return BenchReport(**content | {"rows": [Row(**row) for row in content["rows"]]})
 
 
 def _run(family: str, names: list[str], args: argparse.Namespace) -> None:
