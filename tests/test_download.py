@@ -1,6 +1,7 @@
 """Downloads from a server on this machine that stalls, cuts off, redirects, corrupts and refuses."""
 
 import hashlib
+import io
 import random
 import threading
 import time
@@ -234,6 +235,24 @@ def test_a_page_is_no_file(server: Server, home: Path) -> None:
     with pytest.raises(UserError, match="web page"):
         fetch(server.address("page.bin"), **QUICK)
     assert not list((home / "weights").glob("*.bin"))
+
+
+@pytest.mark.parametrize("cut", [0, 0.5])
+def test_an_answer_without_length_that_is_cut_off_is_not_kept(cut: float, server: Server, home: Path) -> None:
+    whole = safetensors.torch.save({"weight": torch.zeros(100)})
+    for content in (whole, _zipped({"weight": torch.zeros(100)})):
+        server.content = content[: int(cut * len(content))]
+        with pytest.raises(UserError, match="empty"):
+            fetch(server.address("unsized"), attempts=1, **QUICK)
+        server.content = content
+        assert fetch(server.address("unsized"), **QUICK).read_bytes() == content
+        fetch(server.address("unsized"), **QUICK).unlink()
+
+
+def _zipped(state: dict[str, torch.Tensor]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
 
 
 def test_a_wrong_hash_keeps_the_file_aside(server: Server, home: Path) -> None:

@@ -125,6 +125,16 @@ def test_fast_equals_reference(size: tuple[int, int], randomise: Any) -> None:
 
 
 @pytest.mark.parametrize("changes", ABLATIONS, ids=str)
+def test_every_study_loads_its_own_weights(changes: dict[str, Any], randomise: Any) -> None:
+    source, target = (
+        randomise(create_model("muntin.models.efficientvit.TINY", 10, **changes), seed=seed) for seed in (1, 2)
+    )
+    report = load_checkpoint(target, source.state_dict())
+    assert len(report.loaded) == len(target.state_dict())
+    assert all(torch.equal(tensor, target.state_dict()[name]) for name, tensor in source.state_dict().items())
+
+
+@pytest.mark.parametrize("changes", ABLATIONS, ids=str)
 def test_ablations_equal_reference_and_change_something(changes: dict[str, Any], randomise: Any) -> None:
     model, plain = _backbone(randomise, **changes), _backbone(randomise)
     for size in ((61, 83), (20, 36)):

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,6 +121,41 @@ def test_optimize_equals_the_model(family: Any, dtype: torch.dtype, bound: float
 
 
 @families()
+def test_an_optimised_copy_follows_what_is_done_to_it(family: Any, randomise: Any) -> None:
+    """Loading, another dtype, autocast and gradients: packed products serve none of them as they are."""
+    models = [settle(randomise(tiny(family), seed=seed)).eval() for seed in (1, 2)]
+    one, two = (muntin.optimize(model) for model in models)
+    image = torch.randn(2, 3, 61, 83)
+    with torch.inference_mode():
+        wanted = two(image)
+        one(image)  # what it keeps is of its own weights
+        one.load_state_dict(two.state_dict())
+        assert torch.equal(one(image), wanted)
+        assert error_of(copy.deepcopy(one).double()(image.double()), wanted) < 2e-5
+        with torch.autocast("cpu", torch.bfloat16):
+            assert 1e-5 < error_of(one(image), wanted) < 0.3
+    gradients = []
+    for model in (one, models[1]):
+        seen = image.clone().requires_grad_()
+        model(seen).square().sum().backward()
+        gradients.append(seen.grad)
+    assert error_of(gradients[0], gradients[1]) < 1e-3
+    assert muntin.optimize(one) is one
+
+
+@families()
+def test_what_an_optimised_copy_refuses(family: Any, tmp_path: Path) -> None:
+    fast: Any = muntin.optimize(tiny(family))
+    for refused in (
+        lambda: muntin.export(fast, tmp_path / "m.onnx"),
+        lambda: fast.reset_classifier(3),
+        lambda: muntin.load_checkpoint(fast, tiny(family).state_dict()),
+    ):
+        with pytest.raises(muntin.UserError, match="optimised copy"):
+            refused()
+
+
+@families()
 def test_autocast_stays_close(family: Any, randomise: Any) -> None:
     model = settle(randomise(tiny(family))).eval()
     image = torch.randn(2, 3, 61, 83, generator=torch.Generator().manual_seed(1))
@@ -222,6 +258,10 @@ def test_configuration_round_trips_through_plain_data() -> None:
         ("swin_t", {"attend": (99,)}, "attend=.*0 to 11"),
         ("swin_t", {"drop_path": 1.5}, "drop_path=1.5.*below 1"),
         ("swin_t", {"num_classes": 0}, "num_classes=0.*at least 1"),
+        ("swin_t", {"pretrained": 1}, "pretrained=1.*a tag, an address or a path"),
+        ("rmt_t", {"projection": (1,)}, "projection=.*a width"),
+        ("rmt_t", {"decay_min": (2,)}, "decay_min=.*a number above 0"),
+        ("rmt_t", {"position_conv": (True,)}, "position_conv=.*True or False"),
         ("swin_free_t", {"pretrained": True}, "no weights of Swin-Free are published"),
         ("nowhere.models.x", {}, "cannot import 'nowhere.models'"),
         ("muntin.models.swin.nothing", {}, "neither a variant nor a configuration 'nothing'"),
@@ -237,6 +277,12 @@ def test_bad_names_and_values_say_what_is_valid(name: Any, config: dict[str, Any
 def test_images_of_another_shape_are_refused(family: Any, shape: tuple[int, ...]) -> None:
     with pytest.raises(muntin.UserError, match="shape .*give a batch"):
         tiny(family)(torch.zeros(shape))
+
+
+def test_a_configuration_from_outside_keeps_its_windows_in_a_backbone() -> None:
+    assert muntin.create_backbone("muntin.models.efficientvit.TINY").config.windows == (3, 2, 2)
+    assert muntin.create_backbone("efficientvit_m0").config.windows == (7, 7, 7)
+    assert muntin.create_backbone("muntin.models.swin.TINY").config.small_maps == "pad"
 
 
 def test_out_indices_are_a_tuple() -> None:

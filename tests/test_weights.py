@@ -859,3 +859,24 @@ def test_model_by_path(model: Any, tmp_path: Path) -> None:
     torch.save(convert(model.state_dict(), "authors"), tmp_path / "file.pth")
     made = create_model("swin_t", 10, pretrained=str(tmp_path / "file.pth"), **CONFIG)
     assert _equal(_copy(made), _copy(model))
+
+
+@pytest.mark.parametrize("beside", [{"ema": {"decay": 0.99}}, {"model_ema": {}}, {"state_dict": {"lr": 1}}], ids=str)
+def test_entries_without_weights_are_passed_over(beside: dict[str, Any], model: Any, other: Any) -> None:
+    load_checkpoint(model, {**beside, "model": other.state_dict()})
+    assert _equal(model.state_dict(), other.state_dict())
+
+
+def test_a_file_under_the_other_kinds_name(tmp_path: Path, model: Any, other: Any) -> None:
+    safetensors.torch.save_file(other.state_dict(), tmp_path / "weights.pth")
+    load_checkpoint(model, tmp_path / "weights.pth")
+    assert _equal(model.state_dict(), other.state_dict())
+    torch.save(other.state_dict(), tmp_path / "weights.safetensors")
+    with pytest.raises(UserError, match="one of torch.save: call it .pth"):
+        load_checkpoint(model, tmp_path / "weights.safetensors")
+
+
+def test_values_that_do_not_fit_the_models_precision_are_reported(model: Any) -> None:
+    state = _copy(model) | {"head.fc.bias": torch.full((10,), 1e6)}
+    with pytest.warns(UserWarning, match="NaN or infinity"):
+        assert load_checkpoint(model.half(), state).nonfinite == ("head.fc.bias",)

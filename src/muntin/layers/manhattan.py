@@ -36,13 +36,15 @@ def frequencies(width: int, dtype: torch.dtype) -> Tensor:
     return 1.0 / 10000 ** torch.linspace(0, 1, width // 2, dtype=dtype)
 
 
-@lru_cache(maxsize=32)
 def rotation(tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What turns q and k as complex numbers: (N, 2, 1, d / 2). The part of k holds the scale d^-0.5 too."""
     with constants():
         angles = torch.arange(tokens, dtype=dtype)[:, None] * frequencies(width, dtype)  # (N, d / 2)
         turn = torch.polar(torch.ones_like(angles), angles)
         return torch.stack([turn, turn * width**-0.5], 1)[:, :, None].to(device)
+
+
+kept_rotation = lru_cache(maxsize=16)(rotation)
 
 
 @lru_cache(maxsize=32)
@@ -72,7 +74,7 @@ kept_whole_decay = lru_cache(maxsize=8)(whole_decay)
 
 
 def _is_short(q: Tensor) -> bool:
-    """Whether explicit products beat the fused ones: 1.4 to 2.5 times with 56 to 14 tokens on a CPU, in inference."""
+    """Whether explicit products in pieces beat the fused ones: on a CPU in inference, for few tokens."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
     return q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64) and q.shape[2] <= SHORT
@@ -138,7 +140,8 @@ class ManhattanAttention(nn.Module):
     def _rotate(self, qk: Tensor) -> Tensor:
         """(B, N, 2C) -> (B, N, 2, h, d): q and k turned, and k scaled."""
         exact = qk if qk.dtype == torch.float64 else qk.float()  # no other dtype has complex numbers
-        table = rotation(qk.shape[1], self.width, exact.dtype, qk.device)
+        make = kept_rotation if qk.shape[1] * self.width <= KEPT >> 3 else rotation
+        table = make(qk.shape[1], self.width, exact.dtype, qk.device)
         pairs = torch.view_as_complex(exact.unflatten(-1, (2, self.heads, -1, 2)))  # (B, N, 2, h, d / 2)
         return torch.view_as_real(pairs * table).flatten(-2).to(qk.dtype)
 

@@ -93,7 +93,10 @@ def _rate(drop_path: float) -> float:
 def _configure(name: str, overrides: dict[str, Any], dense: bool = False) -> tuple[ModuleType, Any]:
     family, row = _find(name)
     if dense:
-        overrides = getattr(family, "DENSE", {}) | overrides
+        usual = getattr(family, "DENSE", {})
+        if row is not family.VARIANTS.get(name):  # a configuration from outside has its own values for each stage
+            usual = {field: value for field, value in usual.items() if not isinstance(value, tuple)}
+        overrides = usual | overrides
     valid = [field.name for field in fields(row)]
     for key in overrides:
         if key not in valid:
@@ -131,8 +134,10 @@ def _import(path: str) -> tuple[ModuleType, Any]:
 
 def _checkpoint(name: str, pretrained: bool | str | os.PathLike[str]) -> Any:
     """A published checkpoint, an address or path, or None."""
-    if pretrained is False:
+    if pretrained is False or pretrained is None:
         return None
+    if pretrained is not True and not isinstance(pretrained, (str, os.PathLike)):
+        raise UserError(f"pretrained={pretrained!r}: give True, a tag, an address or a path, or leave it out")
     from muntin.weights.download import resolve
 
     _find(name)  # a wrong name of a model is said first

@@ -37,6 +37,8 @@ class Classifier(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """A new, randomly initialised last layer for another number of classes."""
         check_classes(num_classes)
+        if getattr(self, "optimized", False):
+            raise UserError("an optimised copy keeps its head: reset the model's, then optimise again")
         self.head.reset(num_classes)
         self.num_classes = num_classes
 

@@ -113,7 +113,7 @@ def _check_values(config: Rmt) -> None:
     for names, valid, words in rules:
         for field in names:
             value = getattr(config, field)
-            if not all(valid(v) for v in (value if isinstance(value, tuple) else (value,))):
+            if not all(valid(v) for v in (value if field in PER_STAGE else (value,))):
                 raise UserError(f"{field}={value!r}: give {words}")
     choices: dict[str, tuple[object, ...]] = {
         "stem": ("conv", "patch"),

@@ -299,6 +299,8 @@ def export(
     outputs = getattr(model, "num_classes", None)
     if classes is not None and outputs is not None and len(classes) != outputs:
         raise UserError(f"{len(classes)} class names given for a model of {outputs} classes; give one per class")
+    if getattr(model, "optimized", False):
+        raise UserError("an optimised copy is for PyTorch on this machine: export the model that it was made from")
     _writable(path)
     size = _input_size(model, preprocessing)
     sizes = default_sizes(size) if sizes is None else sizes

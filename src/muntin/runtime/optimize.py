@@ -20,17 +20,27 @@ def optimize(model: nn.Module) -> nn.Module:
     BatchNorms are folded into the linear layer or convolution beside them and attention's scale into the
     weights of q, x + DWConv(x) becomes one convolution; on a CPU the weights are packed for oneDNN, and activations
     and residuals join the product before them.
-    Outputs are equal to 1e-5 of a standard deviation in float32. The copy has no gradients; for `muntin.compile`
-    give the model itself.
+    Outputs are equal to 1e-5 of a standard deviation in float32. The copy has no gradients of its own; for
+    `muntin.compile` and `muntin.export` give the model itself. A copy of a copy is that copy.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"optimize takes a model, not a {type(model).__name__}: use muntin.create_model first")
+    if getattr(model, "optimized", False):
+        return model
     fast = fold(model)
     module: Any
     for module in fast.modules():
         if isinstance(getattr(module, "_cache", None), BiasCache):
             module._cache = BiasCache(frozen=True)
-    return pack(fast)
+            module.register_load_state_dict_post_hook(_forget)
+    packed: Any = pack(fast)
+    packed.optimized = True
+    return packed
+
+
+def _forget(module: Any, _: Any) -> None:
+    """A frozen bias is of the weights that were there when it was made."""
+    module._cache.entries.clear()
 
 
 def fold(model: nn.Module) -> nn.Module:

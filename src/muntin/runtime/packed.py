@@ -16,20 +16,42 @@ from muntin.layers.mlp import Mlp
 from muntin.layers.position import constants
 
 _ALGORITHM = {"none": "", "relu": "", "hardswish": "", "gelu": "none"}
+_FUNCTIONS = {"none": lambda y: y, "gelu": F.gelu, "relu": F.relu, "hardswish": F.hardswish}
 _ACTIVATION: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.ReLU: "relu", nn.Hardswish: "hardswish"}
 
 
 class Packed(nn.Module):
-    """Base: what is packed is opaque to pickle and copy, and made again from the layer."""
+    """Base: what is packed is opaque to pickle and copy, and made again from the layer, also when the layer's weights
+    are loaded or converted. The layer itself serves where a packed product cannot: another dtype, autocast, gradients.
+    """
+
+    _packed: Any
 
     def __init__(self, layer: Any, act: str = "none") -> None:
         super().__init__()
         self._original = layer
         self.act = act
         self._pack()
+        self.register_load_state_dict_post_hook(_pack_again)
 
     def _pack(self) -> None:
         raise NotImplementedError
+
+    def _product(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._product(x) if self._serves(x) else _FUNCTIONS[self.act](self._original(x))
+
+    def _serves(self, x: Tensor) -> bool:
+        if self._packed is None or x.dtype != self._original.weight.dtype or torch.is_autocast_enabled("cpu"):
+            return False
+        return not (x.requires_grad and torch.is_grad_enabled())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Packed":
+        super()._apply(fn, recurse)
+        _pack_again(self)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if not key.startswith("_packed")}
@@ -42,6 +64,13 @@ class Packed(nn.Module):
         return f"act={self.act}"
 
 
+def _pack_again(module: Any, *_: Any) -> None:
+    if _packs(type(module), module._original.weight, module.act):
+        module._pack()
+    else:
+        module._packed = None
+
+
 class PackedLinear(Packed):
     """A linear layer with an activation: (..., in) -> (..., out)."""
 
@@ -52,7 +81,7 @@ class PackedLinear(Packed):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().contiguous())
         self._bias = None if layer.bias is None else layer.bias.detach()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _product(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, self.act, [], _ALGORITHM[self.act])
 
 
@@ -66,12 +95,14 @@ class PackedPointwise(PackedLinear):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(conv.weight.detach().flatten(1).contiguous())
         self._bias = None if conv.bias is None else conv.bias.detach()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    def _product(self, x: Tensor) -> Tensor:
+        return super()._product(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C'), the channels last as they are in memory."""
-        return super().forward(x)
+        if self._serves(x):
+            return super()._product(x)
+        return _FUNCTIONS[self.act](F.linear(x, self._original.weight.flatten(1), self._original.bias))
 
 
 class PackedConv(Packed):
@@ -85,7 +116,7 @@ class PackedConv(Packed):
         self.kernel_size, self.stride, self.groups = conv.kernel_size, conv.stride, conv.groups
         self._sizes = list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
         self._bias = None if conv.bias is None else conv.bias.detach()
-        self._packed: dict[tuple[int, ...], Tensor] = {}
+        self._packed = {}  # by the shape of the input
 
     def _weight(self, x: Tensor) -> Tensor:
         shape = tuple(x.shape)
@@ -99,7 +130,7 @@ class PackedConv(Packed):
             self._packed[shape] = weight
         return weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _product(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._convolution_pointwise(
             x, self._weight(x), self._bias, *self._sizes, self.act, [], _ALGORITHM[self.act]
         )
@@ -115,6 +146,8 @@ class PackedResidual(nn.Module):
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         y = x if y is None else y
         y = self.conv(y if self.before is None else self.before(y))
+        if y.requires_grad or y.dtype != x.dtype:
+            return x + crop(y, x)
         # in place: cheaper than the operators that fuse a sum, and nobody else has the product's output
         return y.add_(x) if y.shape[2:] == x.shape[2:] else x + crop(y, x)
 
@@ -183,7 +216,6 @@ def _packs(kind: Any, weight: Tensor, act: str) -> bool:
 @lru_cache
 def _computes_the_same(kind: Any, dtype: torch.dtype, act: str) -> bool:
     """Whether this build has the packed product with this activation."""
-    functions = {"none": lambda y: y, "gelu": F.gelu, "relu": F.relu, "hardswish": F.hardswish}
     with constants():
         layer: Any = nn.Linear(48, 40)
         x = torch.linspace(-2, 2, 33 * 48).view(33, 48)
@@ -191,7 +223,7 @@ def _computes_the_same(kind: Any, dtype: torch.dtype, act: str) -> bool:
             layer = nn.Conv2d(48, 40, 1 if kind is PackedPointwise else 3, padding=0 if kind is PackedPointwise else 1)
             x = torch.linspace(-2, 2, 2 * 48 * 35).view(2, 48, 5, 7).contiguous(memory_format=torch.channels_last)
         layer, x = layer.to(dtype), x.to(dtype)
-        expected = functions[act](layer(x))
+        expected = _FUNCTIONS[act](layer(x))
         try:
             out = kind(layer, act)(x)
         except (RuntimeError, AttributeError, NotImplementedError):  # AttributeError: no such operator

@@ -27,6 +27,7 @@ from urllib.parse import unquote, urlsplit
 import torch
 
 from muntin.errors import UserError, nearest
+from muntin.weights.files import is_whole
 
 try:
     import fcntl
@@ -214,6 +215,9 @@ def fetch(
 
 def _finish(part: Path, path: Path, sha256: str) -> None:
     _check(part, sha256, path)
+    if not is_whole(part):
+        part.unlink()
+        raise UserError(f"what came for {path.name} is empty or cut off, and was not kept: run this again")
     os.replace(part, path)
     _validator(path).unlink(missing_ok=True)
 
@@ -356,6 +360,8 @@ def _receive(transfer: _Transfer, answer: Any, part: IO[bytes], start: int) -> N
             advance(len(chunk))
     part.flush()
     found = part.seek(0, os.SEEK_END)
+    if not found:
+        raise _Broken("the answer was empty")
     if total is not None and found != total:
         raise _Broken(f"the connection ended after {found} of {total} bytes")
 

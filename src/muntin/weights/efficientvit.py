@@ -71,6 +71,17 @@ def _side(ours: str, authors: str, timm: str) -> list[Rule]:
     return _unit(f"{_OURS}.{ours}", (f"{theirs}.0", f"{theirs}.1"), (f"{timms}.0", f"{timms}.1"))
 
 
+def _own(ours: str) -> list[Rule]:
+    """The rules of a convolution with its norm that nobody else has."""
+    return [Rule(f"{ours}.conv.*", {}), Rule(f"{ours}.norm.*", {})]
+
+
+def _more(ours: str) -> list[Rule]:
+    """The rules of a further unit of a block."""
+    parts = ("interaction.branch", "ffn.branch.expand", "ffn.branch.project")
+    return [rule for part in parts for rule in _own(f"{ours}.{part}")]
+
+
 RULES = [
     *_conv("stem.{2i}", "patch_embed.{2i}", "patch_embed.conv{i+1}"),
     *_block("stages.0.blocks.{b}", "blocks1.{b}"),
@@ -93,6 +104,9 @@ RULES = [
     *_conv(f"{_OURS}.reduce.project", f"{_AUTHORS}.1.conv3", f"{_TIMM}.patchmerge.conv3"),
     *_side("after", "2", "res2"),
     Rule("norms.{s}.*", {}),
+    # the paper's studies, of which nothing is published
+    *_own("stages.{s}.blocks.{b}.attention.qkv"),
+    *(rule for side in ("before", "after") for rule in _more(f"stages.{{s}}.blocks.{{b}}.{side}.{{n}}")),
     Rule("head.norm.*", {"timm": "head.bn.*", "authors": "head.bn.*"}),
     Rule("head.fc.*", {"timm": "head.linear.*", "authors": "head.l.*"}),
     Rule("head.norm_distilled.*", {"authors": "head_dist.bn.*"}),

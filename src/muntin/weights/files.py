@@ -1,5 +1,6 @@
 """Files that hold weights, opened without running what is in them, and the state dict inside of what they hold."""
 
+import contextlib
 import os
 import re
 import warnings
@@ -73,7 +74,9 @@ def read_file(path: str | os.PathLike[str], mapped: bool = False) -> Mapping[str
         raise UserError(f"no checkpoint at {path}: give a .safetensors, .pth or .pt file")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty (0 bytes): fetch or save it again")
-    if path.suffix == ".safetensors":
+    if _is_safetensors(path):
+        if _is_pickled(path):
+            raise UserError(f"{path} is no safetensors file but one of torch.save: call it .pth")
         try:
             return safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:
@@ -102,6 +105,36 @@ def read_file(path: str | os.PathLike[str], mapped: bool = False) -> Mapping[str
     return content
 
 
+def is_whole(path: Path) -> bool:
+    """False where a file was plainly cut off: an archive without its end, a header that promises more bytes."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start.startswith(b"PK"):
+        return zipfile.is_zipfile(path)
+    if start[8:] != b"{":
+        return bool(start)  # an older pickle, or nothing that is known here
+    try:
+        with safetensors.safe_open(path, "pt"):
+            return True
+    except safetensors.SafetensorError:
+        return False
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By the name, or by a header in JSON whose length stands before it."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        start = file.read(9)
+        if start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+            return True
+    return path.suffix == ".safetensors"
+
+
+def _is_pickled(path: Path) -> bool:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02")
+    return False
+
+
 def _code_in(path: Path, error: Exception) -> str | None:
     """What a file refused by `weights_only` holds besides tensors; None where it is no such file at all."""
     if found := re.search(r"GLOBAL (\S+)", str(error)):
@@ -112,10 +145,16 @@ def _code_in(path: Path, error: Exception) -> str | None:
         return "pickled without torch.save" if file.read(1) == b"\x80" else None
 
 
+def _holds_tensors(value: object, depth: int = 0) -> bool:
+    if not isinstance(value, Mapping):
+        return isinstance(value, Tensor) and depth > 0
+    return depth < 8 and any(_holds_tensors(part, depth + 1) for part in value.values())
+
+
 def unwrap(content: Mapping[str, Any], depth: int = 0) -> dict[str, Tensor]:
     """The state dict itself, out of the entries that training code puts around it."""
     for entry in _ENTRIES:
-        if isinstance(content.get(entry), Mapping) and depth < 8:
+        if depth < 8 and _holds_tensors(content.get(entry)):
             return unwrap(content[entry], depth + 1)
     tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     for name, tensor in tensors.items():

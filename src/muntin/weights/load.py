@@ -102,6 +102,8 @@ def load_checkpoint(
 
     Raises UserError for unreadable files, unknown names, and a checkpoint of another model.
     """
+    if getattr(model, "optimized", False):
+        raise UserError("an optimised copy takes no weights: load them into the model, then optimise again")
     if isinstance(path_or_state_dict, Mapping):
         source, content = "the state dict", path_or_state_dict
     else:
@@ -335,7 +337,7 @@ class _Plan:
         def own(chosen: list[str]) -> tuple[str, ...]:
             return tuple(names[name] for name in chosen)
 
-        broken = [name for name, t in self.values.items() if t.is_floating_point() and not t.isfinite().all()]
+        broken = [name for name in self.values if not self.target[name].isfinite().all()]  # as the model holds them
         return LoadReport(
             self.reading.dialect,
             own([name for name in self.values if name not in self.resized]),
