@@ -58,7 +58,7 @@ class Packed(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._pack()
+        _pack_again(self)  # its weights may have been converted to what cannot be packed
 
     def extra_repr(self) -> str:
         return f"act={self.act}"
