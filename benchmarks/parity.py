@@ -24,7 +24,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import muntin
-from muntin.measure.bench import LogitsOnly, commit, versions
+from muntin.measure.bench import LogitsOnly
+from muntin.measure.machine import commit, versions
 from muntin.run import atomic_write
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 import muntin
 from muntin.measure import BenchReport, bench
-from muntin.measure.bench import LogitsOnly, Row, rounded, transformers_swin
+from muntin.measure.bench import LogitsOnly, Row, transformers_swin
+from muntin.measure.statistics import rounded
 from muntin.run import atomic_write
 from muntin.runtime import fold
 from muntin.weights import convert

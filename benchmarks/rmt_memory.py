@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import muntin
-from muntin.measure.bench import commit, machine, versions
+from muntin.measure.machine import commit, machine, versions
 from muntin.models.rmt import VARIANTS, RmtBlock
 from muntin.run import atomic_write
 

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from muntin.measure.bench import versions
+from muntin.measure.machine import versions
 from muntin.run import atomic_write
 
 ROUNDS = 9

@@ -14,7 +14,8 @@ from torch import nn
 import muntin
 from muntin.errors import UserError
 from muntin.measure import bench
-from muntin.measure.bench import median_interval, percentile, rounded, transformers_swin
+from muntin.measure.bench import transformers_swin
+from muntin.measure.statistics import median_interval, percentile, rounded
 from muntin.models import published
 from muntin.run import Run, save_model
 

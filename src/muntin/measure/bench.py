@@ -6,19 +6,14 @@ machine that slows down slows all of them. B batch, H W image
 
 import copy
 import json
-import math
-import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from muntin.errors import UserError, nearest
+from muntin.measure.machine import commit, machine, versions
+from muntin.measure.statistics import median_interval, percentile, rounded
 
 MODELS = Path(__file__).parent.parent / "models"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PACKAGES = ("muntin", "torch", "torchvision", "timm", "transformers", "onnxruntime", "numpy")
-FLAGS = ("amx_tile", "amx_bf16", "amx_int8", "avx512f", "avx512_bf16", "avx512_vnni", "avx2", "fma", "sve", "asimd")
 PREFIXES = ("muntin", "muntin+optimize", "timm", "torchvision", "transformers")
 
 WARMUP_CALLS = 3  # the last so many calls must agree ...
 WARMUP_SPREAD = 0.05  # ... within this share of their median
 WARMUP_SECONDS = 5.0  # or this much time has passed
-CONFIDENCE = 0.95
 
 Target = str | tuple[str, nn.Module]
 Call = Callable[[Tensor], Any]
@@ -134,105 +128,6 @@ class BenchReport:
         if unstable:
             notes.append(f"not stable when the warm-up ended: {', '.join(unstable)}; is the machine busy?")
         return notes
-
-
-def rounded(value: float, uncertainty: float) -> str:
-    """`value` down to the first uncertain digit, with one significant digit at least and three at most."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    first = -math.floor(math.log10(abs(value)))
-    places = first + 2
-    if uncertainty > 0:
-        places = max(first, min(places, -math.floor(math.log10(uncertainty))))
-    return f"{round(value, places):.{max(places, 0)}f}"
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """Linear interpolation between the two nearest of the sorted values; `share` in 0..1."""
-    ordered = sorted(values)
-    position = share * (len(ordered) - 1)
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """An interval that holds the median of what `values` are drawn from with 95% confidence.
-
-    By order statistics: the k-th smallest and the k-th largest, with the largest k for which a fair coin falls
-    outside at most 5% of the time. Below six values that is all of them, with less confidence.
-    """
-    ordered, n = sorted(values), len(values)
-    outside, k = 0.0, 0
-    while k < n // 2:
-        outside += 2 * math.comb(n, k) / 2**n
-        if outside > 1 - CONFIDENCE:
-            break
-        k += 1
-    k = max(k, 1)
-    return ordered[k - 1], ordered[n - k]
-
-
-# ---------------------------------------------------------------------------------------------- the machine
-
-
-def _cpu() -> tuple[str, list[str]]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine(), []
-    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    found = {key.strip(): value.strip() for key, value in fields.items()}
-    flags = set((found.get("flags") or found.get("Features") or "").split())
-    return found.get("model name", platform.machine()), [flag for flag in FLAGS if flag in flags]
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    model, flags = _cpu()
-    described: dict[str, Any] = {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "flags": flags,
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        described["memory_gb"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
-    if hasattr(os, "getloadavg"):
-        described["load_before"] = round(os.getloadavg()[0], 2)
-    if device.type == "cuda":
-        described["gpu"] = torch.cuda.get_device_name(device)
-        described["cuda"] = torch.version.cuda
-    return described
-
-
-def versions() -> dict[str, str]:
-    """Python and those of the packages measured here that are installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def commit() -> str | None:
-    """The commit of this source, "-dirty" with changes in it; None where it is not in a repository."""
-
-    def git(*arguments: str) -> str:
-        here = Path(__file__)
-        run = subprocess.run(
-            ["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, check=True, timeout=10
-        )
-        return run.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed copy may lie in another repository
-        changed = git("status", "--porcelain", "--untracked-files=no", ":/src")
-        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 # ------------------------------------------------------------------------------------------------ the targets

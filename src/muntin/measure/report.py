@@ -28,8 +28,10 @@ from torch import Tensor, nn
 
 from muntin.errors import UserError
 from muntin.measure import svg
-from muntin.measure.bench import MODELS, commit, machine, rounded, versions
+from muntin.measure.bench import MODELS
+from muntin.measure.machine import commit, machine, versions
 from muntin.measure.profile import KINDS, Profile, profile
+from muntin.measure.statistics import rounded
 from muntin.run import Run, atomic_write
 
 if TYPE_CHECKING:

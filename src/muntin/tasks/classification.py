@@ -424,7 +424,7 @@ def _finish(
     run = Run.open(folder)
     if settings.data == "digits" and splits.test is not None:
         write_held_out(splits.test, folder / "held_out")
-    from muntin.measure.bench import machine, versions
+    from muntin.measure.machine import machine, versions
 
     metrics = {
         "model": run.name,
