@@ -40,7 +40,7 @@ Call = Callable[[Tensor], Any]
 class Row:
     """One target at one batch size. Times are milliseconds per call of the whole batch.
 
-    `interval_ms` holds the median with 95% confidence, from the rounds' medians; `iqr_ms` is the distance
+    `interval_ms` holds the median with 95% confidence, from the rounds' medians, `round_ms`; `iqr_ms` is the distance
     between the quartiles of all calls. `speed` is the first target's time over this one's (2: twice as fast),
     the median over the rounds, and `speed_interval` holds it with 95% confidence; where that contains 1 the two
     are a tie. `throughput` is images per second at the median.
@@ -55,6 +55,7 @@ class Row:
     p99_ms: float
     iqr_ms: float
     interval_ms: tuple[float, float]
+    round_ms: list[float]
     throughput: float
     speed: float
     speed_interval: tuple[float, float]
@@ -402,6 +403,7 @@ def _row(
         p99_ms=percentile(every, 0.99),
         iqr_ms=percentile(every, 0.75) - percentile(every, 0.25),
         interval_ms=median_interval(medians),
+        round_ms=medians,
         throughput=1000 * batch / median,
         speed=statistics.median(speeds),
         speed_interval=median_interval(speeds),
