@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import BOUND, RESULTS, difference, peer_of_timm, randomise
+from contestants import BOUND, difference, peer_of_timm
+from randomise import randomise
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ from muntin.measure.bench import LogitsOnly
 from muntin.measure.machine import commit, versions
 from muntin.run import atomic_write
 
+RESULTS = Path(__file__).parent / "results"
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 Size = tuple[int, int]
 

@@ -1,413 +1,279 @@
 """Latency of each family against the libraries that people use, with the same weights.
 
-    python benchmarks/peers.py                       # the tables of docs/speed.md
-    python benchmarks/peers.py --models efficientvit_m5 --batch 8 --seconds 5
+    python benchmarks/peers.py                       # results, the tables of README.md and docs/speed.md, the plot
+    python benchmarks/peers.py --models efficientvit_m5 --batch 8 --seconds 5 --engines pytorch
 
-Each peer is built with random weights, norms and bias tables among them, and its own state dict is loaded into
-Muntin's model. Outputs are compared before anything is timed; then all take turns (muntin.measure.bench). Peers
-run with fused attention where they have it. Results go to benchmarks/results/peers_FAMILY.json and .md.
+Outputs are compared before anything is timed; then all take turns (muntin.measure.bench). Peers run as their own
+docs recommend: fused attention where they have it, BatchNorms folded, channels-last memory for convolutional models.
+In PyTorch, and exported to ONNX Runtime and OpenVINO: ours as it is exported by default, for any batch and size, and
+for a fixed one; peers for a fixed one. With --compile also compiled, which takes minutes for each model.
 
-Swin-Free is in none of these libraries: its peers are put together from a library's own blocks, one window per
-stage and no shift, which the blocks' own constructors take. RMT is in none either: its peer is the authors' form of
-the computation (benchmarks/rmt_authors.py). EfficientViT is timm's, also with its BatchNorms folded by timm itself.
+Results: benchmarks/results/MACHINE.json, peers_FAMILY.md, docs/peers.png. What is not measured stays as it is there.
 """
 
 import argparse
-import copy
 import gc
 import json
-import os
+import re
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from rmt_authors import authors_form
+from contestants import BOUND, MODELS, SIZE, SIZES, build, difference
+from plots import forest
 from torch import Tensor, nn
 
 import muntin
 from muntin.measure import BenchReport, bench
-from muntin.measure.bench import LogitsOnly, Row, transformers_swin
-from muntin.measure.statistics import rounded
+from muntin.measure.bench import Row
+from muntin.measure.machine import machine
+from muntin.measure.statistics import median_interval, rounded
 from muntin.run import atomic_write
-from muntin.runtime import fold
-from muntin.weights import convert
+from muntin.runtime import load
 
-MODELS = {
-    "swin": ("swin_t", "swin_b", "swin_free_t", "swin_free_b"),
-    "swinv2": ("swinv2_t",),
-    "efficientvit": ("efficientvit_m0", "efficientvit_m5"),
-    "rmt": ("rmt_t", "rmt_s"),
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+RUNTIMES = {  # engine: suffix, precision, title
+    "onnx": (".onnx", "float32", "ONNX Runtime"),
+    "openvino": (".xml", "float32", "OpenVINO"),
+    "openvino-bf16": (".xml", "bfloat16", "OpenVINO, bf16"),
 }
-RESULTS = Path(__file__).parent / "results"
-BOUND = 1e-4  # largest difference of outputs, in standard deviations
-SIZE = 224
-SIZES = {"swinv2": 256}  # pixels, of the other families 224
-Peers = dict[str, nn.Module]
+ENGINES = ("pytorch", *RUNTIMES, "compile")
+HALF_BOUND = 0.1  # of bfloat16, in standard deviations; the exporter holds each file to its own bound
+EXPORTED = {  # the peers that are taken into runtimes, without what only PyTorch has (fused attention, memory formats)
+    "swin": ("timm", "torchvision", "transformers (SDPA)"),
+    "swinv2": ("timm", "torchvision"),
+    "efficientvit": ("timm (BN folded)",),
+    "rmt": ("authors' form",),
+}
+Targets = list[tuple[str, nn.Module]]
 
 
-def _free(config: Any) -> bool:
-    return not any(config.per_stage("shift"))
+class Deployed(nn.Module):
+    """An exported file as a module, for the benchmark."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.engine = load(path)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.engine(images)
 
 
-def timm_peer(config: Any, fused: bool, classes: int = 1000) -> nn.Module:
-    """timm's Swin; its fused attention is behind an experimental switch."""
-    from timm import layers
-    from timm.layers import config as switches
-    from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
-
-    before = switches._USE_FUSED_ATTN
-    layers.set_fused_attn(fused, experimental=fused)
-    try:
-        model = SwinTransformer(
-            img_size=SIZE,
-            embed_dim=config.dim,
-            depths=config.depths,
-            num_heads=config.heads,
-            window_size=config.per_stage("window")[0],
-            num_classes=classes,
-            drop_path_rate=0.0,
-        )
-        if _free(config):
-            stages: Any = model.layers
-            for s, stage in enumerate(stages):
-                stage.blocks = nn.Sequential(
-                    *(
-                        SwinTransformerBlock(
-                            config.dim * 2**s,
-                            stage.output_resolution,
-                            config.heads[s],
-                            window_size=config.per_stage("window")[s],
-                            shift_size=0,
-                        )
-                        for _ in stage.blocks
-                    )
-                )
-    finally:
-        switches._USE_FUSED_ATTN = before
-    return model
-
-
-def torchvision_peer(config: Any, classes: int = 1000) -> nn.Module:
-    """torchvision's Swin; it has no fused attention."""
-    from torchvision.models.swin_transformer import SwinTransformer, SwinTransformerBlock
-
-    window = config.per_stage("window")
-    model = SwinTransformer(
-        [config.patch, config.patch],
-        config.dim,
-        list(config.depths),
-        list(config.heads),
-        [window[0], window[0]],
-        stochastic_depth_prob=0.0,
-        num_classes=classes,
-    )
-    if _free(config):
-        for s, heads in enumerate(config.heads):
-            model.features[2 * s + 1] = nn.Sequential(
-                *(
-                    SwinTransformerBlock(config.dim * 2**s, heads, [window[s], window[s]], [0, 0])
-                    for _ in range(config.depths[s])
-                )
-            )
-    return model
-
-
-def transformers_peer(name: str, config: Any, classes: int = 1000) -> nn.Module:
-    """transformers' Swin with scaled_dot_product_attention."""
-    from transformers.models.swin.modeling_swin import SwinLayer
-
-    wrapped = transformers_swin(name.replace("_free", ""), (SIZE, SIZE), classes)
-    if _free(config):
-        for s, stage in enumerate(wrapped.model.swin.encoder.layers):
-            own = copy.deepcopy(stage.config)
-            own.window_size = config.per_stage("window")[s]
-            own._attn_implementation = "sdpa"
-            resolution = stage.blocks[0].input_resolution
-            stage.blocks = nn.ModuleList(
-                SwinLayer(own, config.dim * 2**s, resolution, config.heads[s], shift_size=0) for _ in stage.blocks
-            )
-    return wrapped
-
-
-def peer_of_timm(name: str) -> nn.Module:
-    """timm's Swin in the shape of our variant."""
-    with torch.device("meta"):
-        config = muntin.create_model(name).config
-    return timm_peer(config, fused=False)
-
-
-def randomise(model: nn.Module, seed: int) -> nn.Module:
-    """Weights under which a missing or transposed part shows; running statistics near those of an image, since with
-    random ones a deep model amplifies rounding.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if p.ndim == 1:
-                p.copy_(0.2 * noise + (1.0 if name.endswith("weight") else 0.0))
-            elif "table" in name:
-                p.copy_(0.5 * noise)
-            else:
-                p.copy_(noise / p[0].numel() ** 0.5)
-        norms: list[Any] = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        before = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.momentum = 0.9
-        if norms:
-            model.train()(torch.randn(4, 3, SIZE, SIZE, generator=generator))
-        for norm, momentum in zip(norms, before, strict=True):
-            norm.momentum = momentum
-    return model.eval()
-
-
-def difference(found: Tensor, wanted: Tensor) -> float:
-    return ((found.double() - wanted.double()).abs().max() / wanted.double().std()).item()
-
-
-def swin_peers(name: str, seed: int) -> Peers:
-    """Muntin's model first, then its copies and the peers, all with timm's random weights."""
-    ours = muntin.create_model(name).eval()
-    config = ours.backbone.config
-    first = randomise(timm_peer(config, fused=False), seed)
-    muntin.load_checkpoint(ours, first.state_dict())
-    peers = {
-        "muntin": ours,
-        "muntin.optimize": muntin.optimize(ours),
-        "timm": first,
-        "timm (SDPA)": timm_peer(config, fused=True),
-        "torchvision": torchvision_peer(config),
-        "transformers (SDPA)": transformers_peer(name, config),
-    }
-    for label in ("timm (SDPA)", "torchvision", "transformers (SDPA)"):
-        share(ours, peers[label])
-    return peers
-
-
-def swinv2_peers(name: str, seed: int) -> Peers:
-    """The libraries' SwinV2; none of them has fused attention for it."""
-    import timm
-    import transformers
-    from torchvision import models
-
-    ours = muntin.create_model(name).eval()
-    c = ours.config
-    first = randomise(timm.create_model(f"swinv2_{WORDS[name[-1]]}_window8_256", img_size=SIZES["swinv2"]), seed)
-    muntin.load_checkpoint(ours, first.state_dict())
-    shape = {"image_size": SIZES["swinv2"], "embed_dim": c.dim, "depths": list(c.depths), "num_heads": list(c.heads)}
-    config: Any = transformers.Swinv2Config(window_size=8, **shape)
-    config.num_labels = 1000
-    peers = {
-        "muntin": ours,
-        "muntin.optimize": muntin.optimize(ours),
-        "timm": first,
-        "torchvision": models.get_model(f"swin_v2_{name[-1]}", weights=None),
-        "transformers": LogitsOnly(transformers.Swinv2ForImageClassification(config)),
-    }
-    # torchvision has a bias of the keys, which its forward sets to zero: `share` would not know what belongs there
-    peers["torchvision"].load_state_dict(convert(ours.state_dict(), "torchvision"), strict=False)
-    share(ours, peers["transformers"])
-    return peers
-
-
-WORDS = {"t": "tiny", "s": "small", "b": "base"}
-
-
-def efficientvit_peers(name: str, seed: int) -> Peers:
-    """timm's EfficientViT as it is created, with its BatchNorms folded by timm, and that in channels-last memory."""
-    import timm
-    from timm.utils import reparameterize_model
-
-    ours = muntin.create_model(name).eval()
-    first = randomise(timm.create_model(name), seed)
-    muntin.load_checkpoint(ours, first.state_dict())
-    folded = reparameterize_model(first)
-    return {
-        "muntin": ours,
-        "muntin (BN folded)": fold(ours),
-        "muntin.optimize": muntin.optimize(ours),
-        "timm": first,
-        "timm (BN folded)": folded,
-        "timm (BN folded, channels last)": ChannelsLast(copy.deepcopy(folded)),
-    }
-
-
-class ChannelsLast(nn.Module):
-    """A model in channels-last memory, its image too."""
+class Compiled(nn.Module):
+    """A peer compiled by torch.compile, as its docs have it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model: Any = model.to(memory_format=torch.channels_last)
+        self.run = torch.compile(model)
+        self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images.contiguous(memory_format=torch.channels_last))
+        return self.run(images)
 
 
-def rmt_peers(name: str, seed: int) -> Peers:
-    """The authors' form of the computation; no library has RMT."""
-    ours = randomise(muntin.create_model(name), seed)
-    return {
-        "muntin": ours,
-        "muntin (BN folded)": fold(ours),
-        "muntin.optimize": muntin.optimize(ours),
-        "authors' form": authors_form(ours),
-    }
+def deployed(peers: Targets, family: str, engine: str, batch: int, folder: Path) -> Targets:
+    """Ours with dynamic and with fixed sizes, and the peers with fixed ones, in one runtime."""
+    suffix, precision, _ = RUNTIMES[engine]
+    side = SIZES.get(family, SIZE)
+    wanted: list[tuple[str, nn.Module, bool]] = [("muntin", peers[0][1], False), ("muntin, fixed", peers[0][1], True)]
+    wanted += [(label, model, True) for label, model in peers if label in EXPORTED[family]]
+    found: Targets = []
+    for number, (label, model, fixed) in enumerate(wanted):
+        path = folder / f"{engine}-{batch}-{number}{suffix}"
+        if fixed:
+            muntin.export(model, path, precision=precision, fixed=(batch, side, side), progress=False)
+        else:
+            muntin.export(model, path, precision=precision, sizes=[(side, side)], batches=[1, batch], progress=False)
+        found.append((label, Deployed(path)))
+    return found
 
 
-FAMILIES: dict[str, Callable[[str, int], Peers]] = {
-    "swin": swin_peers,
-    "swinv2": swinv2_peers,
-    "efficientvit": efficientvit_peers,
-    "rmt": rmt_peers,
-}
+def compiled(peers: Targets, family: str) -> Targets:
+    """Ours by muntin.compile, the peers by torch.compile."""
+    chosen = [(label, Compiled(model)) for label, model in peers if label in EXPORTED[family]]
+    return [("muntin", muntin.compile(peers[0][1])), *chosen]
 
 
-def build(family: str, name: str, seed: int = 0) -> tuple[list[tuple[str, nn.Module]], dict[str, float]]:
-    """Muntin's model, its copies and the peers, and how far each one's outputs are from Muntin's in standard
-    deviations.
-
-    Raises SystemExit where a peer computes something else.
-    """
-    peers = FAMILIES[family](name, seed)
-    size = SIZES.get(family, SIZE)
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(seed))
-    with torch.inference_mode():
-        wanted = peers["muntin"](images)
-        errors = {label: difference(peer.eval()(images), wanted) for label, peer in peers.items()}
-    for label, error in errors.items():
-        if not error <= BOUND:
-            sys.exit(f"{name}: {label} differs by {error:.1e} standard deviations; nothing was timed")
-    return list(peers.items()), errors
-
-
-def share(ours: nn.Module, peer: nn.Module) -> None:
-    """Our weights into a peer, by the way back that loading the peer into ours shows.
-
-    Every number of the peer gets a tag, and the tags are loaded into a copy of ours: what stands there now says
-    where each of our numbers belongs, whatever the names, the order and the parts that a matrix is split into.
-    """
-    network = getattr(peer, "model", peer)
-    tags, count = {}, 0
-    for name, p in network.named_parameters():
-        tags[name] = torch.arange(count, count + p.numel(), dtype=torch.float64).view_as(p)
-        count += p.numel()
-    tagged = copy.deepcopy(ours).double()
-    muntin.load_checkpoint(tagged, tags)
-    values = torch.full((count,), float("nan"))
-    with torch.no_grad():
-        for own, tag in zip(ours.parameters(), tagged.parameters(), strict=True):
-            values[tag.flatten().long()] = own.flatten()
-        if values.isnan().any():
-            sys.exit(f"{type(network).__name__} has weights that Muntin's model has not; nothing was timed")
-        for name, p in network.named_parameters():
-            p.copy_(values[tags[name].flatten().long()].view_as(p))
+def contests(family: str, name: str, args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, int, Targets, Any]]:
+    """Engine, batch, who takes part, and how far each is from Muntin's model in PyTorch."""
+    peers, errors = build(family, name)
+    side = SIZES.get(family, SIZE)
+    for batch in args.batch:
+        images = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            wanted = peers[0][1](images)
+        for engine in args.engines:
+            if engine == "pytorch":
+                yield engine, batch, peers, errors
+                continue
+            targets = compiled(peers, family) if engine == "compile" else deployed(peers, family, engine, batch, folder)
+            with torch.inference_mode():
+                off = {label: difference(model(images), wanted) for label, model in targets}
+            bound = HALF_BOUND if "bf16" in engine else BOUND
+            if not max(off.values()) <= bound:
+                sys.exit(f"{name} in {engine}: {off} standard deviations off; nothing was timed")
+            yield engine, batch, targets, off
 
 
-def markdown(family: str, reports: dict[str, BenchReport], errors: dict[str, dict[str, float]]) -> str:
-    """One table per batch size: milliseconds, and how much faster Muntin is than the best peer, as it is created (with
-    its BatchNorms folded where the peers' are) and optimised.
-    """
-    lines = []
-    some = next(iter(reports.values()))
-    for batch in sorted({row.batch for row in some.rows}):
-        labels = [row.target for row in some.rows if row.batch == batch]
-        lines += [f"Batch {batch}, {SIZES.get(family, SIZE)} pixels, {some.protocol['dtype']}, ms (median ± 95%)", ""]
-        lines += [
-            "| model | " + " | ".join(labels) + f" | best peer over {_base(labels)} | over optimize |",
-            "| --- |" + " ---: |" * (len(labels) + 2),
-        ]
-        for name, report in reports.items():
-            rows = {row.target: row for row in report.rows if row.batch == batch}
-            cells = []
-            for label in labels:
-                half = (rows[label].interval_ms[1] - rows[label].interval_ms[0]) / 2
-                cells.append(f"{rounded(rows[label].median_ms, half)} ± {rounded(half, half)}")
-            best = max(
-                (row for label, row in rows.items() if not label.startswith("muntin")), key=lambda row: row.speed
-            )
-            low, high = (1 / value for value in reversed(best.speed_interval))
-            eager, optimized = (
-                f"{rounded(rows[label].speed / best.speed, rows[label].speed * (high - low) / 2)}x"
-                for label in (_base(labels), "muntin.optimize")
-            )
-            eager += f" ({best.target})"
-            lines.append(f"| {name} | " + " | ".join(cells) + f" | {eager} | {optimized} |")
-        lines.append("")
-    m, p, v = some.machine, some.protocol, some.versions
-    worst = max(error for by_peer in errors.values() for error in by_peer.values())
-    libraries = ", ".join(f"{name} {v[name]}" for name in ("torch", "timm", "torchvision", "transformers"))
-    lines.append(
-        f"{m.get('gpu') or m['cpu']}, {m['cores']} cores ({', '.join(m['flags'])}), {p['threads']} threads, "
-        f"{p['rounds']} interleaved rounds; {libraries}; same weights, outputs equal to {worst:.0e} "
-        f"standard deviations; commit {some.commit}."
-    )
+def slug(described: dict[str, Any]) -> str:
+    """A machine's name for a file: amd-epyc-2-cores."""
+    name = described.get("gpu") or f"{described['cpu']} {described['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def ratio(ours: Row, peer: Row) -> tuple[float, float, float]:
+    """How much faster ours is: the median over the rounds, and its 95% interval."""
+    speeds = [p / o for o, p in zip(ours.round_ms, peer.round_ms, strict=True)]
+    return median(speeds), *median_interval(speeds)
+
+
+def told(found: tuple[float, float, float]) -> str:
+    value, low, high = found
+    text = f"{rounded(value, (high - low) / 2)}x"
+    return f"{text} (tie)" if low <= 1 <= high else text
+
+
+def milliseconds(row: Row) -> str:
+    half = (row.interval_ms[1] - row.interval_ms[0]) / 2
+    return f"{rounded(row.median_ms, half)} ± {rounded(half, half)}"
+
+
+def best_peer(rows: Sequence[Row]) -> Row:
+    return min((row for row in rows if not row.target.startswith("muntin")), key=lambda row: row.median_ms)
+
+
+def compared(rows: Sequence[Row]) -> list[tuple[str, tuple[float, float, float]]]:
+    """Each of ours against the best peer."""
+    best = best_peer(rows)
+    return [(row.target, ratio(row, best)) for row in rows if row.target.startswith("muntin")]
+
+
+def markdown(family: str, results: dict[str, Any]) -> str:
+    """The tables of a family: PyTorch by batch with everybody, runtimes with the best peer."""
+    lines: list[str] = []
+    batches = sorted({int(batch) for models in results.values() for by in models.values() for batch in by})
+    for batch in batches:
+        for engine in ("pytorch", "compile"):
+            rows = _rows(results, engine, batch)
+            if rows:
+                lines += [*_everybody(rows, family, engine, batch), ""]
+        exported = {(n, e): r for e in RUNTIMES for n, r in _rows(results, e, batch).items()}
+        if exported:
+            lines += [*_runtimes(exported, family, batch), ""]
+    stored = [entry for models in results.values() for by in models.values() for entry in by.values()]
+    off = max((e for s in stored for label, e in s["errors"].items() if s["report"]["protocol"]["dtype"] == "float32"
+               and s["engine"] != "openvino-bf16"), default=0.0)  # fmt: skip
+    m, v, p = (stored[0]["report"][key] for key in ("machine", "versions", "protocol"))
+    libraries = ", ".join(f"{n} {v[n]}" for n in ("torch", "timm", "torchvision", "transformers", "onnxruntime",
+                                                  "openvino") if n in v)  # fmt: skip
+    commits = sorted({s["report"]["commit"][:12] for s in stored if s["report"]["commit"]})
+    where = f"{m.get('gpu') or m['cpu']}, {m['cores']} cores ({', '.join(m['flags'])}), {p['threads']} threads"
+    equal = f"same weights, float32 outputs equal to {off:.0e} standard deviations"
+    lines.append(f"{where}, {p['rounds']} interleaved rounds; {libraries}; {equal}; commit {', '.join(commits)}.")
     return "\n".join(lines) + "\n"
 
 
-def _base(labels: list[str]) -> str:
-    folded = any("BN folded" in label for label in labels if not label.startswith("muntin"))
-    return "muntin (BN folded)" if folded else "muntin"
+def _rows(results: dict[str, Any], engine: str, batch: int) -> dict[str, list[Row]]:
+    found = {name: engines.get(engine, {}).get(str(batch)) for name, engines in results.items()}
+    return {name: read(entry["report"]).rows for name, entry in found.items() if entry}
 
 
-def main() -> None:
-    every = [name for names in MODELS.values() for name in names]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=every, default=every, metavar="NAME", help=", ".join(every))
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=10.0, help="timed per model and batch size")
-    parser.add_argument("--out", default=str(RESULTS), help="folder for peers_FAMILY.json and .md")
-    parser.add_argument("--tables", action="store_true", help="time nothing; write the .md of what is in --out")
-    args = parser.parse_args()
-    if args.tables:
-        for path in sorted(Path(args.out).glob("peers_*.json")):
-            content = json.loads(path.read_text())
-            stored = {name: read_report(report) for name, report in content["reports"].items()}
-            text = markdown(path.stem.removeprefix("peers_"), stored, content["errors"])
-            atomic_write(path.with_suffix(".md"), text.encode())
-        return
-    for family, names in MODELS.items():
-        chosen = [name for name in names if name in args.models]
-        if chosen:
-            _run(family, chosen, args)
+def _everybody(rows: dict[str, list[Row]], family: str, engine: str, batch: int) -> list[str]:
+    labels = [row.target for row in next(iter(rows.values()))]
+    ours = [label for label in labels if label.startswith("muntin")]
+    where = "PyTorch" if engine == "pytorch" else "compiled"
+    lines = [
+        f"{where}, batch {batch}, {SIZES.get(family, SIZE)} pixels, float32, ms (median ± 95%)",
+        "",
+        "| model | " + " | ".join([*labels, "best peer", *(f"over {label}" for label in ours)]) + " |",
+        "| --- |" + " ---: |" * (len(labels) + 1 + len(ours)),
+    ]
+    for name, found in rows.items():
+        cells = [milliseconds(row) for row in found] + [best_peer(found).target]
+        cells += [told(value) for _, value in compared(found)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
 
 
-def read_report(content: dict[str, Any]) -> BenchReport:
+def _runtimes(rows: dict[tuple[str, str], list[Row]], family: str, batch: int) -> list[str]:
+    lines = [
+        f"Exported, batch {batch}, {SIZES.get(family, SIZE)} pixels, ms (median ± 95%); ratios to the best peer",
+        "",
+        "| model | runtime | muntin | muntin, fixed | best peer | its ms | over muntin | over fixed |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for (name, engine), found in sorted(rows.items(), key=lambda item: list(rows).index(item[0])):
+        best = best_peer(found)
+        cells = [name, RUNTIMES[engine][2], *(milliseconds(r) for r in found if r.target.startswith("muntin"))]
+        cells += [best.target, milliseconds(best), *(told(value) for _, value in compared(found))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def read(content: dict[str, Any]) -> BenchReport:
     """What `asdict` made of a report, as a report."""
     return BenchReport(**content | {"rows": [Row(**row) for row in content["rows"]]})
 
 
-def _run(family: str, names: list[str], args: argparse.Namespace) -> None:
-    reports, errors = {}, {}
-    for name in names:
-        targets, errors[name] = build(family, name)
-        print(f"{name}: outputs equal to {max(errors[name].values()):.1e} standard deviations", flush=True)
-        reports[name] = bench(
-            targets,
-            args.batch,
-            SIZES.get(family, SIZE),
-            dtype=args.dtype,
-            device=args.device,
-            threads=args.threads,
-            rounds=args.rounds,
-            seconds=args.seconds,
-        )
-        print(reports[name].table(), "\n", flush=True)
-        del targets
-        gc.collect()
-    content = {"errors": errors, "reports": {name: asdict(report) for name, report in reports.items()}}
-    out = Path(args.out) / f"peers_{family}.json"
-    atomic_write(out, (json.dumps(content, indent=1) + "\n").encode())
-    atomic_write(out.with_suffix(".md"), markdown(family, reports, errors).encode())
-    print(markdown(family, reports, errors))
-    print(f"written: {os.fspath(out)} and {out.with_suffix('.md').name}")
+def write(out: Path, results: dict[str, Any], plot: Path) -> None:
+    """The JSON, the tables and the plot of what has been measured so far."""
+    atomic_write(out, (json.dumps(results, indent=1) + "\n").encode())
+    points = []
+    for family, models in results["families"].items():
+        atomic_write(out.parent / f"peers_{family}.md", markdown(family, models).encode())
+        for name, engines in models.items():
+            for engine, by_batch in engines.items():
+                title = RUNTIMES[engine][2] if engine in RUNTIMES else {"pytorch": "PyTorch"}.get(engine, "compiled")
+                for batch, entry in by_batch.items():
+                    found = [c for c in compared(read(entry["report"]).rows) if c[0] != "muntin (BN folded)"]
+                    points += [(f"{name}, batch {batch}", f"{title}, {label}", *values) for label, values in found]
+    atomic_write(plot, lambda path: forest(points, "times as fast as the best peer there", path))
+
+
+def main() -> int:
+    every = [name for names in MODELS.values() for name in names]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=every, default=every, metavar="NAME", help=", ".join(every))
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["pytorch", *RUNTIMES], metavar="ENGINE")
+    parser.add_argument("--compile", action="store_true", help="also compiled")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=5.0, help="timed per contestant")
+    parser.add_argument("--out", help="the JSON file (default: benchmarks/results/MACHINE.json)")
+    parser.add_argument("--plot", default=str(ROOT / "docs/peers.png"))
+    parser.add_argument("--tables", action="store_true", help="time nothing; write tables and plot of what is there")
+    args = parser.parse_args()
+    args.engines = [*args.engines, *(["compile"] if args.compile else [])]
+    described = machine(torch.device("cpu"))
+    out = Path(args.out) if args.out else RESULTS / f"{slug(described)}.json"
+    results = json.loads(out.read_text()) if out.exists() else {"machine": described, "families": {}}
+    for family, names in MODELS.items():
+        for name in [] if args.tables else [name for name in names if name in args.models]:
+            with tempfile.TemporaryDirectory() as folder:
+                for engine, batch, targets, errors in contests(family, name, args, Path(folder)):
+                    print(f"{name}, {engine}, batch {batch}: equal to {max(errors.values()):.1e}", flush=True)
+                    report = bench(targets, [batch], SIZES.get(family, SIZE), threads=args.threads,
+                                   rounds=args.rounds, seconds=args.seconds)  # fmt: skip
+                    print(report.table(), "\n", flush=True)
+                    entry = {"engine": engine, "errors": errors, "report": asdict(report)}
+                    results["families"].setdefault(family, {}).setdefault(name, {}).setdefault(engine, {})[
+                        str(batch)
+                    ] = entry
+                    atomic_write(out, (json.dumps(results, indent=1) + "\n").encode())
+                    del targets
+                    gc.collect()
+    write(out, results, Path(args.plot))
+    print(f"written: {out}, peers_*.md beside it and {args.plot}; put them into the docs with: make docs")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
