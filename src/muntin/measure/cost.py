@@ -1,151 +1,58 @@
-"""What a forward pass costs, counted and not timed: parameters, multiply-accumulates, bytes.
-
-Counted at the level of aten operators, so that any model and any form of its forward (fused attention or
-explicit products) is counted alike, and on the meta device without computing anything.
+"""What a forward pass costs, counted and not timed: parameters, multiply-accumulates, memory, bytes.
 
 B batch, N tokens, C channels, h heads, w window
 """
 
 import argparse
+import copy
 import json
-import math
 import tomllib
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from muntin.errors import UserError
+from muntin.measure.counter import KINDS, OperatorCounter
 from muntin.run import atomic_write
 
 MODELS = Path(__file__).parent.parent / "models"
+PRECISIONS = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of a number."""
 
-
-def _mm(a: Tensor, b: Tensor, *_: Any) -> int:
-    return a.shape[0] * a.shape[1] * b.shape[1]
-
-
-def _addmm(_bias: Tensor, a: Tensor, b: Tensor, *_: Any) -> int:
-    return _mm(a, b)
-
-
-def _bmm(a: Tensor, b: Tensor, *_: Any) -> int:
-    return a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2]
-
-
-def _baddbmm(_bias: Tensor, a: Tensor, b: Tensor, *_: Any) -> int:
-    return _bmm(a, b)
-
-
-def _convolution(x: Tensor, weight: Tensor, _bias: Any, _stride: Any, _pad: Any, _dilation: Any,
-                 transposed: bool, *_: Any, out: Tensor) -> int:  # fmt: skip
-    positions = x if transposed else out  # a transposed convolution multiplies at each position of its input
-    return math.prod(positions.shape[2:]) * positions.shape[0] * weight.numel()
-
-
-def _conv_pointwise(x: Tensor, *rest: Any, out: Tensor) -> int:
-    fused_addition = isinstance(rest[1], Tensor) and rest[1].ndim == x.ndim  # (x, other, weight, ...)
-    weight = rest[1] if fused_addition else rest[0]
-    return out.shape[0] * math.prod(out.shape[2:]) * weight.numel()
-
-
-def _linear_pointwise(x: Tensor, weight: Tensor, *_: Any, out: Tensor) -> int:
-    return out.numel() * x.shape[-1]
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> int:
-    return math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
-
-
-# Rules that read the output's shape take it as `out`.
-RULES: dict[str, Callable[..., int]] = {
-    "aten::mm": _mm,
-    "aten::addmm": _addmm,
-    "aten::bmm": _bmm,
-    "aten::baddbmm": _baddbmm,
-    "aten::convolution": _convolution,
-    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
-    "aten::_scaled_dot_product_flash_attention": _attention,
-    "aten::_scaled_dot_product_efficient_attention": _attention,
-    "aten::_scaled_dot_product_cudnn_attention": _attention,
-    "aten::_scaled_dot_product_fused_attention_overrideable": _attention,
-    "mkldnn::_convolution_pointwise": _conv_pointwise,
-    "mkldnn::_linear_pointwise": _linear_pointwise,
-}
-READS_OUTPUT = {"aten::convolution", "mkldnn::_convolution_pointwise", "mkldnn::_linear_pointwise"}
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def _bytes(t: Tensor) -> int:
-    """Bytes behind a tensor; what `expand` repeats is in memory once."""
-    held = math.prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride)
-    return held * t.element_size()
-
-
-def _is_view(op: torch._ops.OpOverload) -> bool:
-    returns = op._schema.returns
-    aliases = [r.alias_info for r in returns if r.alias_info is not None]
-    return op is torch.ops.aten._unsafe_view.default or any(not a.is_write for a in aliases)
-
-
-class OperatorCounter(TorchDispatchMode):
-    """Adds up multiply-accumulates and bytes of the aten operators that run inside it, by operator name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.macs: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self,
-        func: torch._ops.OpOverload,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = func._schema.name
-        if name not in RULES and torch._C._dispatch_has_kernel_for_dispatch_key(
-            func.name(), "CompositeImplicitAutograd"
-        ):  # in inference mode composite operators (linear, matmul, conv2d, ...) arrive whole
-            with self:
-                whole = func.decompose(*args, **kwargs)
-            if whole is not NotImplemented:
-                return whole
-        out = func(*args, **kwargs)
-        self.calls[name] += 1
-        if name in RULES:
-            extra = {"out": _tensors(out)[0]} if name in READS_OUTPUT else {}
-            self.macs[name] += RULES[name](*args, **extra)
-        if not _is_view(func):
-            self.bytes[name] += sum(_bytes(t) for t in _tensors([args, kwargs, out]))
-        return out
+KEPT_BATCH = 2  # a BatchNorm on pooled features cannot train on one image
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one image.
+    """Cost of one forward pass in evaluation mode.
 
     `parameters` are learnable; `exported_parameters` counts each bias table as the h x w^2 x w^2 matrix that
-    stands as a constant in a graph exported for one size, which is how the Swin-Free paper (table 6) counts.
-    `macs` are multiply-accumulates of matrix products and convolutions, attention's two products included.
+    stands as a constant in a graph exported for one size, which is how the Swin-Free paper (table 6) counts;
+    `folded_parameters` are what `muntin.runtime.fold` leaves, None for a model that is not ours.
+    `macs` are multiply-accumulates of matrix products and convolutions, attention's two products included, in all
+    and by kind: a product is `linear` where one factor depends on weights alone, `attention` where neither does.
     `bytes_moved` sums the inputs and outputs of each operator that is not a view: what would cross the memory
     bus if no operator found its input in a cache.
+    `peak_bytes` is the most that the image and what was computed from it hold at any one time, views counted once
+    and operators' scratch memory not. `kept_bytes` is what a forward in training keeps for the backward pass, for
+    each image, without the weights; None where it was not asked for.
+    `weight_bytes` are parameters and buffers by precision.
     """
 
     parameters: int
     exported_parameters: int
+    folded_parameters: int | None
     macs: int
+    macs_by_kind: dict[str, int]
     bytes_moved: int
+    peak_bytes: int
+    kept_bytes: int | None
+    weight_bytes: dict[str, int]
+    batch: int
     height: int
     width: int
 
@@ -154,10 +61,11 @@ class Cost:
         return self.macs / 1e9
 
     def __str__(self) -> str:
+        images = "" if self.batch == 1 else f", {self.batch} images"
         return (
             f"{self.parameters:,} learnable parameters "
             f"({self.exported_parameters:,} with bias matrices as constants), "
-            f"{self.gmacs:.3f} GMACs and {self.bytes_moved / 1e6:.1f} MB moved at {self.height}x{self.width}"
+            f"{self.gmacs:.3f} GMACs and {self.bytes_moved / 1e6:.1f} MB moved at {self.height}x{self.width}{images}"
         )
 
 
@@ -167,36 +75,77 @@ def _exported_parameters(model: nn.Module) -> int:
     for module in model.modules():
         if hasattr(module, "bias_table"):  # (offsets, h) becomes (h, w^2, w^2)
             total += module.window**4 * module.bias_table.shape[1] - module.bias_table.numel()
+        elif hasattr(module, "relative_position_index") and hasattr(module, "relative_position_bias_table"):
+            table = module.relative_position_bias_table  # timm's and torchvision's Swin: an index for each pair
+            total += module.relative_position_index.numel() * table.shape[1] - table.numel()
     return total
 
 
-def cost(model: nn.Module, size: int | tuple[int, int] = 224) -> Cost:
-    """Count parameters, multiply-accumulates and bytes of one image.
+def _folded_parameters(model: nn.Module) -> int | None:
+    from muntin.runtime import fold
 
-    model: anything that takes a (1, 3, H, W) image; counted in evaluation mode and left as it was. Where its
+    if not any(hasattr(module, "folded") for module in model.modules()):
+        return None
+    return sum(p.numel() for p in fold(model).parameters())
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """Modules of its own, so that modes, statistics and kept biases are; the same weights."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+def _image(model: nn.Module, batch: int, size: tuple[int, int]) -> Tensor:
+    first = next(model.parameters(), torch.empty(0))
+    dtype = first.dtype if first.dtype.is_floating_point else torch.float32
+    return torch.zeros(batch, 3, *size, device=first.device, dtype=dtype)
+
+
+def _kept_bytes(model: nn.Module, size: tuple[int, int]) -> int:
+    """Bytes that a forward in training keeps for the backward pass, for each image."""
+    held: dict[int, torch.UntypedStorage] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        held[t.untyped_storage()._cdata] = t.untyped_storage()
+        return t
+
+    training = _copy(model).train()
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = training(_image(training, KEPT_BATCH, size))  # noqa: F841  # alive until all is counted
+    for weight in [*training.parameters(), *training.buffers()]:
+        held.pop(weight.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in held.values()) // KEPT_BATCH
+
+
+def cost(model: nn.Module, size: int | tuple[int, int] = 224, batch: int = 1, training: bool = False) -> Cost:
+    """Count parameters, multiply-accumulates, memory and bytes of one forward pass.
+
+    model: anything that takes a (B, 3, H, W) image; counted in evaluation mode and left as it was. Where its
         parameters are on the meta device nothing is computed.
-    size: side or (height, width) of the image in pixels.
-    Raises UserError for a size that is not positive.
+    size: side or (height, width) of the image in pixels. batch: images.
+    training: count `kept_bytes` too.
+    Raises UserError for a size or batch that is not positive.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
         raise UserError(f"size {height}x{width}: give a height and width of at least 1 pixel")
-    first = next(model.parameters(), torch.empty(0))
-    dtype = first.dtype if first.dtype.is_floating_point else torch.float32
-    image = torch.zeros(1, 3, height, width, device=first.device, dtype=dtype)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), OperatorCounter() as counter:
-            model(image)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    if batch < 1:
+        raise UserError(f"batch {batch}: give at least one image")
+    counted = _copy(model).eval()
+    image = _image(counted, batch, (height, width))
+    with torch.inference_mode(), OperatorCounter([image]) as counter:
+        counted(image)
+    numbers = sum(t.numel() for t in [*model.parameters(), *model.buffers()] if t.is_floating_point())
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
         exported_parameters=_exported_parameters(model),
+        folded_parameters=_folded_parameters(model),
         macs=counter.macs.total(),
+        macs_by_kind={kind: counter.kinds[kind] for kind in KINDS},
         bytes_moved=counter.bytes.total(),
+        peak_bytes=counter.held.peak,
+        kept_bytes=_kept_bytes(model, (height, width)) if training else None,
+        weight_bytes={name: width_ * numbers for name, width_ in PRECISIONS.items()},
+        batch=batch,
         height=height,
         width=width,
     )
@@ -212,7 +161,6 @@ def table(published: Mapping[str, Any]) -> list[dict[str, Any]]:
     in part is text): `parameters`, `gmacs`, `exported`, `folded`, `paper`, `top1` and `source`.
     """
     import muntin
-    from muntin.runtime import fold
 
     rows = []
     for name in muntin.list_models():
@@ -227,7 +175,7 @@ def table(published: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "family": type(model.config).__module__.rpartition(".")[2],
                 "parameters": found.parameters,
                 "exported_parameters": found.exported_parameters,
-                "folded_parameters": sum(p.numel() for p in fold(model).parameters()),
+                "folded_parameters": found.folded_parameters,
                 "gmacs": round(found.gmacs, 4),
                 "size": size,
                 "stated": {key: known[key] for key in STATED if key in known},
