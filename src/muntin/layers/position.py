@@ -36,9 +36,9 @@ def relative_index(
 @contextmanager
 def constants() -> Iterator[None]:
     """Where tensors that outlive the call are made: outside inference mode, or a later training step raises; on
-    the CPU and without dispatch modes, or a meta or fake tensor stays in a cache.
+    the CPU and without modes, or a meta or fake tensor stays in a cache, and the switches of gradients in a graph.
     """
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), _disable_current_modes():
+    with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
         yield
 
 
