@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from muntin.layers.conv import fold_before, with_weights
 from muntin.layers.position import BiasCache, bias_matrix, constant_relative_index, constants
+from muntin.layers.tracing import in_graph
 from muntin.layers.window import Grid, Group, SymbolicGrid, kind_masks, move, window_masks, window_runs
 
 
@@ -76,7 +77,7 @@ class WindowAttention(nn.Module):
         if not grid.aligned:
             keep = move(None, grid, (grid.height, grid.width), batch, x.device).keep
             real = None if keep is None else keep.view(-1, grid.area, 1)
-        if torch.is_grad_enabled():
+        if in_graph():
             return self(rows, self.window_biases(grid), real).view_as(x)
         runs = window_runs(grid, batch, 0, len(rows))
         return self.forward_runs(rows, self.kind_biases(grid, x.dtype), runs, real).view_as(x)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from muntin.layers.conv import MAP_ACTIVATIONS, ConvNorm, Residual, with_weights
 from muntin.layers.position import BiasCache, bias_matrix, constants
+from muntin.layers.tracing import in_graph, symbolic
 from muntin.layers.window import SymbolicGrid
 
 
@@ -24,8 +25,10 @@ def partition(x: Tensor, window: int) -> Tensor:
         return x
     if height % window or width % window:
         x = F.pad(x, (0, -width % window, 0, -height % window))
-    x = x.permute(0, 2, 3, 1).unflatten(2, (-1, window)).unflatten(1, (-1, window))  # (B, rows, w, cols, w, C)
-    return x.transpose(2, 3).reshape(-1, window, window, channels).permute(0, 3, 1, 2)
+    cols = x.shape[3] // window
+    # no tensor above rank 5: (B, H, W, C) -> (B * rows, w, cols, w * C)
+    x = x.permute(0, 2, 3, 1).reshape(-1, window, cols, window * channels)
+    return x.transpose(1, 2).reshape(-1, window, window, channels).permute(0, 3, 1, 2)
 
 
 def merge(x: Tensor, height: int, width: int) -> Tensor:
@@ -34,7 +37,7 @@ def merge(x: Tensor, height: int, width: int) -> Tensor:
     if x.shape[2] == height and x.shape[3] == width:
         return x
     rows, cols = -(-height // side), -(-width // side)
-    x = x.permute(0, 2, 3, 1).reshape(-1, rows, cols, side, side, channels).transpose(2, 3)
+    x = x.permute(0, 2, 3, 1).reshape(-1, cols, side, side * channels).transpose(1, 2)
     return x.reshape(-1, rows * side, cols * side, channels).permute(0, 3, 1, 2)
 
 
@@ -82,9 +85,9 @@ class MapAttention(nn.Module):
     def _bias(self, height: int, width: int, dtype: torch.dtype) -> Tensor:
         """(h, A, A), kept in inference."""
         table, area = self.bias_table, height * width
-        if torch.compiler.is_compiling():
+        if symbolic(height):
             return bias_matrix(table, offsets(height, width, self.window, table.device), area)
-        if torch.is_grad_enabled():
+        if in_graph():
             return bias_matrix(table, constant_offsets(height, width, self.window, table.device), area)
         key = (height, width, dtype, table.device)
         bias = self._cache.get(key, table)

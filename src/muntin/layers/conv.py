@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muntin.layers.mlp import recomputing
+from muntin.layers.tracing import symbolic
 from muntin.layers.window import fresh
 
 
@@ -121,7 +122,7 @@ def crop(x: Tensor, like: Tensor) -> Tensor:
 
 def renew(x: Tensor) -> Tensor:
     """A map (B, C, H, W) whose height and width are symbols of their own under export and `muntin.compile`."""
-    if not torch.compiler.is_compiling():
+    if not symbolic(x.shape[2]):
         return x
     height, width = fresh(x.shape[2]), fresh(x.shape[3])
     tokens = torch.arange(height * width, device=x.device)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from muntin.errors import UserError
 from muntin.layers.conv import fold_after, fold_before
 from muntin.layers.mlp import NORMS, TokenBatchNorm
+from muntin.layers.tracing import symbolic
 from muntin.layers.window import Grid, fresh, merge_move
 
 
@@ -40,14 +41,15 @@ class PatchEmbed(nn.Module):
         patch = self.stride
         check_image(image)
         height, width = image.shape[-2:]
-        if torch.compiler.is_exporting():
+        renewed = torch.compiler.is_exporting() and symbolic(height)
+        if renewed:
             # a convolution specialises sizes: give it symbols of their own
             height, width = fresh((height + patch - 1) // patch), fresh((width + patch - 1) // patch)
             image = _pad_by_gather(_pad_by_gather(image, 2, height * patch), 3, width * patch)
-        elif torch.compiler.is_compiling() or height % patch or width % patch:
+        elif symbolic(height) or height % patch or width % patch:
             image = F.pad(image, (0, -width % patch, 0, -height % patch))
         x = self.proj(image)  # (B, C, H, W)
-        if not torch.compiler.is_exporting():
+        if not renewed:
             height, width = fresh(x.shape[2]), fresh(x.shape[3])
         return self.norm(x.flatten(2).transpose(1, 2).contiguous()), height, width
 

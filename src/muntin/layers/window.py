@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from muntin.layers.position import constants, relative_index, separation_mask
+from muntin.layers.tracing import symbolic
 
 
 def fresh(size: int) -> int:
     """The same size as a symbol of its own, under export and `muntin.compile`, so that expressions never nest.
 
-    Elsewhere, and in compiled training, sizes stay as they are: a backward pass asks more of them.
+    Elsewhere, in compiled training and in an export of fixed size, sizes stay as they are: a backward pass asks more
+    of them, and a fixed graph is to hold no symbol.
     """
-    if not torch.compiler.is_compiling():
+    if not symbolic(size):
         return size
     inference = not torch.is_grad_enabled() and torch._dynamo.config.capture_scalar_outputs
     if not (torch.compiler.is_exporting() or inference):

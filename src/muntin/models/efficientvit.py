@@ -18,6 +18,7 @@ from muntin.errors import UserError
 from muntin.layers.cascaded import CascadedAttention, MapAttention, PlainAttention
 from muntin.layers.conv import MAP_ACTIVATIONS, MAP_NORMS, ConvNorm, Residual, fold_before, renew, with_weights
 from muntin.layers.patch import check_image
+from muntin.layers.tracing import symbolic
 from muntin.layers.window import SymbolicGrid, symbolic_grid
 from muntin.models.backbone import Backbone, select_outputs
 
@@ -199,7 +200,7 @@ class EfficientViTStage(nn.Module):
             x = renew(self.subsample(x))
         grid = None
         # gathers serve sizes that are symbols; in training a small map's statistics must not see their padding
-        if torch.compiler.is_compiling() and not self.training:
+        if symbolic(x.shape[2]) and not self.training:
             grid = symbolic_grid(x.shape[2], x.shape[3], self.window, False, "pad", x.device)
         for block in self.blocks:
             x = run(block, x, grid)

@@ -21,6 +21,7 @@ from muntin.layers.manhattan import DECAYS, ManhattanAttention
 from muntin.layers.mlp import Mlp, TokenBatchNorm
 from muntin.layers.patch import PatchEmbed, PatchMerging, check_image
 from muntin.layers.tokens import after, on_map
+from muntin.layers.tracing import symbolic
 from muntin.layers.window import fresh
 from muntin.models.backbone import Backbone, select_outputs
 
@@ -152,7 +153,8 @@ class ConvStem(nn.Module):
             return x.flatten(2).transpose(1, 2).contiguous(), x.shape[2], x.shape[3]
         size = fresh(image.shape[2]), fresh(image.shape[3])
         x = image.flatten(2).transpose(1, 2).contiguous()
-        if torch.compiler.is_exporting():  # a strided convolution specialises the sides that it sees
+        if torch.compiler.is_exporting() and symbolic(size[0]):
+            # a strided convolution specialises the sides that it sees
             x = x.index_select(1, torch.arange(size[0] * size[1], device=x.device))
         strides = iter(self.strides)
         for layer in self.convs:
@@ -182,7 +184,7 @@ def _convolve(layer: nn.Module, x: Tensor, size: tuple[int, int], stride: int) -
     """
     x = on_map(layer, x, size)
     height, width = (fresh(after(side, 3, stride, 1)) for side in size)
-    if torch.compiler.is_exporting() and stride > 1:
+    if torch.compiler.is_exporting() and symbolic(height) and stride > 1:
         x = x.index_select(1, torch.arange(height * width, device=x.device))
     return x, (height, width)
 
@@ -191,7 +193,7 @@ class Merge(PatchMerging):
     """Swin's patch merging: tokens (B, N, C) of a map -> (B, N / 4, 2C), and the map's sides."""
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, int, int]:  # type: ignore[override]
-        if torch.compiler.is_compiling():
+        if symbolic(size[0]):
             return self.forward_symbolic(x, *size)
         return super().forward(x[None], None, None, size)[0], (size[0] + 1) // 2, (size[1] + 1) // 2
 

@@ -22,6 +22,7 @@ from muntin.layers.conv import fold_before
 from muntin.layers.drop import DropPath
 from muntin.layers.mlp import ACTIVATIONS, NORMS, Mlp, TokenBatchNorm
 from muntin.layers.patch import PatchEmbed, PatchMerging
+from muntin.layers.tracing import in_graph
 from muntin.layers.window import (
     Grid,
     SymbolicGrid,
@@ -147,7 +148,7 @@ class SwinBlock(nn.Module):
         if self.norm1 is not None and self.attention is not None:
             grid = make_grid(*size, self.window, self.shifted, self.small_maps)
             target = grid if grid.aligned else None
-            chunked = x.device.type == "cpu" and not (torch.is_grad_enabled() or self.training)
+            chunked = x.device.type == "cpu" and not (in_graph() or self.training)
             if chunked and target is not None:
                 return self._window_by_window(x, source, grid, size)
             x = reorder(x, source, target, size)

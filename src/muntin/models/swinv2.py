@@ -22,6 +22,7 @@ from muntin.layers.drop import DropPath
 from muntin.layers.mlp import Mlp
 from muntin.layers.patch import PatchEmbed, neighbours, symbolic_neighbours
 from muntin.layers.position import BiasCache, bias_matrix, constant_relative_index, constants
+from muntin.layers.tracing import in_graph
 from muntin.layers.window import Grid, SymbolicGrid, make_grid, move, pieces, reorder, same_order
 from muntin.models.windowed import MeanHead, WindowBackbone, WindowStage, drop_rates, initialise
 
@@ -265,7 +266,7 @@ class SwinV2Block(nn.Module):
         """Stream in the source's order -> stream in `self.order(source, size)`."""
         grid = make_grid(*size, self.window, self.shifted, self.small_maps)
         target = grid if grid.aligned else None
-        if x.device.type == "cpu" and not (torch.is_grad_enabled() or self.training) and target is not None:
+        if x.device.type == "cpu" and not (in_graph() or self.training) and target is not None:
             return self._window_by_window(x, source, grid, size)
         x = reorder(x, source, target, size)
         y = self.attention.forward_stream(reorder(x, target, grid, size), grid)  # padding is zero, and is cropped

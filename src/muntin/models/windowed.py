@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.layers.patch import PatchEmbed
+from muntin.layers.tracing import symbolic
 from muntin.layers.window import Grid, SymbolicGrid, reorder, symbolic_grid
 from muntin.models.backbone import Backbone, select_outputs
 
@@ -86,7 +87,7 @@ class WindowBackbone(Backbone):
             self.norms.update({str(s): norm(config.dim * 2**s) for s in self.out_indices})
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        if torch.compiler.is_compiling():
+        if symbolic(image.shape[2]):
             return self._forward_symbolic(image)
         x, height, width = self.stem(image)
         x, order, size = x[None], None, (height, width)

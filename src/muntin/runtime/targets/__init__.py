@@ -20,14 +20,22 @@ B batch, H W image
 import importlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor, nn
+
+INSTALL = "install it with: pip install 'muntin[export]'"
 
 Fixed = tuple[int, int, int]
 """(batch, height, width)"""
+
+
+def axes(dtype: torch.dtype) -> tuple[int, int, int]:
+    """Where batch, height and width stand: bytes come as (B, H, W, 3), numbers as (B, 3, H, W)."""
+    return (0, 1, 2) if dtype == torch.uint8 else (0, 2, 3)
 
 
 class ExportError(RuntimeError):
@@ -75,13 +83,17 @@ class Written:
 class Opened:
     """A file ready to run.
 
-    run: an image batch on the CPU, contiguous, in the file's own layout and type -> one tensor for each output.
-    metadata: as it was written. shape: batch, height and width where the file has them fixed, otherwise None.
+    run: a batch of images on the CPU, contiguous, in the file's own layout and type -> one tensor for each output.
+    metadata: as it was written.
+    dtype: of the images, float32 or uint8. shape: batch, height and width where the file fixes them, or None.
+    least: the smallest height and width that it takes.
     """
 
     run: Callable[[Tensor], list[Tensor]]
     metadata: dict[str, str]
-    shape: tuple[int | None, int | None, int | None] = field(default=(None, None, None))
+    dtype: torch.dtype = torch.float32
+    shape: tuple[int | None, int | None, int | None] = (None, None, None)
+    least: int = 1
 
 
 class Module(Protocol):

@@ -1,0 +1,94 @@
+"""ONNX by torch.onnx; runs in ONNX Runtime on the CPU."""
+
+import itertools
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from muntin.errors import UserError
+from muntin.runtime.targets import INSTALL, Job, Opened, Written, axes
+from muntin.runtime.tracing import quiet, trace
+
+LIMIT = 2**31 - 1  # bytes: protobuf holds no larger message
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def write(job: Job, path: Path) -> Written:
+    try:
+        import onnxscript  # noqa: F401  # torch.onnx needs it and would say so in its own words
+    except ImportError as error:
+        raise UserError(f"exporting to ONNX needs the package onnxscript; {INSTALL}") from error
+    held = sum(t.numel() * t.element_size() for t in itertools.chain(job.model.parameters(), job.model.buffers()))
+    if held > LIMIT:
+        raise UserError(f"the model holds {held / 1e9:.1f} GB; a single ONNX file holds less than 2 GB")
+    traced = trace(job)
+    with quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                traced,
+                input_names=["image"],
+                output_names=list(job.outputs),
+                opset_version=job.opset,
+                dynamo=True,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise UserError(f"ONNX cannot express this model: {_reason(error)}") from error
+        assert program is not None  # always, with dynamo=True
+        graph = program.model
+        graph.producer_name = "muntin"
+        graph.producer_version = sys.modules["muntin"].__version__  # importing it here would go in a circle
+        graph.metadata_props.clear()
+        graph.metadata_props.update(job.metadata)
+        for node in graph.graph.all_nodes():
+            node.metadata_props.clear()  # stack traces with the paths of this machine
+        program.save(path, external_data=False)
+    values = [value for node in graph.graph.all_nodes() for value in node.outputs if value.shape is not None]
+    values += list(graph.graph.initializers.values())
+    return Written(
+        opset=graph.opset_imports[""],
+        nodes=Counter(node.op_type for node in graph.graph.all_nodes()),
+        max_rank=max(len(value.shape) for value in values if value.shape is not None),
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, which names the operation."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:300]
+
+
+def open(path: Path) -> Opened:
+    """A session with as many threads as torch has."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(f"{path} needs the package onnxruntime; {INSTALL}") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no base below Exception
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} is not an ONNX file that ONNX Runtime can run ({reason}); export it again") from error
+    inputs = session.get_inputs()
+    if len(inputs) != 1 or len(inputs[0].shape) != 4:
+        described = ", ".join(f"{i.name}{i.shape}" for i in inputs) or "nothing"
+        raise UserError(f"{path} takes {described}; a file exported by Muntin takes one batch of images")
+    given = inputs[0]
+    dtype = torch.uint8 if given.type == "tensor(uint8)" else torch.float32
+
+    def run(images: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(array) for array in session.run(None, {given.name: images.numpy()})]
+
+    shape: Any = tuple(given.shape[a] if isinstance(given.shape[a], int) else None for a in axes(dtype))
+    return Opened(run, session.get_modelmeta().custom_metadata_map, dtype, shape)
