@@ -15,7 +15,7 @@ import random
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from html import escape
@@ -30,6 +30,7 @@ from muntin.errors import UserError
 from muntin.measure import svg
 from muntin.measure.bench import MODELS
 from muntin.measure.machine import commit, machine, versions
+from muntin.measure.page import document, figure, key, missing, section, table
 from muntin.measure.profile import KINDS, Profile, profile
 from muntin.measure.statistics import rounded
 from muntin.run import Run, atomic_write
@@ -170,34 +171,6 @@ def _data_uri(picture: "Image") -> tuple[str, bool]:
 # ---------------------------------------------------------------------------------------------------- the parts
 
 
-def _section(name: str, title: str, lead: str, body: str) -> str:
-    lead = f'<p class="lead">{lead}</p>' if lead else ""
-    return f'<section id="{name}"><h2>{title}</h2>{lead}{body}</section>'
-
-
-def _missing(what: str, command: str) -> str:
-    return f'<p class="missing">{escape(what)} Make it with</p><pre><code>{escape(command)}</code></pre>'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], css: str = "") -> str:
-    """Cells are HTML; the first column is text, the others numbers."""
-    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    top = f"<thead><tr>{top}</tr></thead>" if head else ""
-    body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows
-    )
-    return f'<div class="scroll"><table class="{css}">{top}<tbody>{body}</tbody></table></div>'
-
-
-def _figure(drawing: str, caption: str, legend: str = "") -> str:
-    return f"<figure><figcaption>{caption}{legend}</figcaption>{drawing}</figure>"
-
-
-def _key(names: Sequence[str]) -> str:
-    marks = "".join(f'<span class="s{i}"><i></i>{escape(name)}</span>' for i, name in enumerate(names))
-    return f'<span class="key">{marks}</span>'
-
-
 def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
@@ -248,26 +221,26 @@ def _curves(page: _Page) -> str:
         with open(path, newline="", encoding="utf-8") as file:
             rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
     if not rows:
-        body = _missing("There is no history of this run's training.", "muntin train --out " + shlex.quote(page.path))
-        return _section("training", "Training", "", body)
+        body = missing("There is no history of this run's training.", "muntin train --out " + shlex.quote(page.path))
+        return section("training", "Training", "", body)
     columns = {key: [row[key] for row in rows] for key in rows[0]}
     epochs, accuracy = columns["epoch"], columns["val_accuracy"]
     kept = int(page.run.metrics.get("best_epoch") or len(rows))
     loss = {"training": columns["train_loss"], "validation": columns["val_loss"]}
     body = '<div class="three">'
-    body += _figure(svg.lines("loss", epochs, loss, mark=kept), "Loss", _key(list(loss)))
-    body += _figure(
+    body += figure(svg.lines("loss", epochs, loss, mark=kept), "Loss", key(list(loss)))
+    body += figure(
         svg.lines("validation accuracy", epochs, {"validation": accuracy}, percent=True, mark=kept),
         "Validation accuracy",
     )
-    body += _figure(svg.lines("learning rate", epochs, {"rate": columns["lr"]}, from_zero=True), "Learning rate")
+    body += figure(svg.lines("learning rate", epochs, {"rate": columns["lr"]}, from_zero=True), "Learning rate")
     lead = (
         f"The weights after epoch {kept} of {len(rows)} are kept (dashed), with a validation accuracy of "
         f"<b>{accuracy[kept - 1]:.2%}</b>; {_duration(sum(columns['seconds']))} in all."
     )
     if page.run.metrics.get("weights") == "ema":
         lead += " They are the moving average. Training loss is of augmented, smoothed targets."
-    return _section("training", "Training", lead, body + "</div>")
+    return section("training", "Training", lead, body + "</div>")
 
 
 def _confusions(seen: Seen) -> list[tuple[int, str, str]]:
@@ -283,7 +256,7 @@ def _confusions(seen: Seen) -> list[tuple[int, str, str]]:
 
 def _confusion(page: _Page) -> str:
     if page.seen is None:
-        return _section("confusion", "Confusion", "", f'<p class="missing">{escape(page.why)}</p>')
+        return section("confusion", "Confusion", "", f'<p class="missing">{escape(page.why)}</p>')
     seen = page.seen
     wrong = _confusions(seen)
     lead = "No held-out image is taken for another class."
@@ -294,9 +267,9 @@ def _confusion(page: _Page) -> str:
         body = svg.heat_map(seen.confusion(), seen.classes)
     else:
         rows = [[escape(a), escape(b), str(n)] for n, a, b in wrong[:30]]
-        body = _table(("true class", "taken for", "images"), rows)
+        body = table(("true class", "taken for", "images"), rows)
     body += _classes(seen)
-    return _section("confusion", "Classes", lead, f'<div class="two">{body}</div>')
+    return section("confusion", "Classes", lead, f'<div class="two">{body}</div>')
 
 
 def _classes(seen: Seen) -> str:
@@ -312,7 +285,7 @@ def _classes(seen: Seen) -> str:
     if len(rows) > NUMBERED:
         shown = [cells for _, cells in sorted(rows, key=lambda row: row[0])[:NUMBERED]]
         note = f'<p class="note">The {NUMBERED} classes with the lowest F1 of {len(rows)}.</p>'
-    return "<div>" + _table(("class", "images", "recall", "precision", "F1"), shown) + note + "</div>"
+    return "<div>" + table(("class", "images", "recall", "precision", "F1"), shown) + note + "</div>"
 
 
 def _bar(share: float) -> str:
@@ -349,7 +322,7 @@ def _samples(page: _Page) -> str:
     lead = (
         f"{len(chosen)} of {len(seen.labels)} {escape(seen.split)} images, drawn at random; red where the model errs."
     )
-    return _section("samples", "Predictions", lead, f'<div class="tiles">{tiles}</div>')
+    return section("samples", "Predictions", lead, f'<div class="tiles">{tiles}</div>')
 
 
 def _mistakes(page: _Page) -> str:
@@ -363,7 +336,7 @@ def _mistakes(page: _Page) -> str:
     else:
         chosen, lead = wrong[:WORST], f"{len(wrong)} of {len(seen.labels)} are wrong; these by the largest loss."
     tiles = "".join(_tile(seen, i, full=True) for i in chosen)
-    return _section("mistakes", "Worst mistakes", lead, f'<div class="tiles">{tiles}</div>')
+    return section("mistakes", "Worst mistakes", lead, f'<div class="tiles">{tiles}</div>')
 
 
 def _calibrated(page: _Page) -> str:
@@ -381,17 +354,17 @@ def _calibrated(page: _Page) -> str:
     counts = [torch.bincount(number[chosen], minlength=BINS).tolist() for chosen in (page.seen.right, ~page.seen.right)]
     piles = [(b / BINS, (b + 1) / BINS, counts[0][b], counts[1][b]) for b in range(BINS)]
     body = '<div class="two">'
-    body += _figure(svg.reliability(bins), "Share that is right")
-    body += _figure(svg.histogram(piles), "Images", _key(["right", "wrong"]))
+    body += figure(svg.reliability(bins), "Share that is right")
+    body += figure(svg.histogram(piles), "Images", key(["right", "wrong"]))
     note = '<p class="note">On the dashed line confidence is accuracy. The stronger a bar, the more images.</p>'
-    return _section("calibration", "Calibration", lead, body + "</div>" + note)
+    return section("calibration", "Calibration", lead, body + "</div>" + note)
 
 
 def _latency(page: _Page) -> str:
     path = page.run.path / "bench.json"
     if not path.exists():
-        body = _missing("This run has not been measured yet.", page.command("bench"))
-        return _section("latency", "Latency", "", body)
+        body = missing("This run has not been measured yet.", page.command("bench"))
+        return section("latency", "Latency", "", body)
     bench = json.loads(path.read_text(encoding="utf-8"))
     most = {batch: max(r["median_ms"] for r in bench["rows"] if r["batch"] == batch) for batch in
             {row["batch"] for row in bench["rows"]}}  # fmt: skip
@@ -413,11 +386,11 @@ def _latency(page: _Page) -> str:
     m, p = bench["machine"], bench["protocol"]
     where = m.get("gpu") or f"{m['cpu']}, {m['cores']} cores, {m.get('memory_gb', '?')} GB"
     lead = f"{escape(where)}; {p['dtype']}, {_several(p['threads'], 'thread')}, {p['rounds']} interleaved rounds."
-    body = _table(("model", "batch", "median, ms", "p90", "p99", "images/s"), rows)
+    body = table(("model", "batch", "median, ms", "p90", "p99", "images/s"), rows)
     note = f"± holds the median with 95% confidence. {_date(bench['created'])}, torch {bench['versions']['torch']}"
     flags = ", ".join(m.get("flags", []))
     note += f"; processor features {escape(flags)}." if flags else "."
-    return _section("latency", "Latency", lead, body + f'<p class="note">{note}</p>')
+    return section("latency", "Latency", lead, body + f'<p class="note">{note}</p>')
 
 
 def _date(iso: str) -> str:
@@ -458,14 +431,14 @@ def _time(page: _Page) -> str:
         f"without it {profiles[0].plain_ms:.2f} ms and {profiles[1].plain_ms:.2f} ms. Unattributed is Python and "
         "launching; window shifting counts every roll and gather."
     )
-    return _section("time", "Where the time goes", lead, body + _table(head, rows) + f'<p class="note">{note}</p>')
+    return section("time", "Where the time goes", lead, body + table(head, rows) + f'<p class="note">{note}</p>')
 
 
 def _export(page: _Page) -> str:
     path = page.run.path / "model.onnx"
     if not path.exists():
-        body = _missing("This run has not been exported yet.", page.command("export", " --to onnx"))
-        return _section("export", "Export", "", body)
+        body = missing("This run has not been exported yet.", page.command("export", " --to onnx"))
+        return section("export", "Export", "", body)
     import onnx
 
     from muntin.runtime.engines import load
@@ -490,8 +463,8 @@ def _export(page: _Page) -> str:
         f"{path.stat().st_size / 1e6:.1f} MB, {len(graph.node)} nodes, most of them {told}. Any batch, height and "
         "width. Compared in ONNX Runtime while this page was made."
     )
-    body = _table(("image", *(f"batch {b}" for b in batches)), rows, "compact")
-    return _section("export", "Export check", lead, body + f'<p class="note">{note}</p>')
+    body = table(("image", *(f"batch {b}" for b in batches)), rows, "compact")
+    return section("export", "Export check", lead, body + f'<p class="note">{note}</p>')
 
 
 def _configuration(page: _Page) -> str:
@@ -501,7 +474,7 @@ def _configuration(page: _Page) -> str:
     about |= {f"input {key}": _plain(value) for key, value in run.preprocessing.items()}
     architecture = {key: _plain(value) for key, value in run.model_config.items()}
     tables = [
-        _table((), [[escape(key), escape(value)] for key, value in fields.items()], "plain")
+        table((), [[escape(key), escape(value)] for key, value in fields.items()], "plain")
         for fields in (about, architecture)
     ]
     body = f'<div class="two">{"".join(tables)}</div>'
@@ -509,7 +482,7 @@ def _configuration(page: _Page) -> str:
     if config.exists():
         text = escape(config.read_text(encoding="utf-8"))
         body += f"<details><summary>Training settings (config.yaml)</summary><pre><code>{text}</code></pre></details>"
-    return _section("configuration", "Configuration", "", body)
+    return section("configuration", "Configuration", "", body)
 
 
 def _plain(value: Any) -> str:
@@ -538,109 +511,7 @@ def _commands(page: _Page) -> str:
     source = commit()
     note = f"{escape(told)}; on {escape(here['cpu'])}, {here['cores']} cores"
     note += f"; source {escape(source[:12] + ('-dirty' if source.endswith('-dirty') else ''))}." if source else "."
-    return _section("reproduce", "Reproduce", "", f'<pre><code>{text}</code></pre><p class="note">{note}</p>')
-
-
-# ----------------------------------------------------------------------------------------------------- the page
-
-# Kinds of operation: arithmetic in blues and greens, what waits for memory in warm colours, the rest in greys.
-_KIND_COLOURS = (
-    "#1f5f8b #2a789f #157a6e #2b8069 #96700f #a05f16 #b4541a #9c3f3f #75628a #666c73 #c3c6c9",
-    "#4d9fd6 #2f7fb0 #2fa797 #6cc5ae #d3a944 #cf8f45 #e0854f #d9736f #a08fb6 #858c94 #5d646b",
-)
-
-STYLE = """
-:root{color-scheme:light dark;--bg:#fbfaf7;--fg:#1d2126;--muted:#5a636d;--rule:#dcd9d2;--panel:#f2f0ea;
---s0:#1f5f8b;--s1:#b4541a;--good:#1b7043;--bad:#b3261e;--on:#ffffff;LIGHT}
-@media (prefers-color-scheme:dark){:root{--bg:#14171a;--fg:#e6e8ea;--muted:#9aa4ae;--rule:#32383f;--panel:#1d2226;
---s0:#6cb2e6;--s1:#f0a36b;--good:#62c78f;--bad:#ff8f85;--on:#0d1013;DARK}}
-*{box-sizing:border-box}
-html{-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--bg);color:var(--fg);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
-"Helvetica Neue",Arial,sans-serif;font-variant-numeric:tabular-nums}
-main{max-width:1080px;margin:0 auto;padding:44px 24px 72px}
-h1,h2{font-family:"Iowan Old Style","Palatino Linotype",Palatino,"Book Antiqua",Georgia,serif;font-weight:600;
-line-height:1.2;text-wrap:balance}
-h1{font-size:36px;margin:0;letter-spacing:-.01em;overflow-wrap:anywhere}
-h2{font-size:24px;margin:0 0 6px}
-header{display:flex;gap:18px;align-items:flex-start}
-header svg{width:46px;flex:none;margin-top:4px}
-header p{margin:6px 0 0;color:var(--muted)}
-nav{margin:26px 0 0;padding:9px 0;border-block:1px solid var(--rule);display:flex;flex-wrap:wrap;gap:4px 18px;
-font-size:13.5px}
-a{color:var(--s0);text-decoration:none}a:hover{text-decoration:underline}
-a:focus-visible,summary:focus-visible{outline:2px solid var(--s0);outline-offset:3px}
-section{margin-top:52px}
-.lead{margin:0 0 18px;max-width:46em}
-.note,.missing{color:var(--muted);font-size:14px;max-width:54em}.muted{color:var(--muted)}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(170px,1fr));gap:26px 30px;margin:34px 0 0}
-.cards div{display:flex;flex-direction:column;border-top:2px solid var(--fg);padding-top:10px}
-.cards dd{margin:0;font-size:31px;line-height:1.15;letter-spacing:-.015em;font-weight:600}
-.cards dt{font-weight:600;margin-top:3px}.cards p{margin:2px 0 0;font-size:13.5px;line-height:1.4;color:var(--muted)}
-.three{display:grid;grid-template-columns:repeat(auto-fit,minmax(290px,1fr));gap:22px 28px}
-.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(430px,100%),1fr));gap:30px 40px;align-items:start}
-.two>*{min-width:0}
-figure{margin:0}figcaption{font-size:14px;font-weight:600;margin-bottom:4px;display:flex;justify-content:space-between;
-flex-wrap:wrap;gap:0 12px}
-.key{font-weight:400;display:inline-flex;gap:14px;color:var(--muted)}.key i{display:inline-block;width:14px;height:3px;
-border-radius:2px;margin-right:6px;vertical-align:middle;background:var(--c)}
-svg{width:100%;height:auto;display:block;overflow:visible}
-svg text{font-family:inherit;fill:var(--fg)}
-.tick{font-size:11px;fill:var(--muted)!important}.name{font-size:11.5px}.count{font-size:11.5px}
-.count.on{fill:var(--on)!important}
-.grid{stroke:var(--rule);stroke-width:1}.mark{stroke:var(--muted);stroke-width:1;stroke-dasharray:3 3}
-.s0{--c:var(--s0)}.s1{--c:var(--s1)}
-.line{fill:none;stroke:var(--c);stroke-width:2;stroke-linejoin:round}.dot{fill:var(--c)}
-.ideal{stroke:var(--muted);stroke-dasharray:4 4;fill:none}.bar{fill:var(--s0)}
-.hit{fill:transparent}.hit:hover{fill:var(--fg);fill-opacity:.06}
-.cell.right{fill:var(--s0)}.cell.wrong{fill:var(--s1)}.cell:hover{stroke:var(--fg);stroke-width:1.5}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-size:14.5px}
-th,td{padding:5px 0 5px 18px;text-align:right;border-bottom:1px solid var(--rule);font-weight:400;white-space:nowrap}
-thead th{color:var(--muted);font-size:13px;vertical-align:bottom}
-th:first-child{text-align:left;padding-left:0;white-space:normal;overflow-wrap:anywhere}
-.compact{width:auto;min-width:340px}
-.plain td{text-align:left;white-space:normal;overflow-wrap:anywhere}.plain th:first-child{color:var(--muted);width:12em}
-.meter{display:inline-block;min-width:84px;padding-bottom:3px;background:linear-gradient(to right,var(--s0) var(--v),
-var(--rule) var(--v)) bottom/100% 3px no-repeat}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(96px,1fr));gap:18px 14px}
-.tile img{width:100%;max-width:120px;height:auto;aspect-ratio:1;object-fit:contain;border-radius:4px;display:block;
-background:var(--panel);outline:1px solid var(--rule)}
-.tile.wrong img{outline:2px solid var(--bad)}.tile.wrong figcaption b{color:var(--bad)}
-.tile figcaption{display:block;font-weight:400;font-size:13.5px;line-height:1.35;margin-top:6px;overflow-wrap:anywhere}
-.pixels{image-rendering:pixelated}
-.good{color:var(--good)}.bad{color:var(--bad)}
-.barname{margin:12px 0 3px;font-size:13.5px;color:var(--muted)}
-.swatch{display:inline-block;width:11px;height:11px;border-radius:2px;margin-right:9px;background:var(--k)}
-.kind{fill:var(--k)}.count[class*=" k"]{fill:var(--on)!important}.count.k10{fill:var(--fg)!important}
-#time .scroll{margin-top:16px;max-width:720px}
-#calibration figure{max-width:430px}.pile{fill:var(--c)}
-pre{background:var(--panel);padding:14px 16px;border-radius:4px;overflow-x:auto;font-size:13.5px;line-height:1.6}
-code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:.94em}
-details{margin-top:16px}summary{cursor:pointer;color:var(--s0);font-size:14.5px}
-footer{margin-top:56px;padding-top:12px;border-top:1px solid var(--rule);font-size:13.5px;color:var(--muted)}
-@media (max-width:560px){main{padding:26px 16px 48px}h1{font-size:28px}h2{font-size:21px}header svg{width:36px}
-.cards{grid-template-columns:1fr 1fr;gap:22px 18px}.cards dd{font-size:25px}section{margin-top:40px}
-th,td{padding-left:11px}table{font-size:13.5px}.meter{min-width:60px}}
-@media print{:root{--bg:#fff;--fg:#000;--muted:#444;--rule:#ccc;--panel:#f4f4f4;--s0:#1f5f8b;--s1:#b4541a;
---good:#1b7043;--bad:#b3261e;--on:#fff;LIGHT}body{font-size:11pt}main{max-width:none;padding:0}nav{display:none}
-section{margin-top:26px}figure,tr,.cards div{break-inside:avoid}h2{break-after:avoid}
-*{-webkit-print-color-adjust:exact;print-color-adjust:exact}}
-"""
-
-ICON = (
-    '<svg viewBox="0 0 46 46" aria-hidden="true"><rect x="1.5" y="1.5" width="43" height="43" rx="3" fill="none" '
-    'stroke="var(--s0)" stroke-width="3"/><path d="M17 2v42M2 17h42M31 17v27M17 31h27" stroke="var(--s0)" '
-    'stroke-width="3" fill="none"/></svg>'
-)
-
-
-def _style() -> str:
-    light, dark = (
-        "".join(f"--k{i}:{colour};" for i, colour in enumerate(colours.split())) for colours in _KIND_COLOURS
-    )
-    kinds = "".join(f".k{i}{{--k:var(--k{i})}}" for i in range(len(KINDS)))
-    return STYLE.replace("LIGHT", light).replace("DARK", dark) + kinds
+    return section("reproduce", "Reproduce", "", f'<pre><code>{text}</code></pre><p class="note">{note}</p>')
 
 
 SECTIONS: tuple[tuple[str, Callable[[_Page], str]], ...] = (
@@ -662,17 +533,8 @@ def _assemble(page: _Page, body: str) -> str:
     title = escape(run.path.resolve().name)
     data = page.seen.data if page.seen else str(run.metrics.get("data", "images"))
     told = f"<b>{escape(run.name)}</b>, trained on {escape(data)}: {len(run.classes)} classes"
-    links = "".join(
-        f'<a href="#{name}">{text}</a>' for name, text in re.findall(r'<section id="(\w+)"><h2>(.*?)</h2>', body)
-    )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{title}: {escape(run.name)}</title><style>{_style()}</style></head><body><main>"
-        f"<header>{ICON}<div><h1>{title}</h1><p>{told}</p></div></header>"
-        f"{_headline(page)}<nav aria-label='sections'>{links}</nav>{body}"
-        "<footer>Made by <code>muntin report</code>. Hover over a chart for its figures.</footer>"
-        "</main></body></html>\n"
+    return document(
+        f"{title}: {escape(run.name)}", title, told, _headline(page), body, "Made by <code>muntin report</code>."
     )
 
 
