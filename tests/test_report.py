@@ -16,7 +16,8 @@ from muntin.data.datasets import folder_splits
 from muntin.errors import UserError
 from muntin.measure import report, svg
 from muntin.measure.bench import bench
-from muntin.measure.report import calibration, look, pareto, wilson
+from muntin.measure.report import pareto
+from muntin.measure.seen import calibration, look, wilson
 from muntin.run import Run, atomic_write, save_model, write_json
 from muntin.runtime.export import export
 from muntin.tasks.inference import calibration_error

@@ -9,7 +9,6 @@ import base64
 import csv
 import io
 import json
-import math
 import os
 import random
 import re
@@ -23,8 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from muntin.errors import UserError
 from muntin.measure import svg
@@ -32,53 +30,18 @@ from muntin.measure.bench import MODELS
 from muntin.measure.machine import commit, machine, versions
 from muntin.measure.page import document, figure, key, missing, section, table
 from muntin.measure.profile import KINDS, Profile, profile
+from muntin.measure.seen import BINS, Seen, calibration, look, wilson
 from muntin.measure.statistics import rounded
 from muntin.run import Run, atomic_write
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from muntin.data.datasets import Images
 
 SAMPLES = 24  # images shown with their predictions
 WORST = 12  # mistakes shown
-BINS = 15  # of the calibration plot, as in `muntin eval`
 NUMBERED = 40  # classes up to which a confusion matrix is drawn
 THUMBNAIL = 160  # pixels of a shown image's longer side
-
-
-@dataclass(frozen=True)
-class Seen:
-    """The held-out images as the model sees them: N images, K classes."""
-
-    images: "Images"
-    picture: Callable[["Image"], "Image"]
-    labels: Tensor  # (N,)
-    probabilities: Tensor  # (N, K)
-    losses: Tensor  # (N,)
-    inputs: Tensor  # (at most 8, 3, H, W)
-    data: str
-    split: str
-
-    @property
-    def predicted(self) -> Tensor:
-        return self.probabilities.argmax(1)
-
-    @property
-    def right(self) -> Tensor:
-        return self.predicted == self.labels
-
-    @property
-    def accuracy(self) -> float:
-        return float(self.right.double().mean())
-
-    @property
-    def classes(self) -> list[str]:
-        return self.images.classes
-
-    def confusion(self) -> list[list[int]]:
-        k = len(self.classes)
-        return torch.bincount(self.labels * k + self.predicted, minlength=k * k).view(k, k).tolist()
 
 
 @dataclass(frozen=True)
@@ -93,65 +56,6 @@ class _Page:
 
     def command(self, name: str, rest: str = "") -> str:
         return f"muntin {name} {shlex.quote(self.path)}{rest}"
-
-
-# -------------------------------------------------------------------------------------------------- collecting
-
-
-def look(run: Run, model: nn.Module, batch_size: int = 64) -> Seen:
-    """Run the model over the run's held-out images.
-
-    Raises UserError where the images are not there any more.
-    """
-    from muntin.data.loading import EvaluationSet, evaluation_loader
-    from muntin.progress import progress
-    from muntin.tasks.inference import held_out
-
-    images, data, split = held_out(run)
-    transform = run.transform()
-    workers = min(os.cpu_count() or 1, 8) if len(images) > 2000 else 0
-    loader = evaluation_loader(EvaluationSet(images, transform), batch_size, workers)
-    logits, first = [], torch.empty(0)
-    with torch.inference_mode():
-        for batch, _ in progress(loader, len(loader), "report: held-out images"):
-            first = batch[:8].clone() if not len(first) else first
-            logits.append(model(batch).float())
-    found, labels = torch.cat(logits).double(), torch.tensor(images.labels)
-    return Seen(
-        images=images,
-        picture=transform.picture,  # type: ignore[attr-defined]
-        labels=labels,
-        probabilities=found.softmax(1),
-        losses=F.cross_entropy(found, labels, reduction="none"),
-        inputs=first,
-        data=data,
-        split=split,
-    )
-
-
-def wilson(right: int, total: int) -> tuple[float, float]:
-    """The 95% interval of a share counted as `right` of `total` (Wilson, 1927)."""
-    z, share = 1.96, right / total
-    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def calibration(probabilities: Tensor, labels: Tensor) -> tuple[list[tuple[float, float, float, float, int]], float]:
-    """Bins of equal width (from, to, mean confidence, accuracy, images) that hold images, and the expected
-    calibration error: the mean gap between confidence and accuracy, weighted by images."""
-    confidence, predicted = probabilities.max(1)
-    right = (predicted == labels).double()
-    number = (confidence * BINS).ceil().clamp(1, BINS).long() - 1
-    bins, gap = [], 0.0
-    for b in range(BINS):
-        inside = number == b
-        count = int(inside.sum())
-        if count:
-            mean, accuracy = float(confidence[inside].mean()), float(right[inside].mean())
-            bins.append((b / BINS, (b + 1) / BINS, mean, accuracy, count))
-            gap += count / len(labels) * abs(mean - accuracy)
-    return bins, gap
 
 
 def _data_uri(picture: "Image") -> tuple[str, bool]:
