@@ -309,6 +309,32 @@ def _bench(args: Any) -> int:
     return 0
 
 
+def _describe_cost(parser: Any) -> None:
+    parser.add_argument("targets", nargs="+", help="model names, run folders, timm:NAME, torchvision:NAME")
+    parser.add_argument("--size", help="side in pixels, or HEIGHTxWIDTH (default: each model's own)")
+    parser.add_argument("--batch", type=int, default=1, help="images (default: 1)")
+    parser.add_argument("--nodes", action="store_true", help="also nodes of norms and activations in exported graphs")
+    parser.add_argument("--json", help="write everything to this file too")
+
+
+def _cost(args: Any) -> int:
+    from muntin.measure.cost import costs, costs_json, costs_text, parse_size
+    from muntin.run import write_json
+
+    found = costs(args.targets, args.size and parse_size(args.size), args.batch)
+    print(costs_text(found))
+    counted: dict[str, Any] = {"models": costs_json(found)}
+    if args.nodes:
+        from muntin.measure.nodes import nodes
+
+        report = nodes(args.targets)
+        print(f"\n{report}")
+        counted["nodes"] = report.json()
+    if args.json:
+        write_json(args.json, counted)
+    return 0
+
+
 def _describe_report(parser: Any) -> None:
     parser.add_argument("run", help="a run's folder")
 
@@ -356,6 +382,12 @@ COMMANDS: dict[str, tuple[Any, str, str, Any]] = {
         "measure latency and throughput",
         "muntin bench swin_t timm:swin_tiny_patch4_window7_224 --batch 1 8",
         _bench,
+    ),
+    "cost": (
+        _describe_cost,
+        "count parameters, operations and memory",
+        "muntin cost swin_t swin_free_t timm:resnet50",
+        _cost,
     ),
     "report": (_describe_report, "make one HTML page about a run", "muntin report runs/photos", _report),
 }

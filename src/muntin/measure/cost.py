@@ -7,16 +7,16 @@ import argparse
 import copy
 import json
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from muntin.errors import UserError
-from muntin.measure.counter import KINDS, OperatorCounter
+from muntin.errors import UserError, nearest
+from muntin.measure.counter import ATTENTION, KINDS, OperatorCounter
 from muntin.run import atomic_write
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -144,11 +144,111 @@ def cost(model: nn.Module, size: int | tuple[int, int] = 224, batch: int = 1, tr
         bytes_moved=counter.bytes.total(),
         peak_bytes=counter.held.peak,
         kept_bytes=_kept_bytes(model, (height, width)) if training else None,
-        weight_bytes={name: width_ * numbers for name, width_ in PRECISIONS.items()},
+        weight_bytes={name: held * numbers for name, held in PRECISIONS.items()},
         batch=batch,
         height=height,
         width=width,
     )
+
+
+# --------------------------------------------------------------------------------------- models by name, side by side
+
+
+def _built(target: str, size: tuple[int, int] | None) -> tuple[nn.Module, tuple[int, int]]:
+    """A model without weights, on the meta device where it can be made there, and the size to count it at."""
+    import muntin
+    from muntin.measure import peers
+    from muntin.models import published
+
+    library, colon, name = target.partition(":")
+    if not colon and (Path(target).is_dir() or target.endswith(".safetensors")):
+        from muntin.run import Run
+
+        run = Run.open(target)
+        height, width = run.preprocessing["size"]
+        return run.model(), size or (height, width)
+    with torch.device("meta"):
+        if not colon:
+            return muntin.create_model(target), size or (published(target).get("size", 224),) * 2
+        if library == "timm":
+            size = size or peers.timm_size(name)
+            return peers.timm_model(name, size), size
+        if library == "torchvision":
+            size = size or (224, 224)
+            return peers.torchvision_model(name, size), size
+    valid = ["timm", "torchvision"]
+    raise UserError(
+        f"{target}: {library!r} is unknown{nearest(library, valid)}; give a listed model, a run's folder, timm:NAME "
+        "or torchvision:NAME"
+    )
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`224` or `320x480`, height first. Raises UserError for anything else."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise UserError(f"size {text!r}: give a side in pixels as in 224, or HEIGHTxWIDTH as in 320x480")
+    return int(sides[0]), int(sides[-1])
+
+
+def costs(
+    targets: Sequence[str], size: int | tuple[int, int] | None = None, batch: int = 1, training: bool = True
+) -> dict[str, Cost]:
+    """The cost of each target: a listed model, a run's folder, `timm:NAME` or `torchvision:NAME`.
+
+    size: side or (height, width) in pixels, by default each target's own. The rest as in `cost`.
+    Raises UserError for a target that cannot be found, or that does not take this size.
+    """
+    pixels = (size, size) if isinstance(size, int) else size
+    found = {}
+    for target in targets:
+        model, own = _built(target, pixels)
+        try:
+            found[target] = cost(model, own, batch, training)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            if isinstance(error, UserError) or ":" not in target:
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"{target} cannot run at {own[0]}x{own[1]} ({reason}); give another --size") from error
+    return found
+
+
+def _megabytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 1e6:.1f}"
+
+
+def costs_text(found: Mapping[str, Cost]) -> str:
+    """A table with a column for each model."""
+    lines = [["", *found]]
+
+    def row(name: str, values: Sequence[str]) -> None:
+        lines.append([name, *values])
+
+    every = list(found.values())
+    row("images x height x width", [f"{c.batch} x {c.height} x {c.width}" for c in every])
+    row("learnable parameters", [f"{c.parameters:,}" for c in every])
+    row("constants in an exported graph", [f"{c.exported_parameters:,}" for c in every])
+    row("parameters after folding", [f"{c.folded_parameters:,}" if c.folded_parameters else "-" for c in every])
+    row("GMACs", [f"{c.gmacs:.4f}" for c in every])
+    for kind in KINDS:
+        name = "attention products" if kind == ATTENTION else kind
+        row(f"  {name}", [f"{c.macs_by_kind[kind] / 1e9:.4f}" for c in every])
+    row("activations held at most, MB", [_megabytes(c.peak_bytes) for c in every])
+    row("kept for backward, MB an image", [_megabytes(c.kept_bytes) for c in every])
+    row("moved by all operators, MB", [_megabytes(c.bytes_moved) for c in every])
+    row("weights in float32, MB", [_megabytes(c.weight_bytes["float32"]) for c in every])
+    row("weights in 16 bits, MB", [_megabytes(c.weight_bytes["bfloat16"]) for c in every])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) for first, *rest in lines]
+    return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])
+
+
+def costs_json(found: Mapping[str, Cost]) -> list[dict[str, Any]]:
+    """The same for programs."""
+    return [{"name": name, "gmacs": c.gmacs, **asdict(c)} for name, c in found.items()]
+
+
+# ------------------------------------------------------------------------------------------ the table of listed models
 
 
 STATED = ("parameters", "gmacs", "exported", "folded", "paper")
