@@ -1,11 +1,10 @@
-"""Exported files, runs and weights behind one call: images in, logits out.
+"""Exported files, runs and weights behind one call: images in, logits or maps out.
 
 B batch, H W image, K classes
 """
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,103 +12,101 @@ import torch
 from torch import Tensor
 
 from muntin.errors import UserError
+from muntin.runtime.targets import TARGETS, Fixed, Opened
+from muntin.runtime.verify import as_list
 
 if TYPE_CHECKING:
     import numpy as np  # optional for torch, so only loaded when an array is used
 
 Images = TypeVar("Images", "np.ndarray", Tensor)
 
-INSTALL = "install it with: pip install 'muntin[export]'"
-READABLE = ("a run's folder", "a .safetensors file", "an .onnx file")
+READABLE = "give a run's folder, a .safetensors file or an exported file: " + ", ".join(TARGETS)
 
 
 class Engine:
-    """A model ready to run: `engine(images)` takes a float (B, 3, H, W) array or tensor and returns (B, K) of
-    the same kind, on the same device.
+    """A model ready to run: `engine(images)` takes a batch of images and returns what the model does.
 
-    `path` and `engine` ("torch" or "onnx") say what runs; `name`, `classes` and `preprocessing` are what the
-    file says about itself (empty where it says nothing), `metadata` all of it.
+    Images are (B, 3, H, W) numbers, or (B, H, W, 3) bytes where the file normalises itself: `layout` is "NCHW" or
+    "NHWC", `dtype` torch.float32 or torch.uint8. An array gives an array, a tensor a tensor on its own device:
+    logits (B, K), or a list of maps (B, C, H', W') of a backbone.
+
+    `path` and `engine` ("torch" or a target's name, such as "onnx") say what runs; `name`, `classes`,
+    `preprocessing` and `precision` are what the file says about itself (empty where it says nothing), `metadata`
+    all of it. `fixed` is (batch, height, width) where the file is for these alone, else None; `least_side` is the
+    smallest height and width that it takes.
     """
 
-    def __init__(self, path: Path, engine: str, run: Callable[[Tensor], Tensor], metadata: dict[str, Any]) -> None:
+    def __init__(self, path: Path, engine: str, opened: Opened) -> None:
         self.path = path
         self.engine = engine
-        self.metadata = metadata
-        self.name: str = metadata.get("model", "")
-        self.classes: list[str] = metadata.get("classes", [])
-        self.preprocessing: dict[str, Any] = metadata.get("preprocessing", {})
-        self._run = run
+        self.metadata: dict[str, Any] = {key: _plain(value) for key, value in opened.metadata.items()}
+        self.name: str = str(self.metadata.get("model", ""))
+        self.classes: list[str] = self.metadata.get("classes", [])
+        self.preprocessing: dict[str, Any] = self.metadata.get("preprocessing", {})
+        self.precision: str = self.metadata.get("precision", "float32")
+        self.dtype = opened.dtype
+        self.layout = "NHWC" if opened.dtype == torch.uint8 else "NCHW"
+        self.least_side = opened.least
+        batch, height, width = self._shape = opened.shape
+        whole = batch is not None and height is not None and width is not None
+        self.fixed: Fixed | None = (batch, height, width) if whole else None  # type: ignore[assignment]
+        self._several = str(self.metadata.get("outputs", [""])[0]).startswith("map")
+        self._run = opened.run
 
-    def __call__(self, images: Images) -> Images:
+    def __call__(self, images: Images) -> Any:
         import numpy as np
 
         if isinstance(images, Tensor):
-            self._check(tuple(images.shape))
-            return self._run(images)
-        if isinstance(images, np.ndarray):
-            self._check(images.shape)
-            return self._run(torch.from_numpy(np.ascontiguousarray(images))).numpy()
-        raise UserError(f"{type(images).__name__} given; images are a numpy array or a torch tensor, (B, 3, H, W)")
+            found = self._outputs(images)
+        elif isinstance(images, np.ndarray):
+            found = [tensor.numpy() for tensor in self._outputs(torch.from_numpy(np.ascontiguousarray(images)))]
+        else:
+            kind = type(images).__name__
+            raise UserError(f"{kind} given; images are a numpy array or a torch tensor, {self._takes()}")
+        return found if self._several or len(found) != 1 else found[0]
 
-    def _check(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 4 or shape[1] != 3 or min(shape) < 1:
-            raise UserError(f"images of shape {shape} given to {self.path}; it takes (batch, 3, height, width)")
+    def _outputs(self, images: Tensor) -> list[Tensor]:
+        self._check(images)
+        given = images.detach()
+        if self.engine != "torch":
+            given = given.to("cpu", self.dtype).contiguous()
+        return [output.to(images.device) for output in self._run(given)]
+
+    def _takes(self) -> str:
+        return "(batch, height, width, 3) bytes" if self.layout == "NHWC" else "(batch, 3, height, width) numbers"
+
+    def _check(self, images: Tensor) -> None:
+        shape = tuple(images.shape)
+        channels = 3 if self.layout == "NHWC" else 1
+        if len(shape) != 4 or shape[channels] != 3 or min(shape) < 1:
+            raise UserError(f"images of shape {shape} given to {self.path}; it takes {self._takes()}")
+        if (images.dtype == torch.uint8) != (self.dtype == torch.uint8):
+            inside = "it normalises itself" if self.dtype == torch.uint8 else "normalise them first"
+            raise UserError(f"images of {images.dtype} given to {self.path}; it takes {self._takes()}: {inside}")
+        sides = [shape[axis] for axis in range(4) if axis != channels]
+        if any(has not in (None, is_) for has, is_ in zip(self._shape, sides, strict=True)):
+            batch, height, width = ("any" if side is None else side for side in self._shape)
+            raise UserError(
+                f"{self.path} was exported for batch {batch} at {height}x{width} and got batch {sides[0]} at "
+                f"{sides[1]}x{sides[2]}; resize the images, or export with dynamic sizes or for these "
+                f"(--fixed {sides[0]}x{sides[1]}x{sides[2]})"
+            )
+        if min(sides[1:]) < self.least_side:
+            raise UserError(
+                f"{self.path} takes images from {self.least_side} pixels a side and got {sides[1]}x{sides[2]}; "
+                "resize them, or export to ONNX or OpenVINO, which take any"
+            )
 
     def __repr__(self) -> str:
         return f"Engine({self.name or self.path.name}, {self.engine})"
 
 
-def open_onnx(path: Path) -> tuple[Any, dict[str, Any]]:
-    """An ONNX Runtime session on the CPU, with as many threads as torch has, and the file's metadata.
-
-    Raises UserError for a file that ONNX Runtime does not read, or that is no image classifier.
-    """
+def _plain(value: Any) -> Any:
+    """Exported files hold strings; ours hold JSON where they are not plain text."""
     try:
-        import onnxruntime
-    except ImportError as error:
-        raise UserError(f"{path} needs the package onnxruntime; {INSTALL}") from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions share no base below Exception
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} is not an ONNX file that ONNX Runtime can run ({reason}); export it again") from error
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    if len(inputs) != 1 or len(inputs[0].shape) != 4 or len(outputs) != 1:
-        described = ", ".join(f"{i.name}{i.shape}" for i in inputs) or "nothing"
-        raise UserError(
-            f"{path} takes {described} and returns {len(outputs)} outputs; a file exported by Muntin takes "
-            "one batch of images and returns their logits"
-        )
-    metadata = session.get_modelmeta().custom_metadata_map
-    return session, {key: _plain(value) for key, value in metadata.items()}
-
-
-def _plain(text: str) -> Any:
-    """ONNX metadata holds strings; ours hold JSON where they are not plain text."""
-    try:
-        return json.loads(text)
+        return json.loads(value) if isinstance(value, str) else value
     except ValueError:
-        return text
-
-
-def _load_onnx(path: Path) -> Engine:
-    session, metadata = open_onnx(path)
-    given = session.get_inputs()[0]
-
-    def run(images: Tensor) -> Tensor:
-        array = images.detach().cpu().float().numpy()
-        for axis, (expected, actual) in enumerate(zip(given.shape, array.shape, strict=True)):
-            if isinstance(expected, int) and expected != actual:
-                raise UserError(
-                    f"{path} was exported for {expected} along axis {axis} and got {actual}; "
-                    "resize the images or export with dynamic sizes"
-                )
-        return torch.from_numpy(session.run(None, {given.name: array})[0]).to(images.device)
-
-    return Engine(path, "onnx", run, metadata)
+        return value
 
 
 def _load_run(path: Path) -> Engine:
@@ -118,27 +115,40 @@ def _load_run(path: Path) -> Engine:
     opened = Run.open(path)
     model = opened.model()
 
-    def run(images: Tensor) -> Tensor:
+    def run(images: Tensor) -> list[Tensor]:
         parameter = next(model.parameters())
         with torch.inference_mode():
-            logits = model(images.to(parameter.device, parameter.dtype))
-        return logits.to(images.device)
+            return as_list(model(images.to(parameter.device, parameter.dtype)))
 
-    metadata = {"model": opened.name, "classes": opened.classes, "preprocessing": opened.preprocessing}
-    return Engine(path, "torch", run, metadata)
+    metadata: dict[str, Any] = {
+        "model": opened.name,
+        "classes": opened.classes,
+        "preprocessing": opened.preprocessing,
+    }
+    return Engine(path, "torch", Opened(run, metadata))
+
+
+def open_engine(path: Path) -> Engine:
+    """An exported file by its suffix."""
+    target = TARGETS[path.suffix]
+    return Engine(path, target.name, target.module().open(path))
 
 
 def load(path: str | os.PathLike[str]) -> Engine:
     """Open an exported file, a run's folder or its weights as a callable with one interface.
 
-    path: `model.onnx` runs in ONNX Runtime, a run's folder or `model.safetensors` in PyTorch.
+    path: an exported file runs in its target's engine (`model.onnx` in ONNX Runtime), a run's folder or
+    `model.safetensors` in PyTorch.
     Raises UserError where the file is missing, of another kind, damaged, or its engine is not installed.
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"there is no file {path}; give {', '.join(READABLE[:-1])} or {READABLE[-1]}")
+        raise UserError(f"there is no file {path}; {READABLE}")
+    if path.suffix in TARGETS:
+        reason = TARGETS[path.suffix].module().unavailable()
+        if reason is not None:
+            raise UserError(f"{path} cannot run here: {reason}")
+        return open_engine(path)
     if path.is_dir() or path.suffix == ".safetensors":
         return _load_run(path)
-    if path.suffix == ".onnx":
-        return _load_onnx(path)
-    raise UserError(f"{path} is of a kind that Muntin does not run; give {', '.join(READABLE[:-1])} or {READABLE[-1]}")
+    raise UserError(f"{path} is of a kind that Muntin does not run; {READABLE}")

@@ -1,78 +1,96 @@
 """Export to other runtimes, run there and compared with PyTorch before the file gets its name.
 
-One graph serves any batch, height and width. Today's target is ONNX; a target is one function in TARGETS.
+The targets stand in `runtime/targets`, one module for each.
 B batch, H W image, K classes
 """
 
-import contextlib
-import itertools
 import json
-import logging
 import os
-import sys
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from muntin.errors import UserError
-from muntin.run import atomic_write
-from muntin.runtime.engines import INSTALL, load
+from muntin.runtime.engines import open_engine
+from muntin.runtime.inputs import Around, Normalise, check_preprocessing, describe, normalised, output_names
 from muntin.runtime.optimize import fold
+from muntin.runtime.placing import check_writable, placed, size_of
+from muntin.runtime.precision import precision as full_precision
+from muntin.runtime.targets import TARGETS, ExportError, Fixed, Job, Target, Written
+from muntin.runtime.verify import (
+    BOUNDS,
+    TOLERANCE,
+    Check,
+    default_sizes,
+    evaluation,
+    random_bytes,
+    random_images,
+    verify,
+)
+
+__all__ = ["OPSET", "TOLERANCE", "Check", "ExportError", "ExportReport", "default_sizes", "export", "verify"]
 
 OPSET = 20  # the first with a Gelu operator; ONNX Runtime 1.17 and OpenVINO 2024 read it
-ONNX_LIMIT = 2**31 - 1  # bytes: protobuf holds no larger message
-TOLERANCE = 1e-4  # standard deviations of the logits, float32
-
-
-class ExportError(RuntimeError):
-    """The exported file does not compute what the model computes; it was not kept."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One comparison with PyTorch: the largest error over the batch in standard deviations of the logits."""
-
-    batch: int
-    height: int
-    width: int
-    error: float
+BATCHES = (1, 2, 5)
+REPEATS = 3  # batches that an export of fixed size is compared on
 
 
 @dataclass(frozen=True)
 class ExportReport:
     """What was written and how it was checked.
 
-    `nodes` counts the graph's operators by type, `max_rank` is the most dimensions of any tensor in it.
+    `nodes` counts the graph's operators by type, `max_rank` is the most dimensions of any tensor in it. `not_run`
+    is the reason why the target could not be run here; then there are no checks, and nothing passed. `fixed` is
+    (batch, height, width), or None where they are dynamic.
     """
 
     path: Path
     target: str
     engine: str
-    opset: int
+    opset: int | None
     bytes: int
     nodes: dict[str, int]
     max_rank: int
     checks: list[Check]
     tolerance: float
+    precision: str = "float32"
+    fixed: Fixed | None = None
+    least_side: int = 1
+    notes: tuple[str, ...] = ()
+    not_run: str | None = None
 
     @property
-    def max_error(self) -> float:
-        return max(check.error for check in self.checks)
+    def max_error(self) -> float | None:
+        """In standard deviations of the output; None where nothing was run."""
+        return max((check.error for check in self.checks), default=None)
+
+    @property
+    def result(self) -> str:
+        """ "passed" or "not run"; a file that fails is not kept and has no report."""
+        return "passed" if self.not_run is None else "not run"
 
     def json(self) -> str:
         """All of it as JSON text."""
-        return json.dumps(asdict(self) | {"path": str(self.path), "max_error": self.max_error}, indent=2) + "\n"
+        extra = {"path": str(self.path), "max_error": self.max_error, "result": self.result}
+        return json.dumps(asdict(self) | extra, indent=2) + "\n"
 
     def __str__(self) -> str:
+        opset = f" opset {self.opset}" if self.opset else ""
+        sizes = "x".join(map(str, self.fixed)) if self.fixed else "any batch, height and width"
+        if not self.fixed and self.least_side > 1:
+            sizes += f" from {self.least_side}"
         lines = [
-            f"{self.path}: {self.target} opset {self.opset}, {self.bytes / 1e6:.1f} MB, "
+            f"{self.path}: {self.target}{opset}, {self.precision}, {sizes}, {self.bytes / 1e6:.1f} MB, "
             f"{sum(self.nodes.values())} nodes, tensors up to rank {self.max_rank}",
+            *self.notes,
+        ]
+        if self.not_run is not None:
+            return "\n".join([*lines, f"not run: {self.not_run}"])
+        lines += [
             f"compared with PyTorch in {self.engine}; error in standard deviations of the output, "
             f"bound {self.tolerance:.0e}",
             "  batch  height x width   largest error",
@@ -84,91 +102,208 @@ class ExportReport:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _Written:
-    opset: int
-    nodes: dict[str, int]
-    max_rank: int
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    classes: Sequence[str] | None = None,
+    preprocessing: dict[str, Any] | None = None,
+    with_preprocessing: bool = False,
+    precision: str = "float32",
+    fixed: Fixed | None = None,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    batches: Sequence[int] | None = None,
+    opset: int = OPSET,
+    tolerance: float | None = None,
+    progress: bool = True,
+) -> ExportReport:
+    """Export a model, verified in the target's runtime where that runs here.
 
-
-class _Target(Protocol):
-    def __call__(
-        self, model: nn.Module, image: Tensor, metadata: dict[str, str], path: Path, opset: int
-    ) -> _Written: ...
-
-
-@contextlib.contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within, every module's own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's own deprecations and advice: a user can act on none of it."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _write_onnx(model: nn.Module, image: Tensor, metadata: dict[str, str], path: Path, opset: int) -> _Written:
-    try:
-        import onnxscript  # noqa: F401  # torch.onnx needs it and would say so in its own words
-    except ImportError as error:
-        raise UserError(f"exporting to ONNX needs the package onnxscript; {INSTALL}") from error
-    held = sum(t.numel() * t.element_size() for t in itertools.chain(model.parameters(), model.buffers()))
-    if held > ONNX_LIMIT:
-        raise UserError(f"the model holds {held / 1e9:.1f} GB; a single ONNX file holds less than 2 GB")
-    Dim = torch.export.Dim
-    dynamic = ({0: Dim("batch", min=1), 2: Dim("height", min=1), 3: Dim("width", min=1)},)
-    with _quiet(), torch.no_grad():
-        exported = torch.export.export(model, (image,), dynamic_shapes=dynamic, strict=False)
-        program = torch.onnx.export(
-            exported,
-            input_names=["image"],
-            output_names=["logits"],
-            opset_version=opset,
-            dynamo=True,
-            verbose=False,
+    model: (B, 3, H, W) images to (B, K) logits, or to a list of maps; a copy in evaluation mode is exported, its
+    BatchNorms folded. With `fixed` any module will do, otherwise it must trace with symbols for sizes.
+    path: the suffix is the target: `.onnx`, `.xml` (OpenVINO), `.pt2`, `.engine` (TensorRT), `.mlpackage` (Core ML) or
+    `.pte` (ExecuTorch). It appears under this name only once every check has passed.
+    classes, preprocessing: written into the file's metadata, beside the model's name and configuration.
+    with_preprocessing: the file takes bytes (B, H, W, 3) and normalises them itself by preprocessing's mean and std.
+    precision: inside the graph: float32, float16 or bfloat16. Images and outputs stay float32.
+    fixed: (batch, height, width) of a graph for these alone; by default any. Core ML and ExecuTorch files are fixed
+    always, by default at batch 1 and preprocessing's size.
+    sizes: (height, width) in pixels of the comparison with PyTorch; by default four, odd ones too.
+    batches: batch sizes of the comparison; by default 1, 2 and 5.
+    tolerance: bound on the error in standard deviations of the output; by default by precision (docs/export.md).
+    Raises UserError for another suffix, a folder that cannot be written, class names that do not fit, a missing
+    package or an operation that the target lacks, and ExportError where the file computes something else.
+    """
+    path = Path(path)
+    target = _target(path)
+    precision = full_precision(precision)
+    _check_model(model, classes)
+    if with_preprocessing:
+        check_preprocessing(preprocessing)
+    check_writable(path, folder=path.suffix == ".mlpackage")
+    size = _input_size(preprocessing)
+    if target.fixed and fixed is None:
+        fixed = (1, *size)
+    sizes, batches = _cases(size, fixed, sizes, batches)
+    like = next(model.parameters(), torch.empty(0))
+    with evaluation(model):
+        outputs = output_names(model, random_images(1, fixed[1:] if fixed else size).to(like.device, like.dtype))
+        job = _job(model, fixed, size, precision, target, opset, outputs, with_preprocessing and preprocessing or None)
+    job.metadata.update(
+        describe(
+            model,
+            classes=classes,
+            preprocessing=preprocessing,
+            inside=with_preprocessing,
+            precision=precision,
+            outputs=outputs,
+            least=min(min(pair) for pair in sizes),
         )
-        assert program is not None  # always, with dynamo=True
-        graph = program.model
-        graph.producer_name = "muntin"
-        graph.producer_version = sys.modules["muntin"].__version__  # importing it here would go in a circle
-        graph.metadata_props.clear()
-        graph.metadata_props.update(metadata)
-        for node in graph.graph.all_nodes():
-            node.metadata_props.clear()  # stack traces with the paths of this machine
-        program.save(path, external_data=False)
-    values = [value for node in graph.graph.all_nodes() for value in node.outputs if value.shape is not None]
-    values += list(graph.graph.initializers.values())
-    return _Written(
-        opset=graph.opset_imports[""],
-        nodes=dict(Counter(node.op_type for node in graph.graph.all_nodes()).most_common()),
-        max_rank=max(len(value.shape) for value in values if value.shape is not None),
+    )
+    bound = BOUNDS[precision] if tolerance is None else tolerance
+    checking = _Checking(model, target, sizes, batches, bound, preprocessing if with_preprocessing else None, progress)
+    with placed(path) as partial:
+        written = checking.write(job, partial)
+        checks, not_run, least = checking.run(written.main or partial, path)
+    main = path.with_name(written.main.name) if written.main else path
+    return ExportReport(
+        path=main,
+        target=target.title,
+        engine=target.engine,
+        opset=written.opset,
+        bytes=sum(size_of(file) for file in {main, *(path.with_name(name) for name in written.beside)}),
+        nodes=dict(written.nodes.most_common()),
+        max_rank=written.max_rank,
+        checks=checks,
+        tolerance=bound,
+        precision=precision,
+        fixed=fixed,
+        least_side=least,
+        notes=written.notes,
+        not_run=not_run,
     )
 
 
-TARGETS: dict[str, tuple[str, str, _Target]] = {".onnx": ("ONNX", "ONNX Runtime", _write_onnx)}
+@dataclass(frozen=True)
+class _Checking:
+    """Writing and comparing, with one progress bar for both."""
+
+    model: nn.Module
+    target: Target
+    sizes: Sequence[tuple[int, int]]
+    batches: Sequence[int]
+    bound: float
+    preprocessing: dict[str, Any] | None
+    progress: bool
+
+    def _bar(self, total: int, what: str) -> Any:
+        from tqdm import tqdm
+
+        hidden = None if self.progress else True  # None: hidden where the output is not a terminal
+        return tqdm(total=total, desc=f"{self.target.title}: {what}", disable=hidden, leave=False)
+
+    def write(self, job: Job, partial: Path) -> Written:
+        with self._bar(1, "tracing and writing"):
+            return self.target.module().write(job, partial)
+
+    def run(self, partial: Path, path: Path) -> tuple[list[Check], str | None, int]:
+        """The checks, or why there are none; and the least side that the file takes."""
+        not_run = self.target.module().unavailable()
+        if not_run is not None:
+            return [], not_run, 1
+        engine = open_engine(partial)
+        least = engine.least_side
+        sizes = list(dict.fromkeys((max(height, least), max(width, least)) for height, width in self.sizes))
+        prepare = None
+        if self.preprocessing is not None:
+            given = self.preprocessing
+
+            def prepare(images: Tensor) -> Tensor:
+                return normalised(images, given)
+
+        repeats = REPEATS if engine.fixed is not None else 1
+        with self._bar(len(sizes) * len(self.batches) * repeats, "checking") as bar:
+
+            def tick(case: str) -> None:
+                bar.set_description(f"{self.target.title}: checking {case}")
+                bar.update()
+
+            checks = verify(self.model, engine, sizes, self.batches, tick, prepare=prepare, repeats=repeats)
+        worst = max(checks, key=lambda check: check.error)
+        if worst.error > self.bound:
+            raise ExportError(
+                f"{path} was not written: at batch {worst.batch}, {worst.height}x{worst.width} {self.target.engine} "
+                f"differs from PyTorch by {worst.error:.1e} standard deviations, more than {self.bound:.0e}"
+            )
+        return checks, None, least
 
 
-def _input_size(model: nn.Module, preprocessing: dict[str, Any] | None) -> tuple[int, int]:
+def _target(path: Path) -> Target:
+    if path.suffix not in TARGETS:
+        raise UserError(
+            f"{path}: no export to {path.suffix or 'a name without a suffix'}; the suffix is the target, "
+            f"valid are: {', '.join(TARGETS)}"
+        )
+    return TARGETS[path.suffix]
+
+
+def _check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise UserError(f"export takes a model, not a {type(model).__name__}: use muntin.create_model first")
+    outputs = getattr(model, "num_classes", None)
+    if classes is not None and outputs is not None and len(classes) != outputs:
+        raise UserError(f"{len(classes)} class names given for a model of {outputs} classes; give one per class")
+    if getattr(model, "optimized", False):
+        raise UserError("an optimised copy is for PyTorch on this machine: export the model that it was made from")
+
+
+def _input_size(preprocessing: dict[str, Any] | None) -> tuple[int, int]:
     size = (preprocessing or {}).get("size", 224)
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _cases(
+    size: tuple[int, int],
+    fixed: Fixed | None,
+    sizes: Sequence[tuple[int, int]] | None,
+    batches: Sequence[int] | None,
+) -> tuple[Sequence[tuple[int, int]], Sequence[int]]:
+    """What is compared: sizes and batches."""
+    if fixed is not None:
+        if len(fixed) != 3 or not all(isinstance(side, int) and side >= 1 for side in fixed):
+            raise UserError(f"fixed={fixed!r}: give (batch, height, width), each of at least 1")
+        if any(tuple(pair) != tuple(fixed[1:]) for pair in sizes or ()) or any(b != fixed[0] for b in batches or ()):
+            raise UserError(
+                f"the file is for batch {fixed[0]} at {fixed[1]}x{fixed[2]} alone and can be checked at nothing else: "
+                "leave sizes and batches out"
+            )
+        return [(fixed[1], fixed[2])], [fixed[0]]
+    sizes = default_sizes(size) if sizes is None else sizes
+    batches = BATCHES if batches is None else batches
+    for values, what in (([side for pair in sizes for side in pair], "sizes"), (batches, "batches")):
+        if not values or min(values) < 1:
+            raise UserError(f"{what} {list(values)} cannot be checked; give at least one, each of at least 1")
+    return sizes, batches
+
+
+def _job(
+    model: nn.Module,
+    fixed: Fixed | None,
+    size: tuple[int, int],
+    precision: str,
+    target: Target,
+    opset: int,
+    outputs: tuple[str, ...],
+    preprocessing: dict[str, Any] | None,
+) -> Job:
+    copy = fold(model).cpu().float()
+    normalise = Normalise(preprocessing["mean"], preprocessing["std"]) if preprocessing else None
+    inner = "float32" if target.lowers else precision
+    if normalise is not None or inner != "float32":
+        copy = Around(copy, inner, normalise).eval()
+    batch, sides = (fixed[0], (fixed[1], fixed[2])) if fixed else (2, _trace_size(model, size))
+    image = random_images(batch, sides) if normalise is None else random_bytes(batch, sides)
+    return Job(copy, image, fixed, precision, {}, outputs, opset)
 
 
 def _trace_size(model: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
@@ -181,166 +316,3 @@ def _trace_size(model: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
     window = getattr(config, "window", getattr(config, "windows", 1))
     least = max(strides) * (window if isinstance(window, int) else max(window))
     return max(2 * least, size[0]), max(3 * least, size[1])
-
-
-def default_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
-    """The sizes that an export is checked at: its own, an odd larger one, an odd smaller one and a sliver."""
-    height, width = size
-    return [
-        (height, width),
-        (height * 5 // 4 | 1, width * 3 // 4 | 1),
-        (height // 2 | 1, width),
-        (max(height // 8, 1), max(width // 16, 1) | 1),
-    ]
-
-
-def _metadata(
-    model: nn.Module, classes: Sequence[str] | None, preprocessing: dict[str, Any] | None, least: int
-) -> dict[str, str]:
-    config = getattr(model, "config", None)
-    described: dict[str, Any] = {
-        "model": str(getattr(model, "name", type(model).__name__)),
-        "layout": "NCHW",
-        "least_side": least,
-    }
-    if is_dataclass(config) and not isinstance(config, type):
-        described["config"] = asdict(config)
-    if classes is not None:
-        described["classes"] = list(classes)
-    if preprocessing is not None:
-        described["preprocessing"] = {"layout": "NCHW", **preprocessing}
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
-
-
-def _images(batch: int, size: tuple[int, int], like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(batch * 1_000_003 + size[0] * 1009 + size[1])
-    return torch.randn(batch, 3, *size, generator=generator).to(like.device, like.dtype)
-
-
-def _compare(model: nn.Module, engine: Callable[[Tensor], Tensor], images: Tensor) -> Check:
-    with torch.inference_mode():
-        expected = model(images).double().cpu()
-    got = engine(images).double().cpu()
-    batch, _, height, width = images.shape
-    if got.shape != expected.shape:
-        raise ExportError(f"the exported model returns {tuple(got.shape)}, PyTorch {tuple(expected.shape)}")
-    spread = expected.std(unbiased=False) if expected.numel() > 1 else expected.abs().max()
-    error = (got - expected).abs().max() / spread.clamp_min(1e-12)
-    return Check(batch, height, width, error.item())
-
-
-def verify(
-    model: nn.Module,
-    engine: Callable[[Tensor], Tensor],
-    sizes: Sequence[tuple[int, int]],
-    batches: Sequence[int],
-    tick: Callable[[str], object] = lambda case: None,
-) -> list[Check]:
-    """Compare an engine with the model it was made from, on random images of every size and batch.
-
-    The model is compared in evaluation mode and left as it was. `tick` is told each case before it runs.
-    Raises ExportError where the outputs have different shapes.
-    """
-    like = next(model.parameters(), torch.empty(0))
-    checks = []
-    with _evaluation(model):
-        for size, batch in itertools.product(sizes, batches):
-            tick(f"batch {batch}, {size[0]}x{size[1]}")
-            checks.append(_compare(model, engine, _images(batch, size, like)))
-    return checks
-
-
-def _writable(path: Path) -> None:
-    """Refuse at once what would otherwise fail after the tracing."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that you may write to") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        what = "it is a folder" if path.is_dir() else f"{path.parent} is read-only"
-        raise UserError(f"cannot write {path}: {what}; choose a file in a folder that you may write to")
-
-
-def _checked(values: Sequence[int], what: str) -> None:
-    if not values or min(values) < 1:
-        raise UserError(f"{what} {list(values)} cannot be checked; give at least one, each of at least 1")
-
-
-def export(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    *,
-    classes: Sequence[str] | None = None,
-    preprocessing: dict[str, Any] | None = None,
-    sizes: Sequence[tuple[int, int]] | None = None,
-    batches: Sequence[int] | None = None,
-    opset: int = OPSET,
-    tolerance: float = TOLERANCE,
-    progress: bool = True,
-) -> ExportReport:
-    """Export a model with dynamic batch, height and width, verified in the target's runtime.
-
-    model: (B, 3, H, W) images to (B, K) logits; a copy in evaluation mode is exported, its BatchNorms folded.
-    path: the suffix is the target, `.onnx`. It appears under this name only once every check has passed.
-    classes, preprocessing: written into the file's metadata, beside the model's name and configuration.
-    sizes: (height, width) in pixels of the comparison with PyTorch; by default four, odd ones too.
-    batches: batch sizes of the comparison; by default 1, 2 and 5.
-    tolerance: bound on the error in standard deviations of the logits.
-    Raises UserError for another suffix, a folder that cannot be written or class names that do not fit, and
-    ExportError where the file computes something else.
-    """
-    path = Path(path)
-    if path.suffix not in TARGETS:
-        raise UserError(
-            f"{path}: no export to {path.suffix or 'a name without a suffix'}; the suffix is the target, "
-            f"valid are: {', '.join(TARGETS)}"
-        )
-    target, engine, write = TARGETS[path.suffix]
-    outputs = getattr(model, "num_classes", None)
-    if classes is not None and outputs is not None and len(classes) != outputs:
-        raise UserError(f"{len(classes)} class names given for a model of {outputs} classes; give one per class")
-    if getattr(model, "optimized", False):
-        raise UserError("an optimised copy is for PyTorch on this machine: export the model that it was made from")
-    _writable(path)
-    size = _input_size(model, preprocessing)
-    sizes = default_sizes(size) if sizes is None else sizes
-    batches = (1, 2, 5) if batches is None else batches
-    _checked([side for pair in sizes for side in pair], "sizes")
-    _checked(batches, "batches")
-    metadata = _metadata(model, classes, preprocessing, min(min(pair) for pair in sizes))
-    checks: list[Check] = []
-    written: list[_Written] = []
-
-    def write_and_check(partial: Path) -> None:
-        from tqdm import tqdm
-
-        like = next(model.parameters(), torch.empty(0))
-        hidden = None if progress else True  # None: hidden where the output is not a terminal
-        total = len(sizes) * len(batches) + 1
-        with tqdm(total=total, desc=f"{target}: tracing", disable=hidden, leave=False) as bar, _evaluation(model):
-            written.append(write(fold(model), _images(2, _trace_size(model, size), like), metadata, partial, opset))
-
-            def tick(case: str) -> None:
-                bar.set_description(f"{target}: checking {case}")
-                bar.update()
-
-            checks.extend(verify(model, load(partial), sizes, batches, tick))
-        worst = max(checks, key=lambda check: check.error)
-        if not all(check.error <= tolerance for check in checks):  # also where an error is not a number
-            raise ExportError(
-                f"{path} was not written: at batch {worst.batch}, {worst.height}x{worst.width} {engine} "
-                f"differs from PyTorch by {worst.error:.1e} standard deviations, more than {tolerance:.0e}"
-            )
-
-    atomic_write(path, write_and_check)
-    return ExportReport(
-        path=path,
-        target=target,
-        engine=engine,
-        opset=written[0].opset,
-        bytes=path.stat().st_size,
-        nodes=written[0].nodes,
-        max_rank=written[0].max_rank,
-        checks=checks,
-        tolerance=tolerance,
-    )

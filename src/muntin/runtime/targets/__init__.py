@@ -69,7 +69,8 @@ class Job:
 class Written:
     """What stands in the file: operators by type, the most dimensions of any tensor, what else a user must know.
 
-    main: the file to name and weigh, where that is not the path that was asked for.
+    main: the file that was written, where that is not the path that was asked for. beside: names of files that belong
+    to it.
     """
 
     opset: int | None
@@ -77,6 +78,7 @@ class Written:
     max_rank: int
     notes: tuple[str, ...] = ()
     main: Path | None = None
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

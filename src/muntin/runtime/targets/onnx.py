@@ -1,5 +1,6 @@
 """ONNX by torch.onnx; runs in ONNX Runtime on the CPU."""
 
+import ast
 import itertools
 import sys
 from collections import Counter
@@ -48,6 +49,7 @@ def write(job: Job, path: Path) -> Written:
         graph.metadata_props.clear()
         graph.metadata_props.update(job.metadata)
         for node in graph.graph.all_nodes():
+            node.name = _placed(node)
             node.metadata_props.clear()  # stack traces with the paths of this machine
         program.save(path, external_data=False)
     values = [value for node in graph.graph.all_nodes() for value in node.outputs if value.shape is not None]
@@ -57,6 +59,18 @@ def write(job: Job, path: Path) -> Written:
         nodes=Counter(node.op_type for node in graph.graph.all_nodes()),
         max_rank=max(len(value.shape) for value in values if value.shape is not None),
     )
+
+
+def _placed(node: Any) -> str:
+    """A node's name with the module that it comes from and its operator in PyTorch in front, which profilers show:
+    `backbone.stages.0.blocks.1.mlp.fc1/linear/node_MatMul_12`."""
+    scopes, kinds = (
+        ast.literal_eval(node.metadata_props.get(f"pkg.torch.onnx.{what}", "[]"))
+        for what in ("name_scopes", "class_hierarchy")
+    )
+    module = scopes[-2] if len(scopes) > 1 else ""
+    operator = kinds[-1].removeprefix("aten.").partition(".")[0] if kinds else ""
+    return f"{module}/{operator}/{node.name}"
 
 
 def _reason(error: BaseException) -> str:

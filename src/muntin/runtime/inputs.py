@@ -1,0 +1,117 @@
+"""What stands around a model in an exported file: number formats, preprocessing, what it says about itself.
+
+B batch, H W image
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from muntin.errors import UserError
+from muntin.models.backbone import Backbone
+from muntin.runtime.precision import DTYPES
+from muntin.runtime.verify import as_list
+
+
+class Around(nn.Module):
+    """A model in another number format, float32 in and out; with `normalise` it takes bytes (B, H, W, 3)."""
+
+    def __init__(self, model: nn.Module, precision: str, normalise: "Normalise | None") -> None:
+        super().__init__()
+        self.dtype = DTYPES[precision]
+        self.model = model.to(self.dtype)
+        self.normalise = normalise
+
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        if self.normalise is not None:
+            image = self.normalise(image)
+        outputs = self.model(image.to(self.dtype))
+        return outputs.float() if isinstance(outputs, Tensor) else [output.float() for output in outputs]
+
+
+class Normalise(nn.Module):
+    """Bytes (B, H, W, 3) -> (B, 3, H, W) float32: (bytes / 255 - mean) / std, as one product and one sum."""
+
+    factor: Tensor
+    summand: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        wide, narrow = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+        self.register_buffer("factor", (1 / (255 * narrow)).float())
+        self.register_buffer("summand", (-wide / narrow).float())
+
+    def forward(self, image: Tensor) -> Tensor:
+        return (image.float() * self.factor + self.summand).permute(0, 3, 1, 2)
+
+
+def normalised(image: Tensor, preprocessing: dict[str, Any]) -> Tensor:
+    """What `Normalise` is held to: bytes (B, H, W, 3) -> (B, 3, H, W)."""
+    mean, std = (torch.tensor(preprocessing[key], dtype=torch.float64) for key in ("mean", "std"))
+    return ((image.double() / 255 - mean) / std).permute(0, 3, 1, 2).float()
+
+
+def check_preprocessing(preprocessing: dict[str, Any] | None) -> None:
+    """UserError where it does not say how images are normalised."""
+    for key in ("mean", "std"):
+        values = (preprocessing or {}).get(key)
+        if not isinstance(values, (list, tuple)) or len(values) != 3:
+            raise UserError(
+                f"with_preprocessing needs the {key} of the three channels, as in preprocessing={{'mean': [0.485, "
+                f"0.456, 0.406], 'std': [0.229, 0.224, 0.225]}}; given was {values!r}"
+            )
+
+
+def output_names(model: nn.Module, image: Tensor) -> tuple[str, ...]:
+    """ "logits" for one tensor, "map0", "map1", ... for a list of maps. `image` suits the model."""
+    if isinstance(model, Backbone):
+        return tuple(f"map{i}" for i in range(len(model.channels)))
+    if hasattr(model, "num_classes") and isinstance(getattr(model, "backbone", None), Backbone):
+        return ("logits",)
+    with torch.inference_mode():
+        outputs = model(image)
+    tensors = isinstance(outputs, (list, tuple)) and all(isinstance(output, Tensor) for output in outputs)
+    if not (isinstance(outputs, Tensor) or tensors):
+        raise UserError(
+            f"the model returns {type(outputs).__name__}; export takes a model that returns a tensor or a list of them"
+        )
+    return ("logits",) if isinstance(outputs, Tensor) else tuple(f"map{i}" for i in range(len(as_list(outputs))))
+
+
+def describe(
+    model: nn.Module,
+    *,
+    classes: Sequence[str] | None,
+    preprocessing: dict[str, Any] | None,
+    inside: bool,
+    precision: str,
+    outputs: tuple[str, ...],
+    least: int,
+) -> dict[str, str]:
+    """A file's metadata. Values that are not plain text are JSON.
+
+    inside: the graph normalises, so that it takes bytes.
+    """
+    layout = "NHWC" if inside else "NCHW"
+    described: dict[str, Any] = {
+        "model": str(getattr(model, "name", "") or type(model).__name__),
+        "layout": layout,
+        "dtype": "uint8" if inside else "float32",
+        "precision": precision,
+        "outputs": list(outputs),
+        "least_side": least,
+    }
+    config = getattr(model, "config", None)
+    if is_dataclass(config) and not isinstance(config, type):
+        described["config"] = asdict(config)
+    if isinstance(model, Backbone):
+        described |= {"channels": list(model.channels), "strides": list(model.strides)}
+    if classes is not None:
+        described["classes"] = list(classes)
+    if preprocessing is not None:
+        described["preprocessing"] = {"layout": layout, **preprocessing} | ({"inside": True} if inside else {})
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}

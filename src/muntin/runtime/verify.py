@@ -1,0 +1,118 @@
+"""An exported file against the model that it was made from, on random images.
+
+B batch, H W image
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from muntin.runtime.targets import ExportError
+
+BOUNDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+"""Standard deviations of the output. What PyTorch itself is off by in these formats: docs/export.md."""
+TOLERANCE = BOUNDS["float32"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison with PyTorch: the largest error over the batch in standard deviations of the output."""
+
+    batch: int
+    height: int
+    width: int
+    error: float
+
+
+def default_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
+    """The sizes that an export is checked at: its own, an odd larger one, an odd smaller one and a sliver."""
+    height, width = size
+    return [
+        (height, width),
+        (height * 5 // 4 | 1, width * 3 // 4 | 1),
+        (height // 2 | 1, width),
+        (max(height // 8, 1), max(width // 16, 1) | 1),
+    ]
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within, every module's own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def verify(
+    model: nn.Module,
+    engine: Callable[[Tensor], Any],
+    sizes: Sequence[tuple[int, int]],
+    batches: Sequence[int],
+    tick: Callable[[str], object] = lambda case: None,
+    *,
+    prepare: Callable[[Tensor], Tensor] | None = None,
+    repeats: int = 1,
+) -> list[Check]:
+    """Compare an engine with the model it was made from, on random images of every size and batch.
+
+    The model is compared in evaluation mode, float32, and left as it was. `tick` is told each case before it runs.
+    prepare: what turns bytes (B, H, W, 3) into the model's images, where the engine takes bytes.
+    repeats: how many batches of each kind.
+    Raises ExportError where the outputs have different shapes.
+    """
+    like = next(model.parameters(), torch.empty(0))
+    checks = []
+    with evaluation(model):
+        for size, batch, seed in itertools.product(sizes, batches, range(repeats)):
+            tick(f"batch {batch}, {size[0]}x{size[1]}")
+            if prepare is None:
+                given = images = random_images(batch, size, seed).to(like.device, like.dtype)
+            else:
+                given = random_bytes(batch, size, seed)
+                images = prepare(given).to(like.device, like.dtype)
+            checks.append(Check(batch, *size, _error(model, engine, given, images)))
+    return checks
+
+
+def random_images(batch: int, size: tuple[int, int], seed: int = 0) -> Tensor:
+    """(B, 3, H, W), standard normal."""
+    return torch.randn(batch, 3, *size, generator=_generator(batch, size, seed))
+
+
+def random_bytes(batch: int, size: tuple[int, int], seed: int = 0) -> Tensor:
+    """(B, H, W, 3), uint8."""
+    return torch.randint(256, (batch, *size, 3), generator=_generator(batch, size, seed), dtype=torch.uint8)
+
+
+def _generator(batch: int, size: tuple[int, int], seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(batch * 1_000_003 + size[0] * 1009 + size[1] + seed * 7_368_787)
+
+
+def _error(model: nn.Module, engine: Callable[[Tensor], Any], given: Tensor, images: Tensor) -> float:
+    with torch.inference_mode():
+        wanted = as_list(model(images))
+    found = as_list(engine(given))
+    if [tuple(t.shape) for t in found] != [tuple(t.shape) for t in wanted]:
+        shapes = [", ".join(str(tuple(t.shape)) for t in outputs) for outputs in (found, wanted)]
+        raise ExportError(f"the exported model returns {shapes[0]}, PyTorch {shapes[1]}")
+    return max(_deviation(f, w) for f, w in zip(found, wanted, strict=True))
+
+
+def _deviation(found: Tensor, wanted: Tensor) -> float:
+    found, wanted = found.double().cpu(), wanted.double().cpu()
+    spread = wanted.std(unbiased=False) if wanted.numel() > 1 else wanted.abs().max()
+    error = ((found - wanted).abs().max() / spread.clamp_min(1e-12)).item()
+    return error if error == error else float("inf")  # not a number: nothing is worse
+
+
+def as_list(outputs: Any) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
