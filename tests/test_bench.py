@@ -16,6 +16,7 @@ from muntin.errors import UserError
 from muntin.measure import bench
 from muntin.measure.bench import transformers_swin
 from muntin.measure.statistics import median_interval, percentile, rounded
+from muntin.measure.targets import LIBRARIES
 from muntin.models import published
 from muntin.run import Run, save_model
 
@@ -111,7 +112,7 @@ def test_threads_and_random_state_are_put_back():
 
 def test_a_module_in_training_is_not_touched():
     model = muntin.create_model("swin_t", num_classes=3, **TINY).train()
-    bench([("mine", model)], (1,), 32, dtype="bfloat16", **QUICK)
+    bench([("mine", model)], (1,), 32, precision="bfloat16", **QUICK)
     assert model.training and next(model.parameters()).dtype == torch.float32
 
 
@@ -157,18 +158,20 @@ def test_default_sizes_are_the_published_ones():
         (["swin_q"], {}, "swin_t"),
         (["timm:resnet5"], {}, "resnet50"),
         (["torchvision:swn_t"], {}, "swin_t"),
-        (["hf:swin"], {}, "transformers:NAME"),
+        (["tim:swin"], {}, "did you mean 'timm'"),
+        (["hf:swin_q"], {}, "swin_t"),
         (["missing.onnx"], {}, "missing.onnx"),
         (["swin_t"], {"batch_sizes": (0,)}, "at least 1"),
         (["swin_t"], {"size": 0}, "at least 1 pixel"),
-        (["swin_t"], {"dtype": "bfloat"}, "bfloat16"),
+        (["swin_t"], {"precision": "bfloat"}, "bfloat16"),
         (["swin_t"], {"device": "gpu"}, "cuda"),
         (["swin_t"], {"rounds": 1}, "at least 2"),
     ],
 )
 def test_bad_input_names_the_remedy(targets, options, words):
-    if targets and targets[0].partition(":")[1]:
-        pytest.importorskip({"hf": "torch"}.get(targets[0].partition(":")[0], targets[0].partition(":")[0]))
+    prefix, colon, _ = targets[0].partition(":") if targets else ("", "", "")
+    if colon and prefix in LIBRARIES:
+        pytest.importorskip(LIBRARIES[prefix])
     with pytest.raises(UserError, match=words):
         bench(targets, **options)
 

@@ -1,451 +1,231 @@
-"""Latency and throughput of models side by side, with the protocol written down.
+"""Latency, throughput, memory and energy of models side by side, with the protocol written down.
 
-Targets take turns: in each round every target runs for a short while, in an order shuffled per round, so that a
-machine that slows down slows all of them. B batch, H W image
+Every model runs in every engine, precision, size and batch. Its outputs are compared with eager float32 before it is
+timed; then all take turns, in an order shuffled per round (`timing`). B batch, H W image
 """
 
-import copy
-import json
 import random
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from muntin.errors import UserError, nearest
+from muntin.measure import memory as memory_of
+from muntin.measure import timing
+from muntin.measure.energy import meter
 from muntin.measure.machine import commit, machine, versions
-from muntin.measure.statistics import median_interval, percentile, rounded
+from muntin.measure.outputs import BOUNDS, GPU_BOUNDS, Comparison
+from muntin.measure.peers import LogitsOnly, transformers_swin
+from muntin.measure.results import BenchReport, Row
+from muntin.measure.runners import RECOMPILES, Runner, Skipped, Workshop, check_engines, chosen, refusal
+from muntin.measure.scaling import growth
+from muntin.measure.targets import Given, Models, Size, Target, pair, parse
+from muntin.progress import Bar
+from muntin.runtime.precision import precision as full_precision
+
+__all__ = ["MODELS", "BenchReport", "LogitsOnly", "Row", "bench", "transformers_swin"]
 
 MODELS = Path(__file__).parent.parent / "models"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PREFIXES = ("muntin", "muntin+optimize", "timm", "torchvision", "transformers")
-
-WARMUP_CALLS = 3  # the last so many calls must agree ...
-WARMUP_SPREAD = 0.05  # ... within this share of their median
-WARMUP_SECONDS = 5.0  # or this much time has passed
-
-Target = str | tuple[str, nn.Module]
-Call = Callable[[Tensor], Any]
+BATCHES = {"cpu": (1, 8), "cuda": (1, 64)}
+GENEROUS = 1000  # times an image's bytes: no model here holds more in a forward, so smaller batches are not counted
 
 
 @dataclass(frozen=True)
-class Row:
-    """One target at one batch size. Times are milliseconds per call of the whole batch.
+class _Combination:
+    target: Target
+    engine: str
+    precision: str
+    name: str
 
-    `interval_ms` holds the median with 95% confidence, from the rounds' medians, `round_ms`; `iqr_ms` is the distance
-    between the quartiles of all calls. `speed` is the first target's time over this one's (2: twice as fast),
-    the median over the rounds, and `speed_interval` holds it with 95% confidence; where that contains 1 the two
-    are a tie. `throughput` is images per second at the median.
-    """
-
-    target: str
-    batch: int
-    height: int
-    width: int
-    median_ms: float
-    p90_ms: float
-    p99_ms: float
-    iqr_ms: float
-    interval_ms: tuple[float, float]
-    round_ms: list[float]
-    throughput: float
-    speed: float
-    speed_interval: tuple[float, float]
-    calls: int
-    warmup_calls: int
-    stable: bool
+    @property
+    def reference(self) -> bool:
+        return (self.engine, self.precision) == ("eager", "float32")
 
 
 @dataclass(frozen=True)
-class BenchReport:
-    """Rows in the order given, with everything needed to judge and repeat them."""
+class _Contestant:
+    """What takes turns: a runner at one batch and size, and the fields of its row that are known before."""
 
-    rows: list[Row]
-    protocol: dict[str, Any]
-    machine: dict[str, Any]
-    versions: dict[str, str]
-    commit: str | None
-    created: str
-
-    def json(self) -> str:
-        """All of it as JSON text."""
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-    def table(self) -> str:
-        """A readable table; no figure has more digits than its interval supports."""
-        head = ["target", "batch", "size", "median ms", "p90", "p99", "images/s", f"speed vs {self.rows[0].target}"]
-        lines = [head]
-        for row in self.rows:
-            half = (row.interval_ms[1] - row.interval_ms[0]) / 2
-            lines.append(
-                [
-                    row.target,
-                    str(row.batch),
-                    f"{row.height}x{row.width}",
-                    f"{rounded(row.median_ms, half)} ± {rounded(half, half)}",
-                    rounded(row.p90_ms, half),
-                    rounded(row.p99_ms, half),
-                    rounded(row.throughput, row.throughput * half / row.median_ms),
-                    self._speed(row),
-                ]
-            )
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = []
-        for line in lines:
-            cells = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-            text.append("  ".join([line[0].ljust(widths[0]), *cells]))
-        text.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join([*text, "", *self._notes()])
-
-    def _speed(self, row: Row) -> str:
-        if row.target == self.rows[0].target:
-            return "base"
-        low, high = row.speed_interval
-        if low <= 1 <= high:
-            return "tie"
-        return rounded(row.speed, (high - low) / 2) + "x"
-
-    def _notes(self) -> list[str]:
-        m, p = self.machine, self.protocol
-        where = m.get("gpu") or f"{m['cpu']}, {m['cores']} cores"
-        notes = [
-            f"{where}; {p['dtype']}, {p['threads']} threads; {p['rounds']} interleaved rounds, "
-            f"{min(row.calls for row in self.rows)} calls or more per row; torch {self.versions['torch']}",
-            "± and ties: 95% confidence over the rounds"
-            if p["rounds"] >= 6
-            else "± and ties: the range of the rounds; six rounds or more give 95% confidence",
-        ]
-        if any(row.calls < 100 for row in self.rows):
-            notes.append("p99 of fewer than 100 calls is close to the slowest call; more --seconds sharpen it")
-        unstable = [f"{row.target} at batch {row.batch}" for row in self.rows if not row.stable]
-        if unstable:
-            notes.append(f"not stable when the warm-up ended: {', '.join(unstable)}; is the machine busy?")
-        return notes
+    name: str
+    runner: Runner
+    images: Tensor
+    known: dict[str, Any]
 
 
-# ------------------------------------------------------------------------------------------------ the targets
+class _Skips:
+    """Reasons by model, each said once with what it holds for."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], dict[str, None]] = {}
+
+    def add(self, label: str, reason: str, what: str) -> None:
+        self._found.setdefault((label, " ".join(reason.split())), {})[what] = None
+
+    def lines(self) -> list[str]:
+        return [f"{label} ({', '.join(what)}): {reason}" for (label, reason), what in self._found.items()]
 
 
-def _ours(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, tuple[int, int]]:
-    import muntin
-    from muntin.models import published
+def _plan(
+    targets: Sequence[Target], engines: list[str] | None, precisions: list[str] | None, device: torch.device,
+    skips: _Skips,
+) -> list[_Combination]:  # fmt: skip
+    """What is measured, in the order given; what makes no sense goes to `skips`."""
+    found = []
+    several = len(precisions or ()) > 1
+    for target in targets:
+        own = [getattr(target.opened, "precision", "float32")] if target.opened else ["float32"]
+        for engine in chosen(target, engines) or engines or ["eager"]:
+            for precision in precisions or own:
+                reason = refusal(target, engine, precision, device)
+                if reason is None:
+                    apart = [] if engine == "eager" else [engine]
+                    apart += [precision] if several else []
+                    name = f"{target.label} ({', '.join(apart)})" if apart else target.label
+                    found.append(_Combination(target, engine, precision, name))
+                else:
+                    skips.add(target.label, reason, f"{engine} {precision}" if several else engine)
+    return found
 
-    return muntin.create_model(name), size or (published(name).get("size", 224),) * 2
 
+class _Session:
+    """One measurement: what it is made with, and what it has found so far."""
 
-def _timm(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, tuple[int, int]]:
-    import timm
-    from timm.layers import config as timm_config
+    def __init__(self, plan: list[_Combination], workshop: Workshop, skips: _Skips, memory: bool) -> None:
+        self.plan, self.workshop, self.skips = plan, workshop, skips
+        self.device = workshop.device
+        self.no_memory = memory_of.known() if memory else ""
+        self.meter, self.about_energy = meter(self.device)
+        self.rows: list[Row] = []
 
-    if not timm.is_model(name):
-        raise UserError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
-    default = timm.get_pretrained_cfg(name)
-    height, width = size or (default.input_size[1:] if default else (224, 224))
-    before = timm_config._USE_FUSED_ATTN
-    timm.layers.set_fused_attn(True, experimental=True)  # its Swin has fused attention behind this switch
-    try:
+    def group(self, batch: int, size: Size | None, seed: int, bar: Bar) -> list[_Contestant]:
+        """Everything that can be timed at a batch and a size (None: each target's own), outputs compared."""
+        found: dict[_Combination, _Contestant] = {}
+        comparisons: dict[Size, Comparison] = {}
+        for it in sorted(self.plan, key=lambda it: not it.reference):  # so that its first call is its first
+            side = size or it.target.size
+            bar.say(f"{it.name}: preparing batch {batch}, {side[0]}x{side[1]}")
+            generator = torch.Generator().manual_seed(seed)
+            images = torch.randn(batch, 3, *side, generator=generator)
+            comparison = comparisons.setdefault(side, Comparison(self.workshop.models, self.device))
+            try:
+                found[it] = self._contestant(it, images, side, comparison)
+            except (Skipped, UserError) as error:
+                if str(error).startswith("not enough memory"):
+                    raise
+                self.skips.add(it.name, str(error), f"batch {batch}, {side[0]}x{side[1]}")
+            bar.step()
+        return [found[it] for it in self.plan if it in found]
+
+    def _contestant(self, it: _Combination, images: Tensor, size: Size, comparison: Comparison) -> _Contestant:
+        target, batch = it.target, len(images)
+        with _refusals_of(target):
+            if target.kind != "file":
+                self._enough_memory(it, batch, size)
+            shared = comparison.shared(target, images, size)
+            runner = self.workshop.runner(target, it.engine, it.precision, batch, size)
+            first, far = comparison.first_call(runner, images, size)
+        known: dict[str, Any] = {
+            "target": it.name, "batch": batch, "height": size[0], "width": size[1], "model": target.label,
+            "engine": it.engine, "precision": it.precision, "settings": runner.settings, "difference": far,
+            "shared": target.counterpart, "shared_difference": shared,
+            "another_model": target.peer and target.counterpart is None,
+            "load_s": runner.load_s, "export_s": runner.export_s, "first_call_ms": 1000 * first,
+        }  # fmt: skip
+        return _Contestant(it.name, runner, images.to(self.device, runner.dtype), known | self._memory(runner, images))
+
+    def _memory(self, runner: Runner, images: Tensor) -> dict[str, float]:
+        if self.no_memory is not None or runner.target.kind == "module" and runner.path is None:
+            return {}
+        _, _, height, width = images.shape
+        request = memory_of.Request(
+            runner.target.label, runner.engine, runner.precision, len(images), height, width,
+            threads=torch.get_num_threads(), device=str(self.device),
+            channels_last="channels-last" in runner.settings, path=str(runner.path) if runner.path else None,
+        )  # fmt: skip
+        found = memory_of.measure(request)
+        return {"memory_mb": round(found.run_mb, 1), "load_memory_mb": round(found.load_mb, 1)}
+
+    def _enough_memory(self, it: _Combination, batch: int, size: Size) -> None:
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else memory_of.available()
+        if free is None or batch * size[0] * size[1] * 12 * GENEROUS < free:
+            return
+        model = self.workshop.models.get(it.target, size)
+        need = memory_of.need_of(model, 4 if it.precision == "float32" else 2)
+        memory_of.check(it.name, need, batch, size, free)
+
+    def time(
+        self, group: list[_Contestant], base: str | None, rounds: int, seconds: float, seed: int, bar: Bar
+    ) -> None:
+        """Let a group take turns, and keep its rows."""
+        if not group:
+            return
+        named = [c.name for c in group], [c.runner.target.label for c in group]
+        against = next((names.index(base) for names in named if base in names), 0)
+        calls = [(c.runner.call, c.images) for c in group]
+
+        def tick(turn: int) -> None:
+            bar.say(group[turn].name)
+            bar.step()
+
         try:
-            model = timm.create_model(name, img_size=(height, width))
-        except TypeError:  # models of any size take no img_size
-            model = timm.create_model(name)
-    finally:
-        timm_config._USE_FUSED_ATTN = before
-    return model, (height, width)
+            series = timing.interleaved(calls, rounds, seconds, random.Random(seed), self.meter, tick)
+        except torch.OutOfMemoryError as error:
+            batch = len(group[0].images)
+            raise UserError(f"not enough memory for batch {batch}; give a smaller --batch or --size") from error
+        for contestant, its in zip(group, series, strict=True):
+            fields = contestant.known | timing.figures(its, series[against])
+            self.rows.append(Row(**fields, base=group[against].name))
 
-
-def _torchvision(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, tuple[int, int]]:
-    from torchvision import models
-
-    valid = models.list_models(module=models)
-    if name not in valid:
-        raise UserError(f"torchvision has no classifier {name!r}{nearest(name, valid)}")
-    return models.get_model(name, weights=None), size or (224, 224)
-
-
-class LogitsOnly(nn.Module):
-    """A transformers classifier that returns its logits."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model: Any = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(pixel_values=images).logits
-
-
-def transformers_swin(name: str, size: tuple[int, int], num_classes: int = 1000) -> LogitsOnly:
-    """transformers' Swin in the shape of our variant `name`, with fused attention.
-
-    Raises UserError for a variant whose windows differ between stages or that is no Swin: its configuration
-    holds one window.
-    """
-    from transformers import SwinConfig, SwinForImageClassification
-
-    import muntin
-
-    with torch.device("meta"):
-        ours = muntin.create_model(name)
-    shape = asdict(ours.config)
-    windows = shape.get("window")
-    one_window = windows if isinstance(windows, int) else (windows or (0,))[0]
-    plain = {"dim", "depths", "heads"} <= shape.keys() and isinstance(shape.get("mlp_ratio"), (int, float))
-    shifts = shape.get("shift")
-    if not plain or set(_several(windows)) != {one_window} or set(_several(shifts)) != {True}:
-        raise UserError(
-            f"transformers has no configuration for {name}: its Swin takes one window for all stages and shifts "
-            "in each; give a plain Swin, as in transformers:swin_t"
+    def report(self, settings: dict[str, Any], described: dict[str, Any]) -> BenchReport:
+        """What was found, with the protocol."""
+        gpu = self.device.type == "cuda"
+        protocol = {
+            "mode": "torch.inference_mode",
+            "timer": "CUDA events around one call, synchronised" if gpu else "wall clock of one call",
+            "dtype": ", ".join(dict.fromkeys(row.precision for row in self.rows)),
+            "engines": list(dict.fromkeys(row.engine for row in self.rows)),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            **settings,
+            "order": "round robin, shuffled per round, one untimed call per turn",
+            "warmup": f"until {timing.WARMUP_CALLS} calls agree within {timing.WARMUP_SPREAD:.0%}, "
+            f"at most {timing.WARMUP_SECONDS:g} s",
+            "bounds": GPU_BOUNDS if gpu else BOUNDS,
+            "energy": self.about_energy,
+            "memory": self.no_memory,
+        }
+        return BenchReport(
+            rows=self.rows,
+            protocol=protocol,
+            machine=described,
+            versions=versions(),
+            commit=commit(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            skipped=self.skips.lines(),
+            scaling=growth(self.rows),
         )
-    config = SwinConfig(
-        image_size=size,
-        patch_size=shape["patch"],
-        embed_dim=shape["dim"],
-        depths=list(shape["depths"]),
-        num_heads=list(shape["heads"]),
-        window_size=one_window,
-        mlp_ratio=shape["mlp_ratio"],
-    )
-    config.num_labels = num_classes
-    config._attn_implementation = "sdpa"
-    return LogitsOnly(SwinForImageClassification(config))
-
-
-def _several(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-
-
-def _transformers(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, tuple[int, int]]:
-    from muntin.models import published
-
-    size = size or (published(name).get("size", 224),) * 2
-    return transformers_swin(name, size), size
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """A target that is built: `call` takes (B, 3, H, W) images of `dtype` on the device."""
-
-    label: str
-    call: Call
-    size: tuple[int, int]
-
-
-class _Builder:
-    """Turns what the user named into something to call."""
-
-    def __init__(self, size: tuple[int, int] | None, dtype: torch.dtype, device: torch.device, optimize: bool) -> None:
-        self.size, self.dtype, self.device, self.optimize = size, dtype, device, optimize
-
-    def build(self, target: Target) -> list[_Ready]:
-        if isinstance(target, tuple):
-            label, model = target
-            return self._with_optimized(label, self._given(model), self.size or (224, 224))
-        prefix, colon, name = target.partition(":")
-        if colon and prefix in PREFIXES:
-            return self._prefixed(prefix, name)
-        path = Path(target)
-        if path.suffix == ".onnx":
-            return [self._file(path)]
-        if path.is_dir() or path.suffix == ".safetensors":
-            return self._run(path)
-        if colon:
-            valid = ", ".join(f"{p}:NAME" for p in PREFIXES)
-            raise UserError(f"unknown kind of target {target!r}; valid are NAME and {valid}")
-        model, size = _ours(target, self.size)
-        return self._with_optimized(target, model, size)
-
-    def _prefixed(self, prefix: str, name: str) -> list[_Ready]:
-        if prefix == "muntin+optimize":
-            model, size = self._opened(Path(name)) if Path(name).is_dir() else _ours(name, self.size)
-            return [self._optimized(name, model, size)]
-        builders = {"muntin": _ours, "timm": _timm, "torchvision": _torchvision, "transformers": _transformers}
-        try:
-            model, size = builders[prefix](name, self.size)
-        except ImportError as error:
-            raise UserError(
-                f"{prefix}:{name} needs the package {prefix}; install it with: pip install {prefix}"
-            ) from error
-        if prefix == "muntin":
-            return self._with_optimized(name, model, size)
-        return [self._eager(f"{prefix}:{name}", model, size)]
-
-    def _given(self, model: nn.Module) -> nn.Module:
-        """The caller's module as it is where it is ready to run, otherwise a copy to change."""
-        tensors = [*model.parameters(), *model.buffers()]
-        floating = [t for t in tensors if t.is_floating_point()]
-        placed = all(t.device.type == self.device.type for t in tensors) and all(
-            t.dtype == self.dtype for t in floating
-        )
-        return model if placed and not model.training else copy.deepcopy(model)
-
-    def _eager(self, label: str, model: nn.Module, size: tuple[int, int]) -> _Ready:
-        return _Ready(label, model.eval().to(self.device, self.dtype), size)
-
-    def _optimized(self, label: str, model: nn.Module, size: tuple[int, int]) -> _Ready:
-        import muntin
-
-        return _Ready(f"{label} (optimized)", muntin.optimize(model.eval().to(self.device, self.dtype)), size)
-
-    def _with_optimized(self, label: str, model: nn.Module, size: tuple[int, int]) -> list[_Ready]:
-        ready = [self._eager(label, model, size)]
-        return [*ready, self._optimized(label, model, size)] if self.optimize else ready
-
-    def _opened(self, path: Path) -> tuple[nn.Module, tuple[int, int]]:
-        from muntin.run import Run
-
-        run = Run.open(path)
-        height, width = run.preprocessing["size"]
-        return run.model(), self.size or (height, width)
-
-    def _run(self, path: Path) -> list[_Ready]:
-        model, size = self._opened(path)
-        ready = self._with_optimized(str(path), model, size)
-        exported = path / "model.onnx"
-        if exported.exists() and self.dtype == torch.float32 and self.device.type == "cpu":
-            ready.append(self._file(exported, size))
-        return ready
-
-    def _file(self, path: Path, size: tuple[int, int] | None = None) -> _Ready:
-        from muntin.runtime.engines import load
-
-        if self.dtype != torch.float32 or self.device.type != "cpu":
-            raise UserError(f"{path} runs in float32 on the CPU; leave out --dtype and --device")
-        engine = load(path)
-        height, width = size or self.size or _pair(engine.preprocessing.get("size", 224))
-        return _Ready(f"{path} (ONNX Runtime)", engine, (height, width))
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-# ------------------------------------------------------------------------------------------------- the timing
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+def _refusals_of(target: Target) -> Iterator[None]:
+    """What another library's model does not take is said and skipped; an error in a user's own module is raised."""
     try:
         yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _timed(call: Call, images: Tensor) -> float:
-    """Seconds of one call, the work on a GPU included."""
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    with torch.inference_mode():
-        call(images)
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def _warm_up(call: Call, images: Tensor) -> tuple[list[float], bool]:
-    """Call until times agree or the time is up; the times, and whether they agreed."""
-    times: list[float] = []
-    start = time.perf_counter()
-    while True:
-        times.append(_timed(call, images))
-        last = times[-WARMUP_CALLS:]
-        agree = max(last) - min(last) <= WARMUP_SPREAD * statistics.median(last)
-        if len(times) > WARMUP_CALLS and agree:
-            return times, True
-        if len(times) > WARMUP_CALLS and time.perf_counter() - start > WARMUP_SECONDS:
-            return times, False
-
-
-def _interleaved(
-    ready: Sequence[_Ready],
-    images: dict[tuple[int, int], Tensor],
-    calls: Sequence[int],
-    order: random.Random,
-    rounds: int,
-    tick: Callable[[str], None],
-) -> list[list[list[float]]]:
-    """Seconds by target, round and call."""
-    times: list[list[list[float]]] = [[] for _ in ready]
-    for _ in range(rounds):
-        turns = list(range(len(ready)))
-        order.shuffle(turns)
-        for turn in turns:
-            target = ready[turn]
-            _timed(target.call, images[target.size])  # brings its weights back into the caches, untimed
-            times[turn].append([_timed(target.call, images[target.size]) for _ in range(calls[turn])])
-            tick(target.label)
-    return times
-
-
-def _row(
-    target: _Ready, batch: int, warm: tuple[list[float], bool], times: list[list[float]], base: list[float]
-) -> Row:
-    every = [1000 * t for visit in times for t in visit]
-    medians = [1000 * statistics.median(visit) for visit in times]
-    speeds = [b / m for b, m in zip(base, medians, strict=True)]
-    median = statistics.median(every)
-    return Row(
-        target=target.label,
-        batch=batch,
-        height=target.size[0],
-        width=target.size[1],
-        median_ms=median,
-        p90_ms=percentile(every, 0.90),
-        p99_ms=percentile(every, 0.99),
-        iqr_ms=percentile(every, 0.75) - percentile(every, 0.25),
-        interval_ms=median_interval(medians),
-        round_ms=medians,
-        throughput=1000 * batch / median,
-        speed=statistics.median(speeds),
-        speed_interval=median_interval(speeds),
-        calls=len(every),
-        warmup_calls=len(warm[0]),
-        stable=warm[1],
-    )
-
-
-class _Progress:
-    """A bar over all warm-ups and rounds, where tqdm is installed and the output is a terminal."""
-
-    def __init__(self, total: int, shown: bool) -> None:
-        self.bar: Any = None
-        if shown:
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                return
-            self.bar = tqdm(total=total, desc="bench", disable=None, leave=False, file=sys.stderr)
-
-    def tick(self, label: str) -> None:
-        if self.bar is not None:
-            self.bar.set_description(f"bench: {label}")
-            self.bar.update()
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def _checked(targets: Sequence[Target], batch_sizes: Sequence[int], size: Any, dtype: str, rounds: int) -> None:
-    if not targets:
-        raise UserError("no target given; name at least one, as in: muntin bench swin_t timm:resnet50")
-    if not batch_sizes or min(batch_sizes) < 1:
-        raise UserError(f"batch sizes {list(batch_sizes)} cannot be measured; give at least one, each at least 1")
-    if size is not None and min(_pair(size)) < 1:
-        raise UserError(f"size {size} cannot be measured; give a side of at least 1 pixel")
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is unknown{nearest(dtype, DTYPES)}; valid are {', '.join(DTYPES)}")
-    if rounds < 2:
-        raise UserError(f"{rounds} rounds given; an interval needs at least 2")
+    except (Skipped, UserError):
+        raise
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"not enough memory for {target.label}; give a smaller --batch or --size") from error
+    except (AssertionError, ValueError, RuntimeError) as error:
+        if not target.peer:
+            raise
+        raise Skipped(f"{target.kind} refuses: {error or type(error).__name__}") from error
 
 
 def _device(name: str | None) -> torch.device:
@@ -458,102 +238,134 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def _measure(
-    ready: list[_Ready], batch: int, make: Callable[[tuple[int, int]], Tensor], rounds: int, seconds: float,
-    order: random.Random, tick: Callable[[str], None],
-) -> list[Row]:  # fmt: skip
-    images = {target.size: make(target.size) for target in ready}
-    warm = []
-    try:
-        for target in ready:
-            warm.append(_warm_up(target.call, images[target.size]))
-            tick(target.label)
-        share = seconds / rounds
-        calls = [max(1, round(share / statistics.median(times[-WARMUP_CALLS:]))) for times, _ in warm]
-        times = _interleaved(ready, images, calls, order, rounds, tick)
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"not enough memory for batch {batch}; give a smaller --batch or --size") from error
-    base = [1000 * statistics.median(visit) for visit in times[0]]
-    return [_row(target, batch, w, t, base) for target, w, t in zip(ready, warm, times, strict=True)]
+def _checked(
+    targets: Sequence[Given], batches: Sequence[int], sizes: Sequence[Size | None], rounds: int, threads: int | None
+) -> None:
+    if not targets:
+        raise UserError("no target given; name at least one, as in: muntin bench swin_t timm:resnet50")
+    if not batches or min(batches) < 1:
+        raise UserError(f"batch sizes {list(batches)} cannot be measured; give at least one, each at least 1")
+    for size in sizes:
+        if size is not None and min(size) < 1:
+            raise UserError(f"size {size[0]}x{size[1]} cannot be measured; give a side of at least 1 pixel")
+    if rounds < 2:
+        raise UserError(f"{rounds} rounds given; an interval needs at least 2")
+    if threads is not None and threads < 1:
+        raise UserError(f"{threads} threads given; give at least 1")
+
+
+def _check_base(base: str | None, plan: list[_Combination]) -> None:
+    valid = {it.name: None for it in plan} | {it.target.label: None for it in plan}
+    if base is not None and base not in valid:
+        raise UserError(f"--base {base!r} is not measured{nearest(base, valid)}; valid are {', '.join(valid)}")
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _given(targets: Any) -> list[Given]:
+    single = isinstance(targets, str) or isinstance(targets, tuple) and isinstance(targets[-1], torch.nn.Module)
+    return [targets] if single else list(targets)
+
+
+def _sizes(size: Any) -> list[Size | None]:
+    return [pair(one) for one in size] if isinstance(size, list) else [None if size is None else pair(size)]
 
 
 def bench(
-    targets: Sequence[Target],
-    batch_sizes: Sequence[int] = (1, 8),
-    size: int | tuple[int, int] | None = None,
+    targets: Sequence[Given] | Given,
+    batch_sizes: Sequence[int] | None = None,
+    size: int | Size | Sequence[int | Size] | None = None,
     *,
-    dtype: str = "float32",
+    engine: str | Sequence[str] | None = None,
+    precision: str | Sequence[str] | None = None,
     device: str | None = None,
     threads: int | None = None,
     rounds: int = 10,
     seconds: float = 3.0,
-    optimize: bool = False,
+    base: str | None = None,
+    memory: bool = False,
+    cuda_graphs: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> BenchReport:
-    """Measure targets against each other: latency, its spread, throughput, and speed against the first.
+    """Measure targets against each other: latency, its spread, throughput, memory, energy, and speed against a base.
 
-    targets: variant names, run folders (with their model.onnx where it exists), .onnx files,
-        `timm:NAME`, `torchvision:NAME`, `transformers:NAME` (our variant's shape), `muntin+optimize:NAME`, or a
-        (label, module) pair.
-    size: side or (height, width) in pixels; by default each target's own.
-    dtype: of weights and images. device: "cpu" or "cuda", by default the GPU where there is one.
-    threads: of the CPU, by default what torch uses.
-    rounds, seconds: turns per target, and roughly how long each target is timed at each batch size.
-    optimize: beside each of our own models also its `muntin.optimize` copy.
+    targets: variant names, run folders (with their exported files where no engine is named), .onnx, .xml and .pt2
+        files, `timm:NAME`, `torchvision:NAME`, `hf:NAME` (transformers, our variant's shape), `muntin+optimize:NAME`,
+        or a (label, module) pair.
+    batch_sizes: by default 1 and 8, on a GPU 1 and 64.
+    size: side or (height, width) in pixels, or a list of these; by default each target's own.
+    engine: "eager" (default), "optimize", "compile", "onnx", "openvino", "pt2", or several.
+    precision: "float32" (default), "bfloat16", "float16", or several; of weights and images, or inside a file.
+    device: "cpu" or "cuda", by default the GPU where there is one. threads: of the CPU, by default what torch uses.
+    rounds, seconds: turns per row, and roughly how long each row is timed.
+    base: the row or the model that speeds are against; by default the first.
+    memory: measure the peak of each row in a process of its own. cuda_graphs: replay calls as CUDA graphs.
     A run's folder gets `bench.json`, and `latency_ms` (median at batch 1) in its metrics.json.
     Raises UserError for a target that cannot be found or a setting that cannot be measured.
     """
-    targets = [targets] if isinstance(targets, str) else list(targets)
-    _checked(targets, batch_sizes, size, dtype, rounds)
+    given, sizes = _given(targets), _sizes(size)
     where = _device(device)
+    batches = list(BATCHES[where.type] if batch_sizes is None else batch_sizes)
+    engines = None if engine is None else list(dict.fromkeys(_listed(engine)))
+    precisions = None if precision is None else list(dict.fromkeys(map(full_precision, _listed(precision))))
+    _checked(given, batches, sizes, rounds, threads)
+    check_engines(engines or [])
+    if cuda_graphs and where.type != "cuda":
+        raise UserError("CUDA graphs need a GPU; leave out --cuda-graphs")
     described = machine(where)
-    order = random.Random(seed)
-    with _threads(threads or torch.get_num_threads()), torch.random.fork_rng():
+    with (
+        timing.threads_of(threads or torch.get_num_threads()),
+        torch.random.fork_rng(),
+        tempfile.TemporaryDirectory(prefix="muntin-bench-") as folder,
+        _recompiling("compile" in (engines or ())),
+    ):
         torch.manual_seed(seed)
-        builder = _Builder(None if size is None else _pair(size), DTYPES[dtype], where, optimize)
-        ready = [built for target in targets for built in builder.build(target)]
-        bar = _Progress(len(batch_sizes) * len(ready) * (rounds + 1), progress)
-        rows: list[Row] = []
-        try:
-            for batch in batch_sizes:
-
-                def make(side: tuple[int, int], batch: int = batch) -> Tensor:
-                    return torch.randn(batch, 3, *side).to(where, DTYPES[dtype])
-
-                rows += _measure(ready, batch, make, rounds, seconds, order, bar.tick)
-        finally:
-            bar.close()
-        used = torch.get_num_threads()
-    report = BenchReport(
-        rows=rows,
-        protocol={
-            "mode": "eager, torch.inference_mode",
-            "timer": "wall clock of one call, GPU synchronised before and after",
-            "dtype": dtype,
-            "device": str(where),
-            "threads": used,
-            "rounds": rounds,
-            "seconds_per_target": seconds,
-            "order": "round robin, shuffled per round, one untimed call per turn",
-            "warmup": f"until {WARMUP_CALLS} calls agree within {WARMUP_SPREAD:.0%}, at most {WARMUP_SECONDS:g} s",
-            "seed": seed,
-        },
-        machine=described,
-        versions=versions(),
-        commit=commit(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    for target in targets:
-        if isinstance(target, str) and Path(target).is_dir():
-            _keep(Path(target), report)
+        parsed = [target for one in given for target in parse(one)[: None if engines is None else 1]]
+        skips = _Skips()
+        plan = _plan(parsed, engines, precisions, where, skips)
+        _check_base(base, plan)
+        workshop = Workshop(Models(seed), where, Path(folder), cuda_graphs)
+        session = _Session(plan, workshop, skips, memory)
+        with Bar("bench", len(sizes) * len(batches) * len(plan) * (rounds + 2), progress) as bar:
+            for one in sizes:
+                for batch in batches:
+                    session.time(session.group(batch, one, seed, bar), base, rounds, seconds, seed, bar)
+                workshop.forget_sizes()
+        if not session.rows:
+            raise UserError("nothing was measured: " + "; ".join(skips.lines()))
+        settings = {"rounds": rounds, "seconds_per_target": seconds, "seed": seed, "cuda_graphs": cuda_graphs}
+        report = session.report(settings, described)
+    for target in parsed:
+        if target.kind == "run" and Path(target.label).is_dir():
+            _keep(target, report)
     return report
 
 
-def _keep(folder: Path, report: BenchReport) -> None:
+@contextmanager
+def _recompiling(wanted: bool) -> Iterator[None]:
+    """So many shapes and models that torch.compile does not give up within; importing it only where it is needed."""
+    if not wanted:
+        yield
+        return
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILES):
+        yield
+
+
+def _keep(target: Target, report: BenchReport) -> None:
     from muntin.run import Run, atomic_write
 
+    folder = Path(target.label)
     atomic_write(folder / "bench.json", report.json().encode())
-    single = [row.median_ms for row in report.rows if row.target == str(folder) and row.batch == 1]
-    if single:
-        Run.open(folder).update_metrics(latency_ms=round(single[0], 3))
+    own = [
+        row.median_ms
+        for row in report.rows
+        if row.model == target.label and (row.engine, row.precision, row.batch) == ("eager", "float32", 1)
+        and (row.height, row.width) == target.size
+    ]  # fmt: skip
+    if own:
+        Run.open(folder).update_metrics(latency_ms=round(own[0], 3))

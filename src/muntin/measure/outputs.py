@@ -1,0 +1,95 @@
+"""Outputs compared before anything is timed: an engine with eager float32, a peer with our model of the same weights.
+
+B batch, H W image
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from muntin.measure.runners import Runner, Skipped, placed
+from muntin.measure.targets import Models, Size, Target
+from muntin.measure.timing import timed
+
+BOUNDS = {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.4}
+"""Largest difference that passes, in standard deviations of the output, on a CPU. Half precisions keep 11 and 8 bits
+of each of some hundred results on the way to a logit; a missing bias or a wrong window differs by more than 1."""
+GPU_BOUNDS = BOUNDS | {"float32": 5e-3}  # cuDNN's convolutions use TF32 as PyTorch sets it
+SHARED = 2  # images in the comparison of a peer with our model
+
+
+def tensors(result: Any) -> list[Tensor] | None:
+    """The tensors of a result, in order; None where it holds something else."""
+    found = list(result) if isinstance(result, (list, tuple)) else [result]
+    return found if found and all(isinstance(t, Tensor) for t in found) else None
+
+
+def difference(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """The largest over all tensors, in standard deviations of the wanted one; infinite where shapes or NaN differ."""
+    if [t.shape for t in found] != [t.shape for t in wanted]:
+        return float("inf")
+    worst = 0.0
+    for ours, theirs in zip(found, wanted, strict=True):
+        a, b = ours.double().cpu(), theirs.double().cpu()
+        spread = b.std(unbiased=False) if b.numel() > 1 else b.abs().max()
+        error = ((a - b).abs().max() / spread.clamp_min(1e-12)).item()
+        worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+class Comparison:
+    """What outputs should be at one batch and size; eager float32 of each model runs once."""
+
+    def __init__(self, models: Models, device: torch.device) -> None:
+        self.models, self.device = models, device
+        self.bounds = GPU_BOUNDS if device.type == "cuda" else BOUNDS
+        self._wanted: dict[str, list[Tensor] | None] = {}
+        self._shared: dict[str, float] = {}
+
+    def first_call(self, runner: Runner, images: Tensor, size: Size) -> tuple[float, float | None]:
+        """Seconds of a runner's first call at this shape, and how far its outputs are from eager float32.
+
+        Raises Skipped where that is beyond the bound of its precision.
+        """
+        seconds, result = timed(runner.call, images.to(self.device, runner.dtype))
+        target, found = runner.target, tensors(result)
+        if (runner.engine, runner.precision) == ("eager", "float32") and not target.peer:
+            self._wanted[target.label] = None if found is None else [t.clone() for t in found]
+            return seconds, None
+        wanted = self._reference(target, images, size)
+        if found is None or wanted is None:
+            return seconds, None
+        far, bound = difference(found, wanted), self.bounds[runner.precision]
+        if not far <= bound:
+            raise Skipped(f"outputs differ from eager float32 by {far:.1e} standard deviations, more than {bound:.0e}")
+        return seconds, far
+
+    def shared(self, target: Target, images: Tensor, size: Size) -> float | None:
+        """How far a peer is from our model whose weights it has; None without such a model. Raises Skipped."""
+        if target.counterpart is None:
+            return None
+        if target.label not in self._shared:
+            few = images[:SHARED]
+            ours = self._eager(self.models.ours(target.counterpart), few)
+            theirs = self._reference(target, images, size)
+            assert ours is not None and theirs is not None  # classifiers
+            self._shared[target.label] = difference([t[:SHARED] for t in theirs], ours)
+        far, bound = self._shared[target.label], self.bounds["float32"]
+        if not far <= bound:
+            raise Skipped(
+                f"with the weights of {target.counterpart} outputs differ by {far:.1e} standard deviations, more than "
+                f"{bound:.0e}: at {size[0]}x{size[1]} it computes something else"
+            )
+        return far
+
+    def _reference(self, target: Target, images: Tensor, size: Size) -> list[Tensor] | None:
+        if target.label not in self._wanted:
+            found = None if target.kind == "file" else self._eager(self.models.get(target, size), images)
+            self._wanted[target.label] = found
+        return self._wanted[target.label]
+
+    def _eager(self, model: nn.Module, images: Tensor) -> list[Tensor] | None:
+        model = placed(model, self.device, torch.float32)
+        with torch.inference_mode():
+            return tensors(model(images.to(self.device)))
