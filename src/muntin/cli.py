@@ -327,7 +327,7 @@ def _cost(args: Any) -> int:
     if args.nodes:
         from muntin.measure.nodes import nodes
 
-        report = nodes(args.targets)
+        report = nodes(args.targets, args.size and parse_size(args.size))
         print(f"\n{report}")
         counted["nodes"] = report.json()
     if args.json:
