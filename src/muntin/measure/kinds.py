@@ -59,8 +59,8 @@ _ONNX = {
     "softmax": "Softmax LogSoftmax",
     "normalisation": "LayerNormalization SkipLayerNormalization BatchNormalization SimplifiedLayerNormalization "
     "GroupNorm InstanceNormalization LpNormalization GroupNormalization RMSNormalization",
-    "activation": "Gelu FastGelu BiasGelu QuickGelu Relu Clip HardSwish HardSigmoid Sigmoid Tanh LeakyRelu Elu Erf Silu "
-    "Swish Mish",
+    "activation": "Gelu FastGelu BiasGelu QuickGelu Relu Clip HardSwish HardSigmoid Sigmoid Tanh LeakyRelu Elu Erf "
+    "Silu Swish Mish",
     "window shifting": "Gather GatherND GatherElements ScatterND",
     "copy and reshape": "Reshape Transpose Concat Slice Split Expand Squeeze Unsqueeze Flatten Pad Cast Identity Shape "
     "Tile ConstantOfShape Range Size ReorderInput ReorderOutput Constant DepthToSpace SpaceToDepth",

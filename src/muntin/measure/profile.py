@@ -1,72 +1,64 @@
-"""Where the time of a forward pass goes, by kind of operation; the kinds add up to the measured wall time."""
+"""Where the time of a forward pass goes: by kind of operation and by stage, against what the machine could do.
 
+Kinds, stages and bounds each add up to the wall time of one pass. How each engine's time is attributed stands in
+docs/profile.md and in the profile itself (`how`).
+"""
+
+import importlib.util
 import json
-import os
-import statistics
-import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from muntin.errors import UserError
+from muntin.errors import UserError, nearest
+from muntin.measure.capture import Capture, Piece
+from muntin.measure.kinds import GROUPS, KINDS, PRODUCTS, UNATTRIBUTED, kind_of
+from muntin.measure.roofline import Bounds, Peaks, bounds, peaks
 
-UNATTRIBUTED = "unattributed"
+__all__ = ["ENGINES", "KINDS", "UNATTRIBUTED", "Operator", "Profile", "kind_of", "profile"]
 
-# The wrappers (linear around addmm) count with what they wrap; a trailing underscore (in place) is ignored.
-_OPERATORS = {
-    "matrix product": "mm addmm bmm baddbmm addbmm matmul linear mv dot addmv einsum _linear_pointwise _scaled_mm "
-    "mkldnn_linear _addmm_activation mkl_linear _mkl_linear _mkl_reorder_linear_weight",
-    "convolution": "convolution conv1d conv2d conv3d _convolution mkldnn_convolution cudnn_convolution thnn_conv2d "
-    "_slow_conv2d_forward _conv_depthwise2d conv_transpose2d _convolution_pointwise convolution_overrideable "
-    "miopen_convolution miopen_depthwise_convolution cudnn_convolution_relu",
-    "attention": "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu "
-    "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
-    "_scaled_dot_product_attention_math _flash_attention_forward _efficient_attention_forward "
-    "_cudnn_attention_forward _fused_sdp_choice",
-    "softmax": "softmax _softmax _safe_softmax log_softmax _log_softmax",
-    "normalisation": "layer_norm native_layer_norm batch_norm native_batch_norm _batch_norm_impl_index "
-    "cudnn_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training group_norm native_group_norm "
-    "miopen_batch_norm linalg_vector_norm normalize rms_norm _fused_rms_norm",
-    "activation": "gelu relu relu6 silu hardswish hardsigmoid sigmoid hardtanh leaky_relu elu tanh mish clamp_min",
-    "window shifting": "roll index index_select gather take take_along_dim index_put embedding",
-    "copy and reshape": "copy clone contiguous cat concat stack pad constant_pad_nd _pad_enum reshape view permute "
-    "transpose t as_strided expand expand_as slice select unbind flatten unflatten unsqueeze squeeze to _to_copy empty "
-    "empty_like empty_strided new_empty new_zeros zeros zeros_like ones full fill zero resize _unsafe_view view_as "
-    "_reshape_alias split split_with_sizes chunk narrow unfold im2col resolve_conj resolve_neg alias detach movedim "
-    "numpy_T swapaxes repeat tile type_as lift_fresh set",
-    "element-wise": "add sub mul div neg exp log sqrt rsqrt pow abs clamp maximum minimum where masked_fill dropout "
-    "native_dropout eq ne lt le gt ge logical_and logical_or logical_not bitwise_and bitwise_or addcmul addcdiv sin "
-    "cos floor remainder floor_divide reciprocal square feature_dropout true_divide rsub",
-}
-KINDS = (*_OPERATORS, "other", UNATTRIBUTED)
-_KIND_OF = {name: kind for kind, names in _OPERATORS.items() for name in names.split()}
-
-
-def kind_of(operator: str) -> str:
-    """The kind of a profiled operator such as `aten::addmm`."""
-    name = operator.rpartition("::")[2]
-    return _KIND_OF.get(name) or _KIND_OF.get(name.rstrip("_")) or "other"
+ENGINES = {"eager": None, "optimize": None, "compile": None, "onnx": "onnxruntime"}
+"""The engines that can be profiled, and the package that each needs beyond torch."""
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator: milliseconds and calls in a forward pass, without what it calls itself."""
+    """All calls of one operator in one stage: milliseconds and calls in a pass.
+
+    ms: without what it calls itself where that is listed apart. flops: of products; bytes: read and written.
+    intensity: FLOPs per byte. bound: what limits it, "compute" or "memory" ("" without the machine's peaks);
+    bound_ms: the least it could take.
+    """
 
     name: str
     kind: str
     ms: float
     calls: int
+    group: str = ""
+    stage: str = ""
+    flops: int = 0
+    bytes: int = 0
+    bound: str = ""
+    bound_ms: float = 0.0
+
+    @property
+    def intensity(self) -> float:
+        return self.flops / self.bytes if self.bytes else 0.0
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Milliseconds of one forward pass by kind; they add up to `wall_ms`.
+    """Milliseconds of one forward pass: `kinds`, `groups` and the values of `stages` each add up to `wall_ms`.
 
-    `wall_ms` was measured around the profiled call, `plain_ms` (median) without the profiler, whose own cost is
-    the difference; what no operator accounts for (Python, launching, an idle GPU) is "unattributed".
+    kinds: by KINDS; groups: by EfficientViT's figure 2 (GROUPS). stages: by stage, then kind. fused: for a kind, the
+    time of kernels of other kinds that have some of it inside. `wall_ms` was measured around the profiled pass,
+    `plain_ms` (median) without the profiler, whose own cost is the difference; what no operator accounts for
+    (Python, launching, an idle GPU) is "unattributed". peaks and bounds: the machine's best, measured in the same run,
+    and the pass against it. how: in what way this engine's time was attributed.
     """
 
     kinds: dict[str, float]
@@ -76,99 +68,182 @@ class Profile:
     device: str
     threads: int
     shape: tuple[int, ...]
+    name: str = ""
+    engine: str = "eager"
+    precision: str = "float32"
+    groups: dict[str, float] = field(default_factory=dict)
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+    fused: dict[str, float] = field(default_factory=dict)
+    peaks: Peaks | None = None
+    bounds: Bounds | None = None
+    how: str = ""
+    notes: list[str] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list, repr=False)
 
     def share(self, kind: str) -> float:
         """Part of the wall time, 0..1."""
         return self.kinds[kind] / self.wall_ms
 
+    @property
+    def memory_bound(self) -> float:
+        """Milliseconds in operations other than multiplication and convolution, the paper's "memory-bound"."""
+        return sum(ms for kind, ms in self.kinds.items() if kind not in (*PRODUCTS, UNATTRIBUTED))
+
+    @property
+    def label(self) -> str:
+        """What was profiled: model, engine, batch."""
+        parts = [self.name, self.engine, f"batch {self.shape[0]}" if self.shape else ""]
+        return ", ".join(part for part in parts if part)
+
     def table(self) -> str:
-        lines = [f"{'kind':<18} {'ms':>9} {'share':>7}", "-" * 36]
-        for kind, ms in sorted(self.kinds.items(), key=lambda item: -item[1]):
-            if ms > 0:
-                lines.append(f"{kind:<18} {ms:>9.3f} {self.share(kind):>7.1%}")
-        lines.append(f"{'measured':<18} {self.wall_ms:>9.3f} {1:>7.1%}")
-        lines.append(f"without the profiler {self.plain_ms:.3f} ms; images {'x'.join(map(str, self.shape))}")
-        return "\n".join(lines)
+        """Kinds, the paper's groups, stages and bounds, to read."""
+        from muntin.measure.profile_text import text
+
+        return text(self)
 
     def json(self) -> str:
-        """All of it as JSON text."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        """All of it as JSON text, but for the single pieces, which are in the trace."""
+        return json.dumps(self.plain(), indent=2) + "\n"
+
+    def plain(self) -> dict[str, Any]:
+        """The same as plain data."""
+        content = asdict(self)
+        del content["pieces"]
+        content["memory_bound_ms"] = self.memory_bound
+        if self.peaks is not None and self.bounds is not None:
+            content["peaks"]["ridge"] = self.peaks.ridge
+            content["bounds"]["distance"] = self.bounds.distance
+        return content
 
 
-def _wall(model: nn.Module, x: Tensor) -> float:
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    model(x)
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start)
-
-
-def _profiled(model: nn.Module, x: Tensor) -> tuple[float, list[Operator]]:
-    """Wall time of one call, and the time of each operator in it."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports on stderr that it starts and stops
-    from torch.profiler import ProfilerActivity
-
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if x.is_cuda else [])
-    with torch.profiler.profile(activities=activities) as profiler:
-        wall = _wall(model, x)
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for event in profiler.events():
-        # Kernels are listed once more by themselves; the operator that launched them has their time already.
-        if event.device_type == torch.autograd.DeviceType.CPU and "::" in event.name:
-            microseconds = event.self_device_time_total if x.is_cuda else event.self_cpu_time_total
-            found[event.name, _kind_in_context(event)].append(microseconds / 1000)
-    operators = [Operator(name, kind, sum(times), len(times)) for (name, kind), times in found.items()]
-    return wall, sorted(operators, key=lambda operator: -operator.ms)
-
-
-def _kind_in_context(event: Any) -> str:
-    """What an operator calls is of its kind (a roll's copies are shifting), but a product's copies are copies."""
-    kind = kind_of(event.name)
-    outer = event.cpu_parent
-    while outer is not None:
-        if kind_of(outer.name) not in ("other", "matrix product", "copy and reshape", "element-wise"):
-            kind = kind_of(outer.name)
-        outer = outer.cpu_parent
-    return kind
-
-
-def profile(model: nn.Module, x: Tensor, *, calls: int = 5, warmup: int = 3) -> Profile:
-    """Measure one forward pass by kind of operation, in inference mode.
+def profile(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    engine: str = "eager",
+    name: str = "",
+    calls: int = 5,
+    warmup: int = 3,
+    roofline: bool = True,
+) -> Profile:
+    """Measure one forward pass by kind of operation, by stage and against the machine's peaks, in inference mode.
 
     model: any module; it runs in evaluation mode and is left as it was.
-    x: (B, 3, H, W) images on the model's device.
+    x: (B, 3, H, W) images on the model's device and in its precision.
+    engine: "eager", the model as it is; "optimize", `muntin.optimize`'s copy (of another library's model a copy with
+        its BatchNorms folded); "compile"; "onnx", ONNX Runtime on the CPU.
     calls: profiled passes, of which the median is taken; as many run before without the profiler.
-    Raises UserError where there is nothing to run.
+    roofline: also measure the machine's peaks, once in a process.
+    Raises UserError where there is nothing to run, for an unknown engine, or one whose package is missing.
     """
+    check_engine(engine)
     if calls < 1 or x.numel() == 0:
         raise UserError(f"{calls} calls on images of shape {tuple(x.shape)} measure nothing; give at least one of each")
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.inference_mode():
-            for _ in range(warmup):
-                model(x)
-            plain = statistics.median(_wall(model, x) for _ in range(calls))
-            _profiled(model, x)  # a first use sets the profiler up, which is not the model's time
-            runs = sorted((_profiled(model, x) for _ in range(calls)), key=lambda run: run[0])
-            wall, operators = runs[calls // 2]
+        captured = _capture(model, x, engine, calls, warmup)
     finally:
         for module, training in modes.items():
             module.training = training
-    kinds: defaultdict[str, float] = defaultdict(float)
-    for operator in operators:
-        kinds[operator.kind] += operator.ms
-    attributed = sum(kinds.values())
-    wall = max(wall, attributed)  # clocks of two sources may differ by a little
-    complete = {kind: kinds[kind] for kind in KINDS if kind != UNATTRIBUTED} | {UNATTRIBUTED: wall - attributed}
+    best = peaks(x.dtype, x.device) if roofline else None
+    return _summed(captured, best, x, engine, name)
+
+
+def check_engine(engine: str) -> None:
+    """Raises UserError for an engine that is unknown or not installed."""
+    if engine not in ENGINES:
+        valid = ", ".join(ENGINES)
+        raise UserError(f"engine {engine!r} cannot be profiled{nearest(engine, ENGINES)}; valid are {valid}")
+    package = ENGINES[engine]
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UserError(f'engine {engine!r} needs the package {package}; install it with: pip install "muntin[export]"')
+
+
+def _capture(model: nn.Module, x: Tensor, engine: str, calls: int, warmup: int) -> Capture:
+    from muntin.measure.capture import compiled, eager, onnx
+
+    if engine == "onnx":  # exporting takes gradients' machinery, which inference mode switches off
+        return onnx.capture(model, x, calls, warmup)
+    with torch.inference_mode():
+        if engine == "compile":
+            return compiled.capture(model, x, calls, warmup)
+        return eager.capture(_optimized(model, x) if engine == "optimize" else model, x, calls, warmup)
+
+
+def _optimized(model: nn.Module, x: Tensor) -> nn.Module:
+    import muntin
+    from muntin.measure.capture.compiled import is_ours
+    from muntin.measure.peers import tuned
+
+    if is_ours(model):
+        return muntin.optimize(model)
+    library = "timm" if type(model).__module__.startswith("timm.") else ""
+    return tuned(model, library, (x.shape[2], x.shape[3]))[0]
+
+
+def _summed(captured: Capture, best: Peaks | None, x: Tensor, engine: str, name: str) -> Profile:
+    pieces = captured.pieces
+    wall = max(captured.wall_ms, sum(p.ms for p in pieces if p.kind != UNATTRIBUTED))  # two clocks differ by a little
+    kinds, groups, fused = (
+        defaultdict[str, float](float),
+        defaultdict[str, float](float),
+        defaultdict[str, float](float),
+    )
+    stages: dict[str, defaultdict[str, float]] = {stage: defaultdict(float) for stage in captured.stages}
+    for piece in pieces:
+        if piece.kind == UNATTRIBUTED:
+            continue
+        kinds[piece.kind] += piece.ms
+        groups[piece.group] += piece.ms
+        stages.setdefault(piece.stage, defaultdict(float))[piece.kind] += piece.ms
+        for kind in piece.holds:
+            fused[kind] += piece.ms
+    rest = wall - sum(kinds.values())
     return Profile(
-        kinds=complete,
-        operators=operators,
+        kinds={kind: kinds[kind] for kind in KINDS if kind != UNATTRIBUTED} | {UNATTRIBUTED: rest},
+        groups={group: groups[group] for group in GROUPS} | {UNATTRIBUTED: rest},
+        stages={stage: dict(found) for stage, found in stages.items()} | {UNATTRIBUTED: {UNATTRIBUTED: rest}},
+        fused=dict(fused),
+        operators=_operators(pieces, best),
         wall_ms=wall,
-        plain_ms=plain,
+        plain_ms=captured.plain_ms,
         device=str(x.device),
         threads=torch.get_num_threads(),
         shape=tuple(x.shape),
+        name=name,
+        engine=engine,
+        precision=str(x.dtype).removeprefix("torch."),
+        peaks=best,
+        bounds=bounds(pieces, wall, best) if best else None,
+        how=captured.how,
+        notes=captured.notes,
+        pieces=pieces,
     )
+
+
+def _operators(pieces: Sequence[Piece], best: Peaks | None) -> list[Operator]:
+    """Pieces of one name, kind and stage together, the longest first."""
+    together: defaultdict[tuple[str, str, str, str], list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        if piece.kind != UNATTRIBUTED:
+            together[piece.name, piece.kind, piece.group, piece.stage].append(piece)
+    found = []
+    for (name, kind, group, stage), same in together.items():
+        by_flops = sum(best.compute_ms(p.flops) for p in same) if best else 0.0
+        by_bytes = sum(best.memory_ms(p.bytes) for p in same) if best else 0.0
+        found.append(
+            Operator(
+                name=name,
+                kind=kind,
+                ms=sum(p.ms for p in same),
+                calls=len(same),
+                group=group,
+                stage=stage,
+                flops=sum(p.flops for p in same),
+                bytes=sum(p.bytes for p in same),
+                bound="" if best is None else "compute" if by_flops > by_bytes else "memory",
+                bound_ms=sum(best.floor_ms(p.flops, p.bytes) for p in same) if best else 0.0,
+            )
+        )
+    return sorted(found, key=lambda operator: -operator.ms)

@@ -122,7 +122,8 @@ def _labels(source: str) -> list[tuple[str, str]]:
     for line in source.splitlines():
         _, mark, rest = line.partition("# [Provenance debug handles] ")
         if mark:
-            found += [(label, handle) for label, _, handle in (part.strip().rpartition(":") for part in rest.split(","))]
+            parts = (part.strip().rpartition(":") for part in rest.split(","))
+            found += [(label, handle) for label, _, handle in parts]
     return found
 
 
@@ -187,7 +188,7 @@ def _kind(node: _Node) -> str:
 
 
 def _base(label: str) -> str:
-    """`extern_kernels.addmm`, `torch.ops.aten.addmm.default` and `aten::addmm` -> `addmm`; a kernel's own name stays."""
+    """`extern_kernels.addmm`, `torch.ops.aten.addmm.default`, `aten::addmm` -> `addmm`; a kernel's own name stays."""
     if label.startswith(("cpp_", "triton_")):
         return label
     if label.startswith("torch.ops."):
@@ -195,14 +196,18 @@ def _base(label: str) -> str:
     return plain_name(label.rpartition(".")[2]) if label.startswith("extern_kernels.") else plain_name(label)
 
 
+def is_ours(model: nn.Module) -> bool:
+    """Whether a model is one of Muntin's classifiers or backbones."""
+    from muntin.models.backbone import Backbone
+
+    return isinstance(getattr(model, "backbone", model), Backbone)
+
+
 def compiled(model: nn.Module) -> Callable[[Tensor], Any]:
     """Ours by `muntin.compile`, any other by `torch.compile`."""
     import muntin
-    from muntin.models.backbone import Backbone
 
-    if isinstance(getattr(model, "backbone", model), Backbone):
-        return muntin.compile(model)
-    return torch.compile(model)
+    return muntin.compile(model) if is_ours(model) else torch.compile(model)
 
 
 def capture(model: nn.Module, x: Tensor, calls: int, warmup: int) -> Capture:

@@ -1,8 +1,8 @@
 """A pass in PyTorch, operator by operator.
 
-Two passes see it. One, untimed, goes through the dispatcher with every operand in sight: it knows kind, stage, FLOPs and
-bytes of each operator, in order. The other is timed by PyTorch's profiler, whose events are the same operators in the
-same order. An operator's time includes what it calls; a wrapper (linear around addmm) has its own time alone.
+Two passes see it. One, untimed, goes through the dispatcher with every operand in sight: it knows kind, stage, FLOPs
+and bytes of each operator, in order. The other is timed by PyTorch's profiler, whose events are the same operators in
+the same order. An operator's time includes what it calls; a wrapper (linear around addmm) has its own time alone.
 """
 
 import os

@@ -1,10 +1,11 @@
 """A pass in ONNX Runtime, node by node.
 
 The exported graph's nodes are named by their module and their operator in PyTorch. ONNX Runtime fuses and renames: a
-node of the graph that runs is found by its name, or by the original name of a tensor that it makes; what the runtime put
-in (a reordering of channels) belongs to its neighbour before.
+node of the graph that runs is found by its name, or by the original name of a tensor that it makes; what the runtime
+put in (a reordering of channels) belongs to its neighbour before.
 """
 
+import copy
 import json
 import math
 import statistics
@@ -24,10 +25,10 @@ from muntin.measure.capture.stages import Stages
 from muntin.measure.kinds import group_of, kind_of, kind_of_node
 
 HOW = (
-    "each node of the graph that ONNX Runtime made of a fixed-size export, by its own profiler; stages by the module in "
-    "the name of the exported node, or of the tensor that a fused one makes"
+    "each node of the graph that ONNX Runtime made of a fixed-size export, by its own profiler; stages by the module "
+    "in the name of the exported node, or of the tensor that a fused one makes"
 )
-_WIDTH = {"float": 4, "float16": 2, "bfloat16": 2, "double": 8, "int64": 8, "int32": 4, "bool": 1, "uint8": 1, "int8": 1}
+_WIDTH = {"float16": 2, "bfloat16": 2, "double": 8, "int64": 8, "bool": 1, "uint8": 1, "int8": 1}  # bytes, else 4
 _SWAPPED = ([0, 1, 3, 2, 4, 5], [0, 3, 1, 2, 4, 5])
 
 
@@ -169,8 +170,8 @@ def _session(path: Path, folder: Path, profiled: bool) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def capture(model: nn.Module, x: Tensor, calls: int, warmup: int, precision: str = "float32") -> Capture:
-    """A pass of the exported model, of this batch and size alone, on the CPU.
+def capture(model: nn.Module, x: Tensor, calls: int, warmup: int) -> Capture:
+    """A pass of the exported model, of this batch and size alone and in the image's precision, on the CPU.
 
     Raises UserError on a GPU, and where ONNX cannot express the model.
     """
@@ -182,7 +183,10 @@ def capture(model: nn.Module, x: Tensor, calls: int, warmup: int, precision: str
         folder, path = Path(name), Path(name) / "model.onnx"
         batch, _, height, width = x.shape
         shape = {"fixed": (batch, height, width), "sizes": [(height, width)], "batches": [batch]}
-        muntin.export(model.float(), path, precision=precision, progress=False, **shape)  # type: ignore[arg-type]
+        if x.dtype != torch.float32:
+            model = copy.deepcopy(model).float()  # an export takes a model in float32, and converts it itself
+        precision = str(x.dtype).removeprefix("torch.")
+        muntin.export(model, path, precision=precision, progress=False, **shape)  # type: ignore[arg-type]
         image = x.float().numpy()
         plain = _session(path, folder, profiled=False)
         given = {plain.get_inputs()[0].name: image}
