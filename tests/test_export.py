@@ -253,7 +253,7 @@ def test_a_fixed_file_says_what_it_takes(tmp_path):
     graph = onnx.helper.make_graph([node], "g", [value("image", 1, [1, 3, 8, 8])], [value("logits", 1, [])])
     opset = onnx.helper.make_opsetid("", 20)
     onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9), tmp_path / "fixed.onnx")
-    with pytest.raises(UserError, match="exported for 8 along axis 2 and got 9"):
+    with pytest.raises(UserError, match="exported for batch 1 at 8x8 and got batch 1 at 9x8"):
         load(tmp_path / "fixed.onnx")(torch.zeros(1, 3, 9, 8))
 
 

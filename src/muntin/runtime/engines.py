@@ -131,7 +131,8 @@ def _load_run(path: Path) -> Engine:
 def open_engine(path: Path) -> Engine:
     """An exported file by its suffix."""
     target = TARGETS[path.suffix]
-    return Engine(path, target.name, target.module().open(path))
+    opened = target.module().open(path)
+    return Engine(path, opened.engine or target.name, opened)
 
 
 def load(path: str | os.PathLike[str]) -> Engine:

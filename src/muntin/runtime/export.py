@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.errors import UserError
-from muntin.runtime.engines import open_engine
+from muntin.runtime.engines import Engine, open_engine
 from muntin.runtime.inputs import Around, Normalise, check_preprocessing, describe, normalised, output_names
 from muntin.runtime.optimize import fold
 from muntin.runtime.placing import check_writable, placed, size_of
@@ -164,12 +164,12 @@ def export(
     checking = _Checking(model, target, sizes, batches, bound, preprocessing if with_preprocessing else None, progress)
     with placed(path) as partial:
         written = checking.write(job, partial)
-        checks, not_run, least = checking.run(written.main or partial, path)
+        checks, not_run, engine = checking.run(written.main or partial, path)
     main = path.with_name(written.main.name) if written.main else path
     return ExportReport(
         path=main,
         target=target.title,
-        engine=target.engine,
+        engine=_title(engine) if engine else target.engine,
         opset=written.opset,
         bytes=sum(size_of(file) for file in {main, *(path.with_name(name) for name in written.beside)}),
         nodes=dict(written.nodes.most_common()),
@@ -178,7 +178,7 @@ def export(
         tolerance=bound,
         precision=precision,
         fixed=fixed,
-        least_side=least,
+        least_side=engine.least_side if engine else 1,
         notes=written.notes,
         not_run=not_run,
     )
@@ -206,13 +206,14 @@ class _Checking:
         with self._bar(1, "tracing and writing"):
             return self.target.module().write(job, partial)
 
-    def run(self, partial: Path, path: Path) -> tuple[list[Check], str | None, int]:
-        """The checks, or why there are none; and the least side that the file takes."""
+    def run(self, partial: Path, path: Path) -> tuple[list[Check], str | None, Engine | None]:
+        """The checks and the engine that they ran in, or why there are none."""
         not_run = self.target.module().unavailable()
         if not_run is not None:
-            return [], not_run, 1
+            return [], not_run, None
         engine = open_engine(partial)
         least = engine.least_side
+        title = _title(engine)
         sizes = list(dict.fromkeys((max(height, least), max(width, least)) for height, width in self.sizes))
         prepare = None
         if self.preprocessing is not None:
@@ -232,10 +233,14 @@ class _Checking:
         worst = max(checks, key=lambda check: check.error)
         if worst.error > self.bound:
             raise ExportError(
-                f"{path} was not written: at batch {worst.batch}, {worst.height}x{worst.width} {self.target.engine} "
+                f"{path} was not written: at batch {worst.batch}, {worst.height}x{worst.width} {title} "
                 f"differs from PyTorch by {worst.error:.1e} standard deviations, more than {self.bound:.0e}"
             )
-        return checks, None, least
+        return checks, None, engine
+
+
+def _title(engine: Engine) -> str:
+    return next(target.engine for target in TARGETS.values() if target.name == engine.engine)
 
 
 def _target(path: Path) -> Target:
@@ -303,7 +308,7 @@ def _job(
         copy = Around(copy, inner, normalise).eval()
     batch, sides = (fixed[0], (fixed[1], fixed[2])) if fixed else (2, _trace_size(model, size))
     image = random_images(batch, sides) if normalise is None else random_bytes(batch, sides)
-    return Job(copy, image, fixed, precision, {}, outputs, opset)
+    return Job(copy, image, fixed, precision, {}, outputs, opset, size)
 
 
 def _trace_size(model: nn.Module, size: tuple[int, int]) -> tuple[int, int]:

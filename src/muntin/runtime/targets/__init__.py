@@ -54,6 +54,7 @@ class Job:
     precision: float32, float16 or bfloat16. `model` computes in it, or in float32 where the target's row in TARGETS
     says that the runtime lowers precision itself (`lowers`): then `write` sets what makes it do so.
     metadata: values that are not plain text are JSON.
+    size: the height and width that the model is for.
     """
 
     model: nn.Module
@@ -63,6 +64,7 @@ class Job:
     metadata: dict[str, str]
     outputs: tuple[str, ...]
     opset: int
+    size: tuple[int, int] = (224, 224)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class Opened:
     run: a batch of images on the CPU, contiguous, in the file's own layout and type -> one tensor for each output.
     metadata: as it was written.
     dtype: of the images, float32 or uint8. shape: batch, height and width where the file fixes them, or None.
-    least: the smallest height and width that it takes.
+    least: the smallest height and width that it takes. engine: the name of the target whose engine runs it, where that
+    is another than its own.
     """
 
     run: Callable[[Tensor], list[Tensor]]
@@ -96,6 +99,7 @@ class Opened:
     dtype: torch.dtype = torch.float32
     shape: tuple[int | None, int | None, int | None] = (None, None, None)
     least: int = 1
+    engine: str = ""
 
 
 class Module(Protocol):

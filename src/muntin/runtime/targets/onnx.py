@@ -4,6 +4,7 @@ import ast
 import itertools
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from muntin.runtime.targets import INSTALL, Job, Opened, Written, axes
 from muntin.runtime.tracing import quiet, trace
 
 LIMIT = 2**31 - 1  # bytes: protobuf holds no larger message
+BFLOAT16_OPSET = 22  # the first whose convolutions may be bfloat16
 
 
 def unavailable() -> str | None:
@@ -29,6 +31,8 @@ def write(job: Job, path: Path) -> Written:
     held = sum(t.numel() * t.element_size() for t in itertools.chain(job.model.parameters(), job.model.buffers()))
     if held > LIMIT:
         raise UserError(f"the model holds {held / 1e9:.1f} GB; a single ONNX file holds less than 2 GB")
+    tensors = itertools.chain(job.model.parameters(), job.model.buffers())
+    narrow = any(t.dtype == torch.bfloat16 for t in tensors)
     traced = trace(job)
     with quiet(), torch.no_grad():
         try:
@@ -36,7 +40,7 @@ def write(job: Job, path: Path) -> Written:
                 traced,
                 input_names=["image"],
                 output_names=list(job.outputs),
-                opset_version=job.opset,
+                opset_version=max(job.opset, BFLOAT16_OPSET) if narrow else job.opset,
                 dynamo=True,
                 verbose=False,
             )
@@ -92,6 +96,8 @@ def open(path: Path) -> Opened:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no base below Exception
+        if "NOT_IMPLEMENTED" in str(error):  # its CPU lacks most bfloat16 kernels
+            return _open_elsewhere(path, str(error))
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path} is not an ONNX file that ONNX Runtime can run ({reason}); export it again") from error
     inputs = session.get_inputs()
@@ -106,3 +112,14 @@ def open(path: Path) -> Opened:
 
     shape: Any = tuple(given.shape[a] if isinstance(given.shape[a], int) else None for a in axes(dtype))
     return Opened(run, session.get_modelmeta().custom_metadata_map, dtype, shape)
+
+
+def _open_elsewhere(path: Path, reason: str) -> Opened:
+    """In OpenVINO, which reads ONNX files too."""
+    from muntin.runtime.targets import openvino
+
+    try:
+        return replace(openvino.open(path), engine="openvino")
+    except UserError as error:
+        lines = " ".join(reason.split())[:200]
+        raise UserError(f"ONNX Runtime's CPU cannot run {path} ({lines}), and OpenVINO neither: {error}") from error

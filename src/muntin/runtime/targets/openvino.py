@@ -97,9 +97,10 @@ def _hint(core: Any, precision: str) -> str:
 
 
 def _metadata(model: Any) -> dict[str, str]:
-    if not model.has_rt_info([KEY]):
-        return {}
-    return {key: str(value) for key, value in model.get_rt_info([KEY]).value.items()}
+    for key in (KEY, "framework"):  # the second is where the metadata of an ONNX file goes
+        if model.has_rt_info([key]):
+            return {name: str(value) for name, value in model.get_rt_info([key]).value.items()}
+    return {}
 
 
 def _reason(error: Exception) -> str:
