@@ -104,10 +104,10 @@ def _error(model: nn.Module, engine: Callable[[Tensor], Any], given: Tensor, ima
     if [tuple(t.shape) for t in found] != [tuple(t.shape) for t in wanted]:
         shapes = [", ".join(str(tuple(t.shape)) for t in outputs) for outputs in (found, wanted)]
         raise ExportError(f"the exported model returns {shapes[0]}, PyTorch {shapes[1]}")
-    return max(_deviation(f, w) for f, w in zip(found, wanted, strict=True))
+    return max(deviation(f, w) for f, w in zip(found, wanted, strict=True))
 
 
-def _deviation(found: Tensor, wanted: Tensor) -> float:
+def deviation(found: Tensor, wanted: Tensor) -> float:
     found, wanted = found.double().cpu(), wanted.double().cpu()
     spread = wanted.std(unbiased=False) if wanted.numel() > 1 else wanted.abs().max()
     error = ((found - wanted).abs().max() / spread.clamp_min(1e-12)).item()

@@ -1,0 +1,184 @@
+"""ExecuTorch for phones and small devices: XNNPACK where it has the operation, portable kernels elsewhere.
+
+The file has two methods: `forward`, and `metadata`, which returns the metadata as JSON text.
+"""
+
+import json
+import operator
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from muntin.errors import UserError
+from muntin.runtime.targets import ExportError, Job, Opened, Written, axes
+from muntin.runtime.targets.silence import silent
+from muntin.runtime.tracing import quiet, trace
+
+INSTALL = "install it in an environment of its own, since it pins many packages: pip install 'muntin[executorch]'"
+REFUSED = {
+    "float16": "executorch 1.5's runtime writes past its memory in such a graph",
+    "bfloat16": "XNNPACK takes float32, so that all of the graph would run in slow portable kernels",
+}
+DTYPES = {0: torch.uint8, 6: torch.float32}
+"""By ExecuTorch's number of a scalar type."""
+aten = torch.ops.aten
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def write(job: Job, path: Path) -> Written:
+    if job.precision in REFUSED:
+        raise UserError(f"no ExecuTorch export in {job.precision}: {REFUSED[job.precision]}; choose float32")
+    with silent():
+        lower, partitioner, tidy = _tools()
+        program = fold_constants(trace(job), job.image)
+        try:
+            edge = lower(
+                program,
+                transform_passes=[tidy()],
+                partitioner=[partitioner()],
+                constant_methods={"metadata": json.dumps(job.metadata)},
+            )
+        except Exception as error:  # its exceptions share no base below Exception
+            raise _inexpressible(error) from error
+        written = _describe(edge.exported_program().graph_module)
+        try:
+            whole = edge.to_executorch()
+        except Exception as error:
+            raise _inexpressible(error) from error
+        with path.open("wb") as file:
+            whole.write_to_file(file)
+    return written
+
+
+def open(path: Path) -> Opened:
+    """The program in ExecuTorch's own runtime, with as many threads as torch has."""
+    with silent():
+        try:
+            from executorch.extension.pybindings import portable_lib
+            from executorch.runtime import Runtime
+        except ImportError as error:
+            raise UserError(f"{path} needs the package executorch; {INSTALL}") from error
+        try:
+            program = Runtime.get().load_program(path)
+            metadata = json.loads(program.load_method("metadata").execute([])[0])
+            method = program.load_method("forward")
+            given = program.metadata("forward").input_tensor_meta(0)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise UserError(f"{path} is not an ExecuTorch file that Muntin wrote ({error}); export it again") from error
+    if portable_lib._threadpool_get_thread_count() != torch.get_num_threads():
+        portable_lib._unsafe_reset_threadpool(torch.get_num_threads())  # unsafe only while something runs
+    dtype, sizes = DTYPES[given.dtype()], given.sizes()
+
+    def run(images: Tensor) -> list[Tensor]:
+        try:
+            return list(method.execute([images]))
+        except RuntimeError as error:
+            raise ExportError(f"ExecuTorch does not run {path}: {error}") from error
+
+    batch, height, width = (sizes[axis] for axis in axes(dtype))
+    return Opened(run, metadata, dtype, (batch, height, width))
+
+
+def _inexpressible(error: Exception) -> UserError:
+    return UserError(f"ExecuTorch cannot express this model: {' '.join(str(error).split())[:300]}")
+
+
+def _tools() -> tuple[Any, Any, Any]:
+    """What lowers a program, XNNPACK's partitioner, and our pass."""
+    try:
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+        from executorch.exir.dialects._ops import ops
+        from executorch.exir.pass_base import ExportPass
+    except ImportError as error:
+        raise UserError(f"exporting to ExecuTorch needs the package executorch; {INSTALL}") from error
+    edge = ops.edge.aten
+
+    class Tidy(ExportPass):
+        """An expansion that keeps the shape is left out, a squeeze becomes the view that XNNPACK takes."""
+
+        def call_operator(self, op: Any, args: Any, kwargs: Any, meta: Any) -> Any:
+            if op == edge.expand_copy.default and list(args[0].data.shape) == list(meta["val"].shape):
+                return args[0]
+            if op in (edge.squeeze_copy.dims, edge.squeeze_copy.dim):
+                op, args, kwargs = edge.view_copy.default, (args[0], list(meta["val"].shape)), {}
+            return super().call_operator(op, args, kwargs, meta)
+
+    return to_edge_transform_and_lower, XnnpackPartitioner, Tidy
+
+
+def fold_constants(program: torch.export.ExportedProgram, image: Tensor) -> torch.export.ExportedProgram:
+    """The same program with everything computed that does not depend on the image: biases, masks, decays."""
+    with quiet(), torch.no_grad():
+        graph: Any = program.run_decompositions({}).module(check_guards=False)  # decomposed: nothing in place
+        values: dict[fx.Node, Tensor] = {}
+        for node in list(graph.graph.nodes):
+            if node.target is aten._assert_tensor_metadata.default:
+                graph.graph.erase_node(node)
+                continue
+            value = _constant(graph, node, values)
+            if isinstance(value, Tensor):
+                values[node] = value
+        folded = [n for n in values if n.op == "call_function" and not all(user in values for user in n.users)]
+        for number, node in enumerate(folded):
+            name = f"constant_{number}"
+            graph.register_buffer(name, values[node].contiguous().clone())  # expanded ones have no strides to store
+            with graph.graph.inserting_before(node):
+                node.replace_all_uses_with(graph.graph.get_attr(name))
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        return torch.export.export(graph, (image,), strict=False)
+
+
+def _constant(graph: Any, node: fx.Node, values: dict[fx.Node, Tensor]) -> Any:
+    """What a node is on every image, None where that depends on the image."""
+    if node.op == "get_attr":
+        value = operator.attrgetter(str(node.target))(graph)
+        return value.detach() if isinstance(value, Tensor) else None
+    if node.op != "call_function" or node.is_impure() or not all(given in values for given in node.all_input_nodes):
+        return None
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda given: values[given])
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _describe(graph: fx.GraphModule) -> Written:
+    """Counts what XNNPACK took and what is left to portable kernels."""
+    taken: Counter[str] = Counter()
+    left: Counter[str] = Counter()
+    rank, pieces = 0, 0
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and hasattr(getattr(graph, node.target), "original_module"):
+            pieces += 1
+            inner = getattr(graph, node.target).original_module.graph.nodes
+            taken.update(_name(n) for n in inner if _is_operation(n))
+            rank = max([rank, *map(_rank, inner)])
+        elif _is_operation(node):
+            left[_name(node)] += 1
+        rank = max(rank, _rank(node))
+    total = taken.total() + left.total()
+    rest = ", ".join(f"{name} {count}" for name, count in left.most_common()) or "nothing"
+    notes = (f"XNNPACK takes {taken.total()} of {total} operations in {pieces} pieces; portable kernels: {rest}",)
+    nodes = Counter({f"xnnpack.{name}": count for name, count in taken.items()})
+    nodes.update({f"portable.{name}": count for name, count in left.items()})
+    return Written(None, nodes, rank, notes)
+
+
+def _is_operation(node: fx.Node) -> bool:
+    helpers = (operator.getitem, torch.ops.higher_order.executorch_call_delegate)
+    return node.op == "call_function" and node.target not in helpers
+
+
+def _name(node: fx.Node) -> str:
+    """`aten::linear` as linear."""
+    schema = getattr(node.target, "_schema", None)
+    return schema.name.rpartition("::")[2] if schema else getattr(node.target, "__name__", str(node.target))
+
+
+def _rank(node: fx.Node) -> int:
+    return len(node.meta["val"].shape) if isinstance(node.meta.get("val"), Tensor) else 0
