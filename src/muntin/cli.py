@@ -12,7 +12,7 @@ from muntin.errors import UserError, nearest
 
 EXTRAS = {
     "train": "jsonargparse lightning PIL sklearn tensorboard timm torchmetrics torchvision yaml numpy",
-    "export": "onnx onnxscript onnxruntime tqdm",
+    "export": "onnx onnxscript onnxruntime openvino tqdm",
 }
 
 
@@ -256,56 +256,77 @@ def _predict(args: Any) -> int:
 
 
 def _describe_export(parser: Any) -> None:
-    parser.add_argument("run", help="a run's folder or its model.safetensors")
-    parser.add_argument("--to", default="onnx", help="the format (default: onnx)")
-    parser.add_argument("--out", help="the file (default: RUN/model.onnx)")
+    parser.add_argument("source", help="a run's folder, its model.safetensors, or a model's name with weights")
+    parser.add_argument(
+        "--to",
+        nargs="+",
+        help="onnx (default), openvino, pt2, tensorrt, coreml, executorch; several with commas or spaces between",
+    )
+    parser.add_argument("--out", help="the file, or a folder (default: RUN/model.SUFFIX, or NAME.SUFFIX here)")
+    parser.add_argument("--precision", default="float32", help="inside: float32 (default), float16 or bfloat16")
+    parser.add_argument("--fixed", metavar="BxHxW", help="for this batch, height and width alone, as in 1x224x224")
+    parser.add_argument("--with-preprocessing", action="store_true", help="the file takes bytes and normalises them")
+    parser.add_argument("--backbone", action="store_true", help="the maps of its stages instead of logits")
+    parser.add_argument("--out-indices", metavar="I,J", help="which stages' maps, as in 1,2,3 (default: all)")
+    parser.add_argument("--weights", metavar="FILE|TAG", help="of a named model: a checkpoint, or a published tag")
+    parser.add_argument("--pretrained", action="store_true", help="the first published weights of a named model")
+    parser.add_argument("--random-weights", action="store_true", help="none: for the graph's sake")
+    parser.add_argument("--size", help="side of the input in pixels, or HxW (default: the run's or the weights' own)")
+    parser.add_argument("--opset", type=int, help="of ONNX (default: 20)")
+    parser.add_argument("--json", help="write the reports to this file too")
 
 
 def _export(args: Any) -> int:
-    from muntin.run import Run
+    from muntin.measure.machine import versions
+    from muntin.run import write_json
+    from muntin.runtime import several, sources
 
-    if args.to != "onnx":
-        raise UserError(f"--to {args.to} is unknown{nearest(args.to, ['onnx'])}; valid is onnx")
-    run = Run.open(args.run)
-
-    import muntin
-
-    out = args.out or run.path / f"model.{args.to}"
-    print(muntin.export(run.model(), out, classes=run.classes, preprocessing=run.preprocessing))
-    return 0
+    names = [name for words in args.to or () for name in words.split(",") if name]
+    several.suffixes(names)
+    fixed: Any = several.parse_sides(args.fixed, "--fixed", 3) if args.fixed else None
+    size = several.parse_size(args.size) if args.size else (fixed[1:] if fixed else None)
+    weights = sources.Weights(args.weights or args.pretrained, args.random_weights)
+    indices = several.parse_indices(args.out_indices) if args.out_indices else None
+    source = sources.open_source(args.source, weights, size, args.backbone, indices)
+    outcomes = several.export_several(
+        source,
+        several.places(source, names, args.out),
+        precision=args.precision,
+        fixed=fixed,
+        with_preprocessing=args.with_preprocessing,
+        opset=args.opset,
+    )
+    print(several.table(outcomes) if len(outcomes) > 1 or not outcomes[0].report else outcomes[0].report)
+    if args.json:
+        write_json(args.json, {"exports": [outcome.json() for outcome in outcomes], "versions": versions()})
+    return several.exit_code(outcomes)
 
 
 def _describe_bench(parser: Any) -> None:
-    parser.add_argument("targets", nargs="+", help="model names, run folders, timm:NAME, torchvision:NAME, .onnx files")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
-    parser.add_argument("--size", type=int, help="side of the input in pixels (default: each target's own)")
-    parser.add_argument("--threads", type=int, help="of the CPU (default: all)")
-    parser.add_argument("--dtype", default="float32", help="of weights and images (default: float32)")
-    parser.add_argument("--device", help="cpu or cuda (default: the GPU where there is one)")
-    parser.add_argument("--rounds", type=int, default=10, help="turns per target, interleaved (default: 10)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="timed per target and batch size (default: 3)")
-    parser.add_argument("--optimize", action="store_true", help="also the optimised copy of each of our models")
-    parser.add_argument("--json", help="write the results with machine, versions and protocol to this file")
+    add = parser.add_argument
+    add("targets", nargs="*", help="model names, run folders, timm:NAME, torchvision:NAME, hf:NAME, .onnx, .xml, .pt2")
+    add("--engine", nargs="+", help="eager, optimize, compile, onnx, openvino, pt2 (default: eager, a file its own)")
+    add("--precision", nargs="+", help="fp32, bf16 or fp16, or several (default: fp32)")
+    add("--batch", nargs="+", help="batch sizes, as in 1,8 (default: 1,8; on a GPU 1,64)")
+    add("--size", nargs="+", help="sides in pixels, as in 224,384 or 224:1024 (default: each target's own)")
+    add("--threads", type=int, help="of the CPU (default: all)")
+    add("--base", help="the row or model that speeds are against (default: the first)")
+    add("--dtype", help="another name of --precision")
+    add("--device", help="cpu or cuda (default: the GPU where there is one)")
+    add("--rounds", type=int, default=10, help="turns per row, interleaved (default: 10)")
+    add("--seconds", type=float, default=3.0, help="timed per row (default: 3)")
+    add("--optimize", action="store_true", help="also the optimised copy of each of our models")
+    add("--no-memory", action="store_true", help="leave out the peak memory, which takes a process for each row")
+    add("--cuda-graphs", action="store_true", help="on a GPU: replay each call as a CUDA graph")
+    add("--compare", nargs=2, metavar=("A.json", "B.json"), help="measure nothing: two stored results side by side")
+    add("--json", help="write the results with machine, versions and protocol to this file")
+    add("--plot", help="draw time and memory against pixels: .png or .html")
 
 
 def _bench(args: Any) -> int:
-    from muntin.measure import bench
-    from muntin.run import atomic_write
+    from muntin.measure.command import bench_command
 
-    report = bench(
-        args.targets,
-        batch_sizes=args.batch,
-        size=args.size,
-        threads=args.threads,
-        dtype=args.dtype,
-        device=args.device,
-        rounds=args.rounds,
-        seconds=args.seconds,
-        optimize=args.optimize,
-    )
-    print(report.table())
-    if args.json:
-        atomic_write(args.json, report.json().encode())
+    print(bench_command(args))
     return 0
 
 
@@ -332,6 +353,46 @@ def _cost(args: Any) -> int:
         counted["nodes"] = report.json()
     if args.json:
         write_json(args.json, counted)
+    return 0
+
+
+def _describe_profile(parser: Any) -> None:
+    parser.add_argument("targets", nargs="+", help="model names, run folders, timm:NAME, torchvision:NAME, hf:NAME")
+    parser.add_argument("--engine", nargs="+", default=["eager"], help="eager (default), optimize, compile, onnx")
+    parser.add_argument("--batch", nargs="+", default=["1"], help="batch sizes (default: 1)")
+    parser.add_argument("--size", help="side in pixels, or HEIGHTxWIDTH (default: each model's own)")
+    parser.add_argument("--precision", default="float32", help="fp32 (default), bf16 or fp16")
+    parser.add_argument("--threads", type=int, help="of the CPU (default: all)")
+    parser.add_argument("--device", help="cpu (default) or cuda")
+    parser.add_argument("--calls", type=int, default=5, help="profiled passes, whose medians are shown (default: 5)")
+    parser.add_argument("--json", help="write everything to this file too")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the kinds of all models side by side")
+    parser.add_argument("--html", help="write one page with all tables and pictures")
+    parser.add_argument("--trace", help="write a trace for Perfetto or Chrome")
+
+
+def _profile(args: Any) -> int:
+    from muntin.measure.cost import parse_size
+    from muntin.measure.profile_text import beside
+    from muntin.measure.profiles import check_files, numbers, profiles, words, write
+
+    files = {"to_json": args.json, "plot": args.plot, "html": args.html, "trace": args.trace}
+    check_files(**files)
+    found = profiles(
+        args.targets,
+        words(args.engine),
+        numbers(args.batch, "--batch"),
+        args.size and parse_size(args.size),
+        precision=args.precision,
+        threads=args.threads,
+        device=args.device,
+        calls=args.calls,
+    )
+    print("\n\n".join(one.table() for one in found))
+    if len(found) > 1:
+        print(f"\n{beside(found)}")
+    for path in write(found, **files):
+        print(f"written: {path}")
     return 0
 
 
@@ -373,8 +434,8 @@ COMMANDS: dict[str, tuple[Any, str, str, Any]] = {
     ),
     "export": (
         _describe_export,
-        "export a run, verified in the target's runtime",
-        "muntin export runs/photos --to onnx",
+        "export a model, verified in the target's runtime",
+        "muntin export runs/photos --to onnx,openvino",
         _export,
     ),
     "bench": (
@@ -388,6 +449,12 @@ COMMANDS: dict[str, tuple[Any, str, str, Any]] = {
         "count parameters, operations and memory",
         "muntin cost swin_t swin_free_t timm:resnet50",
         _cost,
+    ),
+    "profile": (
+        _describe_profile,
+        "show where the time of a forward pass goes",
+        "muntin profile swin_b timm:swin_base_patch4_window7_224 --engine eager,onnx --html profile.html",
+        _profile,
     ),
     "report": (_describe_report, "make one HTML page about a run", "muntin report runs/photos", _report),
 }

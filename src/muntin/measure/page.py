@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 
 # Kinds of operation: arithmetic in blues and greens, what waits for memory in warm colours, the rest in greys.
-_KIND_COLOURS = (
+KIND_COLOURS = (
     "#1f5f8b #2a789f #157a6e #2b8069 #96700f #a05f16 #b4541a #9c3f3f #75628a #666c73 #c3c6c9",
     "#4d9fd6 #2f7fb0 #2fa797 #6cc5ae #d3a944 #cf8f45 #e0854f #d9736f #a08fb6 #858c94 #5d646b",
 )
@@ -101,9 +101,9 @@ ICON = (
 
 def _style() -> str:
     light, dark = (
-        "".join(f"--k{i}:{colour};" for i, colour in enumerate(colours.split())) for colours in _KIND_COLOURS
+        "".join(f"--k{i}:{colour};" for i, colour in enumerate(colours.split())) for colours in KIND_COLOURS
     )
-    names = "".join(f".k{i}{{--k:var(--k{i})}}" for i in range(len(_KIND_COLOURS[0].split())))
+    names = "".join(f".k{i}{{--k:var(--k{i})}}" for i in range(len(KIND_COLOURS[0].split())))
     return STYLE.replace("LIGHT", light).replace("DARK", dark) + names
 
 

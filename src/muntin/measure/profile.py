@@ -55,8 +55,8 @@ class Profile:
     """Milliseconds of one forward pass: `kinds`, `groups` and the values of `stages` each add up to `wall_ms`.
 
     kinds: by KINDS; groups: by EfficientViT's figure 2 (GROUPS). stages: by stage, then kind. fused: for a kind, the
-    time of kernels of other kinds that have some of it inside. `wall_ms` was measured around the profiled pass,
-    `plain_ms` (median) without the profiler, whose own cost is the difference; what no operator accounts for
+    time of kernels of other kinds that have some of it inside. `wall_ms` was measured around profiled passes,
+    `plain_ms` without the profiler, whose own cost is the difference (medians); what no operator accounts for
     (Python, launching, an idle GPU) is "unattributed". peaks and bounds: the machine's best, measured in the same run,
     and the pass against it. how: in what way this engine's time was attributed.
     """
@@ -132,7 +132,8 @@ def profile(
     x: (B, 3, H, W) images on the model's device and in its precision.
     engine: "eager", the model as it is; "optimize", `muntin.optimize`'s copy (of another library's model a copy with
         its BatchNorms folded); "compile"; "onnx", ONNX Runtime on the CPU.
-    calls: profiled passes, of which the median is taken; as many run before without the profiler.
+    calls: profiled passes; of the wall time, and of each operator's, the median is taken. As many run before without
+        the profiler.
     roofline: also measure the machine's peaks, once in a process.
     Raises UserError where there is nothing to run, for an unknown engine, or one whose package is missing.
     """

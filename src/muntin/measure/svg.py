@@ -219,6 +219,28 @@ def shares(parts_of: Sequence[tuple[str, str, float]], label: str) -> str:
     return _svg(720, 34, label, "".join(drawn), "max-width:none")
 
 
+def stacks(bars: Sequence[tuple[str, Sequence[tuple[str, str, float]]]], unit: str, label: str) -> str:
+    """Bars on one scale, each with its name above it and cut into (name, css class, value)."""
+    longest = max((sum(value for *_, value in parts) for _, parts in bars), default=1.0) or 1.0
+    y, drawn = 0.0, []
+    for name, parts in bars:
+        total = sum(value for *_, value in parts)
+        drawn.append(f'<text class="name" x="0" y="{y + 13:.0f}">{escape(name)}</text>')
+        drawn.append(f'<text class="tick" x="720" y="{y + 13:.0f}" text-anchor="end">{total:.2f} {escape(unit)}</text>')
+        x = 0.0
+        for part, css, value in parts:
+            width = 720 * value / longest
+            tip = f"{name}: {part} {value:.3g} {unit}, {value / total:.1%}" if total else part
+            drawn.append(f'<rect class="kind {css}" x="{x:.2f}" y="{y + 19:.0f}" width="{max(width - 1, 0.2):.2f}" '
+                         f'height="26" rx="2"><title>{escape(tip)}</title></rect>')  # fmt: skip
+            if width > 42:
+                drawn.append(f'<text class="count {css}" x="{x + width / 2:.1f}" y="{y + 36:.1f}" '
+                             f'text-anchor="middle">{value / total:.0%}</text>')  # fmt: skip
+            x += width
+        y += 62
+    return _svg(720, max(y - 12, 1), label, "".join(drawn), "max-width:none")
+
+
 _STANDALONE = """<style>
 text{font:13px system-ui,-apple-system,"Segoe UI",sans-serif;fill:#1d2126}
 .tick{font-size:12px;fill:#5d6670}.grid{stroke:#dcd9d2}.s0{--c:#1f5f8b}.s1{--c:#b4541a}

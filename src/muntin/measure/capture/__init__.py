@@ -1,6 +1,8 @@
 """What ran in one forward pass, by engine: each capture times a pass and says of each piece what it was."""
 
-from dataclasses import dataclass, field
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class Capture:
-    """One timed pass: its wall time with the profiler on, and without it the median of several."""
+    """A timed pass: its wall time with the profiler on, and without it; each, like a piece's own time, the median of
+    several passes. Begin and span of pieces are those of the pass with the median wall time.
+    """
 
     wall_ms: float
     plain_ms: float
@@ -34,3 +38,13 @@ class Capture:
     stages: list[str]
     how: str
     notes: list[str] = field(default_factory=list)
+
+
+def median_pass(runs: Sequence[tuple[float, list[Piece]]]) -> tuple[float, list[Piece]]:
+    """Wall time and pieces of several passes as one: of each its median, where all ran the same."""
+    ordered = sorted(runs, key=lambda run: run[0])
+    wall, pieces = ordered[len(ordered) // 2]
+    if any([p.name for p in other] != [p.name for p in pieces] for _, other in ordered):
+        return wall, pieces
+    times = zip(*([p.ms for p in other] for _, other in ordered), strict=True)
+    return wall, [replace(p, ms=statistics.median(ms)) for p, ms in zip(pieces, times, strict=True)]

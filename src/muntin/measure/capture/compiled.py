@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.measure.capture import Capture
-from muntin.measure.capture.eager import Recorder, Unit, pieces, timed
+from muntin.measure.capture.eager import Recorder, Unit, attributed, timed
 from muntin.measure.capture.stages import Stages
 from muntin.measure.kinds import kind_of, kind_of_fused, plain_name
 
@@ -232,11 +232,10 @@ def capture(model: nn.Module, x: Tensor, calls: int, warmup: int) -> Capture:
             call(x)
             units = _explained(seen.recorder.units, seen.calls, stages)
             seen.recorder = None
-            plain, taken, events = timed(call, x, calls, warmup)
+            plain, runs = timed(call, x, calls, warmup)
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
             torch._dynamo.reset()
-    found, missed = pieces(events, units, x.is_cuda)
-    notes = [f"{missed} of {len(units)} calls were seen by no event: their FLOPs and bytes are left out"]
-    return Capture(taken, plain, found, stages.names, HOW, notes if missed else [])
+    wall_ms, found, notes = attributed(runs, units, x.is_cuda)
+    return Capture(wall_ms, plain, found, stages.names, HOW, notes)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from muntin.measure.capture import Capture, Piece
+from muntin.measure.capture import Capture, Piece, median_pass
 from muntin.measure.capture.stages import Stages
 from muntin.measure.counter import OperatorCounter
 from muntin.measure.kinds import UNATTRIBUTED, group_of, kind_of, kind_of_call, plain_name
@@ -98,8 +98,8 @@ def wall(call: Callable[[Tensor], Any], x: Tensor) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def timed(call: Callable[[Tensor], Any], x: Tensor, calls: int, warmup: int) -> tuple[float, float, Any]:
-    """The median without the profiler, then wall time and events of the pass with the median wall time."""
+def timed(call: Callable[[Tensor], Any], x: Tensor, calls: int, warmup: int) -> tuple[float, list[tuple[float, Any]]]:
+    """The median without the profiler, then wall time and events of each profiled pass."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports on stderr that it starts and stops
     from torch.profiler import ProfilerActivity
 
@@ -114,9 +114,17 @@ def timed(call: Callable[[Tensor], Any], x: Tensor, calls: int, warmup: int) -> 
         call(x)
     plain = statistics.median(wall(call, x) for _ in range(calls))
     profiled()  # a first use sets the profiler up, which is not the model's time
-    runs = sorted((profiled() for _ in range(calls)), key=lambda run: run[0])
-    taken, profiler = runs[calls // 2]
-    return plain, taken, profiler.events()
+    return plain, [(taken, profiler.events()) for taken, profiler in (profiled() for _ in range(calls))]
+
+
+def attributed(
+    runs: Sequence[tuple[float, Any]], units: Sequence[Unit], on_gpu: bool
+) -> tuple[float, list[Piece], list[str]]:
+    """Wall time and pieces of the timed passes, and what could not be told."""
+    found = [(taken, *pieces(events, units, on_gpu)) for taken, events in runs]
+    missed = max(missing for *_, missing in found)
+    notes = [f"{missed} of {len(units)} operators were seen by no event: their FLOPs and bytes are left out"]
+    return *median_pass([(taken, parts) for taken, parts, _ in found]), notes if missed else []
 
 
 def pieces(events: Any, units: Sequence[Unit], on_gpu: bool) -> tuple[list[Piece], int]:
@@ -173,7 +181,6 @@ def capture(model: nn.Module, x: Tensor, calls: int, warmup: int) -> Capture:
     stages = Stages(model)
     model(x)  # what is kept between calls is made now, and does not run again
     units = recorded(model, x, model, stages)
-    plain, taken, events = timed(model, x, calls, warmup)
-    found, missed = pieces(events, units, x.is_cuda)
-    notes = [f"{missed} of {len(units)} operators were seen by no event: their FLOPs and bytes are left out"]
-    return Capture(taken, plain, found, stages.names, HOW, notes if missed else [])
+    plain, runs = timed(model, x, calls, warmup)
+    wall_ms, found, notes = attributed(runs, units, x.is_cuda)
+    return Capture(wall_ms, plain, found, stages.names, HOW, notes)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.errors import UserError
-from muntin.measure.capture import Capture, Piece
+from muntin.measure.capture import Capture, Piece, median_pass
 from muntin.measure.capture.stages import Stages
 from muntin.measure.kinds import group_of, kind_of, kind_of_node
 
@@ -203,7 +203,7 @@ def capture(model: nn.Module, x: Tensor, calls: int, warmup: int) -> Capture:
         taken = [wall(session) for _ in range(warmup + calls)]
         events = json.loads(Path(session.end_profiling()).read_text())
         nodes = _nodes(path, folder / "optimised.onnx")
-    runs = sorted(zip(taken[warmup:], _runs(events)[warmup:], strict=True), key=lambda run: run[0])
-    wall_ms, nodes_run = runs[calls // 2]
     stages = Stages(model)
-    return Capture(wall_ms, usual, _pieces(nodes_run, nodes, stages, model), stages.names, HOW)
+    runs = zip(taken[warmup:], _runs(events)[warmup:], strict=True)
+    wall_ms, found = median_pass([(ms, _pieces(run, nodes, stages, model)) for ms, run in runs])
+    return Capture(wall_ms, usual, found, stages.names, HOW)
