@@ -264,14 +264,18 @@ def _describe_export(parser: Any) -> None:
     )
     parser.add_argument("--out", help="the file, or a folder (default: RUN/model.SUFFIX, or NAME.SUFFIX here)")
     parser.add_argument("--precision", default="float32", help="inside: float32 (default), float16 or bfloat16")
-    parser.add_argument("--fixed", metavar="BxHxW", help="for this batch, height and width alone, as in 1x224x224")
+    parser.add_argument(
+        "--fixed", type=str, metavar="BxHxW", help="for this batch, height and width alone, as in 1x224x224"
+    )
     parser.add_argument("--with-preprocessing", action="store_true", help="the file takes bytes and normalises them")
     parser.add_argument("--backbone", action="store_true", help="the maps of its stages instead of logits")
-    parser.add_argument("--out-indices", metavar="I,J", help="which stages' maps, as in 1,2,3 (default: all)")
+    parser.add_argument("--out-indices", type=str, metavar="I,J", help="which stages' maps, as in 1,2,3 (default: all)")
     parser.add_argument("--weights", metavar="FILE|TAG", help="of a named model: a checkpoint, or a published tag")
     parser.add_argument("--pretrained", action="store_true", help="the first published weights of a named model")
     parser.add_argument("--random-weights", action="store_true", help="none: for the graph's sake")
-    parser.add_argument("--size", help="side of the input in pixels, or HxW (default: the run's or the weights' own)")
+    parser.add_argument(
+        "--size", type=str, help="side of the input in pixels, or HxW (default: the run's or the weights' own)"
+    )
     parser.add_argument("--opset", type=int, help="of ONNX (default: 20)")
     parser.add_argument("--json", help="write the reports to this file too")
 
@@ -305,10 +309,10 @@ def _export(args: Any) -> int:
 def _describe_bench(parser: Any) -> None:
     add = parser.add_argument
     add("targets", nargs="*", help="model names, run folders, timm:NAME, torchvision:NAME, hf:NAME, .onnx, .xml, .pt2")
-    add("--engine", nargs="+", help="eager, optimize, compile, onnx, openvino, pt2 (default: eager, a file its own)")
-    add("--precision", nargs="+", help="fp32, bf16 or fp16, or several (default: fp32)")
-    add("--batch", nargs="+", help="batch sizes, as in 1,8 (default: 1,8; on a GPU 1,64)")
-    add("--size", nargs="+", help="sides in pixels, as in 224,384 or 224:1024 (default: each target's own)")
+    add("--engine", nargs="+", type=str, help="eager (default), optimize, compile, onnx, openvino, pt2")
+    add("--precision", nargs="+", type=str, help="fp32, bf16 or fp16, or several (default: fp32)")
+    add("--batch", nargs="+", type=str, help="batch sizes, as in 1,8 (default: 1,8; on a GPU 1,64)")
+    add("--size", nargs="+", type=str, help="sides in pixels, as in 224,384 or 224:1024 (default: each target's own)")
     add("--threads", type=int, help="of the CPU (default: all)")
     add("--base", help="the row or model that speeds are against (default: the first)")
     add("--dtype", help="another name of --precision")
@@ -327,6 +331,22 @@ def _bench(args: Any) -> int:
     from muntin.measure.command import bench_command
 
     print(bench_command(args))
+    return 0
+
+
+def _describe_pareto(parser: Any) -> None:
+    parser.add_argument("results", nargs="+", help="files that muntin bench --json wrote")
+    parser.add_argument("--out", nargs="+", default=["pareto.html"], help="what is drawn: .html, .png or both")
+
+
+def _pareto(args: Any) -> int:
+    from muntin.measure.pareto import check_out, pareto, write_pareto
+
+    outs = [check_out(out) for out in args.out]
+    found = pareto(*args.results)
+    print(found)
+    for out in outs:
+        write_pareto(found, out)
     return 0
 
 
@@ -440,9 +460,15 @@ COMMANDS: dict[str, tuple[Any, str, str, Any]] = {
     ),
     "bench": (
         _describe_bench,
-        "measure latency and throughput",
-        "muntin bench swin_t timm:swin_tiny_patch4_window7_224 --batch 1 8",
+        "measure latency, throughput and memory",
+        "muntin bench swin_t timm:swin_tiny_patch4_window7_224 --engine eager,onnx --batch 1,8",
         _bench,
+    ),
+    "pareto": (
+        _describe_pareto,
+        "draw published accuracy over measured latency",
+        "muntin pareto bench.json --out pareto.html pareto.png",
+        _pareto,
     ),
     "cost": (
         _describe_cost,

@@ -80,6 +80,7 @@ def create_backbone(
     checkpoint = _checkpoint(name, pretrained)
     family, row = _configure(name, getattr(checkpoint, "config", {}) | config, dense=True)
     backbone = family.BACKBONE(row, out_indices, out_norm, _rate(drop_path))
+    backbone.name = name
     _load(backbone, checkpoint)
     return backbone
 

@@ -25,6 +25,7 @@ class Backbone(nn.Module):
     `forward(image)`: (B, 3, H, W) -> maps (B, channels[i], ceil(H / strides[i]), ceil(W / strides[i])).
     """
 
+    name: str = ""
     stem: nn.Module
     stages: nn.ModuleList
     channels: tuple[int, ...]

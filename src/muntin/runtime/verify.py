@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from muntin.runtime.targets import ExportError
 
-BOUNDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-"""Standard deviations of the output. What PyTorch itself is off by in these formats: docs/export.md."""
+BOUNDS = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 1.5e-1}
+"""Standard deviations of the output: what PyTorch itself is off by at worst in these formats (docs/export.md)."""
 TOLERANCE = BOUNDS["float32"]
 
 
