@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from muntin.errors import UserError, nearest
 from muntin.measure.counter import ATTENTION, KINDS, OperatorCounter
+from muntin.measure.results import aligned
 from muntin.run import atomic_write
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -238,9 +239,7 @@ def costs_text(found: Mapping[str, Cost]) -> str:
     row("moved by all operators, MB", [_megabytes(c.bytes_moved) for c in every])
     row("weights in float32, MB", [_megabytes(c.weight_bytes["float32"]) for c in every])
     row("weights in 16 bits, MB", [_megabytes(c.weight_bytes["bfloat16"]) for c in every])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) for first, *rest in lines]
-    return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])
+    return "\n".join(aligned(list(zip(*lines, strict=True))))
 
 
 def costs_json(found: Mapping[str, Cost]) -> list[dict[str, Any]]:

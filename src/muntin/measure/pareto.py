@@ -5,6 +5,7 @@ What has no complete published figure is not drawn; it is listed below with what
 
 import json
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -13,6 +14,7 @@ from typing import Any
 
 from muntin.errors import UserError, nearest
 from muntin.measure.accuracy import accuracy
+from muntin.measure.results import aligned
 from muntin.measure.statistics import rounded
 from muntin.run import atomic_write
 
@@ -27,6 +29,7 @@ MARKERS = (
     ("v", "triangle-down"),
     ("*", "star"),
 )
+FRONT: dict[str, Any] = {"color": "#98a2b3", "linewidth": 1}
 MS, TOP1 = "latency of one call, ms (log)", "published ImageNet-1K top-1, %"
 
 
@@ -67,6 +70,16 @@ class Pareto:
     points: list[Point]
     left_out: list[str]
     notes: list[str]
+
+    def __str__(self) -> str:
+        """The front as a table, and what is not drawn."""
+        lines = [["on the front", "engine", "batch", "ms", "top-1"]]
+        for p in self.points:
+            if p.front:
+                half = (p.interval_ms[1] - p.interval_ms[0]) / 2
+                lines.append([p.model, p.how, str(p.batch), rounded(p.ms, half), f"{p.top1:g}"])
+        left = [f"not drawn: {line}" for line in self.left_out]
+        return "\n".join([*aligned(list(zip(*lines, strict=True))), *left])
 
 
 def _rows(report: Any) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
@@ -164,9 +177,11 @@ def _series(found: Pareto) -> list[tuple[str, str, tuple[str, str], list[Point]]
 def figure(found: Pareto) -> Any:
     """A matplotlib figure: a panel for each batch size, the front as a line, intervals as bars."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     batches = sorted({p.batch for p in found.points})
     drawn = Figure(figsize=(7.5 * len(batches), 5.2 + 0.18 * len(found.left_out)), dpi=150, layout="constrained")
+    middle = {batch: statistics.geometric_mean(p.ms for p in found.points if p.batch == batch) for batch in batches}
     panels = drawn.subplots(1, len(batches), squeeze=False)[0]
     for panel, batch in zip(panels, batches, strict=True):
         for name, colour, (marker, _), points in _series(found):
@@ -177,10 +192,18 @@ def figure(found: Pareto) -> Any:
             bars = [[p.ms - p.interval_ms[0] for p in here], [p.interval_ms[1] - p.ms for p in here]]
             panel.errorbar(x, y, xerr=bars, fmt=marker, color=colour, markersize=5, linewidth=1, label=name)
             for p in here:
-                panel.annotate(p.model, (p.ms, p.top1), (4, 4), textcoords="offset points", fontsize=6.5)
+                left = p.ms > middle[batch]  # names point inwards
+                place = {"xytext": (-4 if left else 4, 4), "textcoords": "offset points", "fontsize": 6.5}
+                panel.annotate(p.model, (p.ms, p.top1), ha="right" if left else "left", **place)
         line = [p for p in found.points if p.batch == batch and p.front]
-        panel.plot([p.ms for p in line], [p.top1 for p in line], color="#98a2b3", linewidth=1, zorder=0, label="front")
-        panel.set(xscale="log", xlabel=MS, ylabel=TOP1, title=f"batch {batch}")
+        panel.plot(
+            [p.ms for p in line], [p.top1 for p in line], drawstyle="steps-post", **FRONT, zorder=0, label="front"
+        )
+        panel.set_xscale("log", subs=(2, 5))
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.set(xlabel=MS, ylabel=TOP1, title=f"batch {batch}")
         panel.grid(alpha=0.3, which="both", linewidth=0.5)
         panel.legend(fontsize=7, loc="lower right")
     drawn.supxlabel("\n".join([*found.notes, *(f"not drawn: {line}" for line in found.left_out)]), fontsize=7)
@@ -227,7 +250,7 @@ def page(found: Pareto) -> str:
                 x=[p.ms for p in line],
                 y=[p.top1 for p in line],
                 mode="lines",
-                line={"color": "#98a2b3", "width": 1},
+                line={"color": FRONT["color"], "width": 1, "shape": "hv"},
                 hoverinfo="skip",
                 name="front",
                 legendgroup="front",
