@@ -1,6 +1,7 @@
 """Profiles side by side: a stacked picture, and an HTML page."""
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -29,12 +30,21 @@ def picture(profiles: Sequence[Profile]) -> bytes:
     width = max(7.0, 1.15 * len(profiles) + 3.5)
     figure, (left, right) = pyplot.subplots(2, 1, figsize=(width, 8.5), sharex=True, layout="constrained")
     try:
-        labels = ["\n".join(part for part in p.label.split(", ")) for p in profiles]
+        labels = ["\n".join(_lines(p)) for p in profiles]
         for axis, scale in ((left, None), (right, 100.0)):
             base = [0.0] * len(profiles)
             for kind in shown:
                 heights = [scale * p.share(kind) if scale else p.kinds[kind] for p in profiles]
-                axis.bar(range(len(profiles)), heights, 0.72, base, color=colours[kind], label=kind)
+                axis.bar(
+                    range(len(profiles)),
+                    heights,
+                    0.72,
+                    base,
+                    color=colours[kind],
+                    label=kind,
+                    edgecolor="white",
+                    linewidth=0.5,
+                )
                 for i, height in enumerate(heights):
                     if scale and height > 6:
                         tone = "black" if kind == UNATTRIBUTED else "white"
@@ -54,6 +64,17 @@ def picture(profiles: Sequence[Profile]) -> bytes:
         return file.getvalue()
     finally:
         pyplot.close(figure)
+
+
+def _lines(found: Profile) -> list[str]:
+    """A profile's label in lines short enough to stand under a bar or over a column."""
+    lines, line = [], ""
+    for part in re.split(r"(?<=[_:/])", found.name or "model"):
+        if line and len(line) + len(part) > 15:
+            lines.append(line)
+            line = ""
+        line += part
+    return [*lines, line, *found.label.split(", ")[-2:]]
 
 
 def html(profiles: Sequence[Profile], where: str) -> str:
@@ -89,9 +110,14 @@ def _matrix(profiles: Sequence[Profile], values: Sequence[Mapping[str, float]], 
                 f"{found.get(name, 0.0):.2f} <span class='muted'>{found.get(name, 0.0) / p.wall_ms:.1%}</span>"
                 for p, found in zip(profiles, values, strict=True)
             ]
-            rows.append([escape(name), *cells])
-    rows.append(["measured", *(f"{p.wall_ms:.2f} <span class='muted'>100.0%</span>" for p in profiles)])
-    return page.table([what, *(escape(p.label) for p in profiles)], rows)
+            rows.append([_whole(name), *cells])
+    rows.append([_whole("measured"), *(f"{p.wall_ms:.2f} <span class='muted'>100.0%</span>" for p in profiles)])
+    return page.table([_whole(what), *("<br>".join(map(escape, _lines(p))) for p in profiles)], rows)
+
+
+def _whole(text: str) -> str:
+    """Text that is not broken where a table is wider than the page."""
+    return f'<span style="white-space:nowrap">{escape(text)}</span>'
 
 
 def _kinds(profiles: Sequence[Profile]) -> str:
@@ -150,7 +176,8 @@ def _bounds(profiles: Sequence[Profile]) -> str:
 def _operations(found: Profile, number: int) -> str:
     rows = [
         [
-            f'<span class="swatch k{KINDS.index(o.kind)}"></span>{escape(o.name)}',
+            f'<span class="swatch k{KINDS.index(o.kind)}"></span><span style="display:inline-block;width:17em;'
+            f'vertical-align:top">{escape(o.name)}</span>',
             escape(o.stage),
             f"{o.ms:.3f}",
             f"{o.ms / found.wall_ms:.1%}",
