@@ -350,6 +350,46 @@ def _pareto(args: Any) -> int:
     return 0
 
 
+def _describe_choose(parser: Any) -> None:
+    add = parser.add_argument
+    add("--latency", help="the budget for one call: 20ms, 900us or 0.5s")
+    add("--throughput", type=float, help="the budget in images a second, instead of --latency")
+    add("--engine", default="eager", help="eager, optimize, compile, onnx, openvino or pt2 (default: eager)")
+    add("--precision", default="fp32", help="fp32, bf16 or fp16 (default: fp32)")
+    add("--batch", type=int, default=1, help="images in a call (default: 1)")
+    add("--size", help="side in pixels, or HEIGHTxWIDTH (default: each model's own, which its accuracy holds for)")
+    add("--threads", type=int, help="of the CPU (default: all)")
+    add("--among", nargs="+", default=["*"], help='patterns of names, as in "swin*" "rmt*", or timm:NAME')
+    add("--device", help="cpu or cuda (default: the GPU where there is one)")
+    add("--seconds", type=float, default=2.0, help="timed for each model near the budget (default: 2)")
+    add("--json", help="write what was found, with machine and versions, to this file")
+
+
+def _choose(args: Any) -> int:
+    from muntin.measure.choose import choose
+    from muntin.measure.cost import parse_size
+    from muntin.run import atomic_write
+
+    choice = choose(
+        args.latency,
+        args.throughput,
+        engine=args.engine,
+        precision=args.precision,
+        batch=args.batch,
+        size=args.size and parse_size(args.size),
+        threads=args.threads,
+        among=args.among,
+        device=args.device,
+        seconds=args.seconds,
+    )
+    print(choice)
+    if args.json:
+        atomic_write(args.json, choice.json().encode())
+    if choice.chosen is None:
+        raise UserError(choice.refusal())
+    return 0
+
+
 def _describe_cost(parser: Any) -> None:
     parser.add_argument("targets", nargs="+", help="model names, run folders, timm:NAME, torchvision:NAME")
     parser.add_argument("--size", help="side in pixels, or HEIGHTxWIDTH (default: each model's own)")
@@ -463,6 +503,12 @@ COMMANDS: dict[str, tuple[Any, str, str, Any]] = {
         "measure latency, throughput and memory",
         "muntin bench swin_t timm:swin_tiny_patch4_window7_224 --engine eager,onnx --batch 1,8",
         _bench,
+    ),
+    "choose": (
+        _describe_choose,
+        "find the most accurate model that meets a budget on this machine",
+        "muntin choose --latency 20ms --engine openvino",
+        _choose,
     ),
     "pareto": (
         _describe_pareto,
