@@ -21,10 +21,10 @@ from muntin.measure import memory as memory_of
 from muntin.measure import timing
 from muntin.measure.energy import meter
 from muntin.measure.machine import commit, machine, versions
-from muntin.measure.outputs import BOUNDS, GPU_BOUNDS, Comparison
+from muntin.measure.outputs import GPU_BOUNDS, Comparison
 from muntin.measure.peers import LogitsOnly, transformers_swin
 from muntin.measure.results import BenchReport, Row
-from muntin.measure.runners import RECOMPILES, Runner, Skipped, Workshop, check_engines, chosen, refusal
+from muntin.measure.runners import BOUNDS, RECOMPILES, Runner, Skipped, Workshop, check_engines, chosen, refusal
 from muntin.measure.scaling import growth
 from muntin.measure.targets import Given, Models, Size, Target, pair, parse
 from muntin.progress import Bar
@@ -138,7 +138,7 @@ class _Session:
             "another_model": target.peer and target.counterpart is None,
             "load_s": runner.load_s, "export_s": runner.export_s, "first_call_ms": 1000 * first,
         }  # fmt: skip
-        return _Contestant(it.name, runner, images.to(self.device, runner.dtype), known | self._memory(runner, images))
+        return _Contestant(it.name, runner, runner.given(images, self.device), known | self._memory(runner, images))
 
     def _memory(self, runner: Runner, images: Tensor) -> dict[str, float]:
         if self.no_memory is not None or runner.target.kind == "module" and runner.path is None:
@@ -148,6 +148,7 @@ class _Session:
             runner.target.label, runner.engine, runner.precision, len(images), height, width,
             threads=torch.get_num_threads(), device=str(self.device),
             channels_last="channels-last" in runner.settings, path=str(runner.path) if runner.path else None,
+            bytes_in=runner.dtype == torch.uint8,
         )  # fmt: skip
         found = memory_of.measure(request)
         return {"memory_mb": round(found.run_mb, 1), "load_memory_mb": round(found.load_mb, 1)}

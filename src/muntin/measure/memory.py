@@ -59,6 +59,7 @@ class Request:
     device: str
     channels_last: bool = False
     path: str | None = None
+    bytes_in: bool = False
 
 
 def known() -> str | None:
@@ -236,6 +237,8 @@ def main() -> None:
         build = _build(request)
         dtype = torch.float32 if request.path else DTYPES[request.precision]
         images = torch.randn(request.batch, 3, request.height, request.width).to(request.device, dtype)
+        if request.bytes_in:
+            images = images.permute(0, 2, 3, 1).to(torch.uint8)
         torch.nn.functional.linear(torch.ones(64, 64, dtype=dtype), torch.ones(64, 64, dtype=dtype))
         print(json.dumps(asdict(peak(build, images))), flush=True)
     os._exit(0)  # an engine's threads are not waited for

@@ -123,7 +123,8 @@ class BenchReport:
         low, high = row.speed_interval
         if row.tie:
             return "tie"
-        return f"{rounded(row.speed, (high - low) / 2)}x ({rounded(low, high - low)} to {rounded(high, high - low)})"
+        half = (high - low) / 2
+        return f"{rounded(row.speed, half)}x ({rounded(low, half)} to {rounded(high, half)})"
 
     def _notes(self) -> list[str]:
         m, p = self.machine, self.protocol

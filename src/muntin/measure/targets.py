@@ -130,8 +130,7 @@ def _file(path: Path, size: Size | None = None) -> Target:
     start = time.perf_counter()
     engine = load(path)
     seconds = time.perf_counter() - start
-    fixed = engine.metadata.get("fixed")  # (batch, height, width)
-    own = pair(fixed[1:]) if isinstance(fixed, (list, tuple)) else pair(engine.preprocessing.get("size", 224))
+    own = pair(engine.fixed[1:] if engine.fixed else engine.preprocessing.get("size", 224))
     return Target(str(path), "file", path, size or own, ENGINE_OF[path.suffix], opened=engine, load_s=seconds)
 
 
