@@ -6,6 +6,7 @@ The file has two methods: `forward`, and `metadata`, which returns the metadata 
 import json
 import operator
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,13 @@ def write(job: Job, path: Path) -> Written:
 
 
 def open(path: Path) -> Opened:
-    """The program in ExecuTorch's own runtime, with as many threads as torch has."""
+    """The program in ExecuTorch's own runtime, with as many threads as torch has when the first is opened."""
     with silent():
         try:
-            from executorch.extension.pybindings import portable_lib
             from executorch.runtime import Runtime
         except ImportError as error:
             raise UserError(f"{path} needs the package executorch; {INSTALL}") from error
+        _set_threads()
         try:
             program = Runtime.get().load_program(path)
             metadata = json.loads(program.load_method("metadata").execute([])[0])
@@ -71,8 +72,6 @@ def open(path: Path) -> Opened:
             given = program.metadata("forward").input_tensor_meta(0)
         except (RuntimeError, KeyError, ValueError) as error:
             raise UserError(f"{path} is not an ExecuTorch file that Muntin wrote ({error}); export it again") from error
-    if portable_lib._threadpool_get_thread_count() != torch.get_num_threads():
-        portable_lib._unsafe_reset_threadpool(torch.get_num_threads())  # unsafe only while something runs
     dtype, sizes = DTYPES[given.dtype()], given.sizes()
 
     def run(images: Tensor) -> list[Tensor]:
@@ -83,6 +82,15 @@ def open(path: Path) -> Opened:
 
     batch, height, width = (sizes[axis] for axis in axes(dtype))
     return Opened(run, metadata, dtype, (batch, height, width))
+
+
+@lru_cache(maxsize=1)
+def _set_threads() -> None:
+    """As many as torch has when the first file is opened: a loaded program holds on to the pool that it was given."""
+    from executorch.extension.pybindings import portable_lib
+
+    if portable_lib._threadpool_get_thread_count() != torch.get_num_threads():
+        portable_lib._unsafe_reset_threadpool(torch.get_num_threads())
 
 
 def _inexpressible(error: Exception) -> UserError:

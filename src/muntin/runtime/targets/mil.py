@@ -1,7 +1,7 @@
 """The operations of a Core ML program, computed by PyTorch: what a file holds, checked where Core ML does not run.
 
-Weights are those of the file, arithmetic is float32. It says whether the conversion kept the model, not what Apple's
-runtime makes of it.
+Weights are those of the file, each result is rounded to the number format that the file gives it. It says whether the
+conversion kept the model and whether half precision holds its values, not what Apple's runtime makes of it.
 """
 
 import operator
@@ -37,8 +37,13 @@ def evaluate(program: Any, image: Tensor) -> list[Tensor]:
             raise Unknown(op.op_type)
         results = compute({name: read(given) for name, given in op.inputs.items() if given is not None})
         results = results if isinstance(results, (tuple, list)) else [results]
-        values.update(zip(op.outputs, results, strict=True))
+        for output, result in zip(op.outputs, results, strict=True):
+            values[output] = result.half().float() if _is_half(output) else result
     return [values[output] for output in function.outputs]
+
+
+def _is_half(output: Any) -> bool:
+    return output.dtype.__name__ == "fp16"
 
 
 def _constant(value: Any) -> Any:
