@@ -43,6 +43,11 @@ def _conv_pointwise(x: Tensor, *rest: Any, out: Tensor) -> int:
     return out.shape[0] * math.prod(out.shape[2:]) * weight.numel()
 
 
+def _opaque_convolution(x: Tensor, weight: Tensor, *_: Any, out: Tensor) -> int:
+    channels_last = out.ndim == 3  # tokens (B, N, C), otherwise a map (B, C, H, W)
+    return out.numel() // out.shape[2 if channels_last else 1] * weight.numel()
+
+
 def _linear_pointwise(x: Tensor, weight: Tensor, *_: Any, out: Tensor) -> int:
     return out.numel() * x.shape[-1]
 
@@ -69,8 +74,11 @@ RULES: dict[str, Callable[..., int]] = {
     "aten::_scaled_dot_product_fused_attention_overrideable": _attention,
     "mkldnn::_convolution_pointwise": _conv_pointwise,
     "mkldnn::_linear_pointwise": _linear_pointwise,
+    "muntin::convolution": _opaque_convolution,  # our own operators, in compiled code
+    "muntin::token_convolution": _opaque_convolution,
 }
 READS_OUTPUT = {"aten::convolution", "mkldnn::_convolution_pointwise", "mkldnn::_linear_pointwise"}
+READS_OUTPUT |= {"muntin::convolution", "muntin::token_convolution"}
 FACTORS = {"aten::mm": (0, 1), "aten::bmm": (0, 1), "aten::addmm": (1, 2), "aten::baddbmm": (1, 2)}
 
 

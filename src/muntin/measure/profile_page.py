@@ -69,7 +69,7 @@ def picture(profiles: Sequence[Profile]) -> bytes:
 def _lines(found: Profile) -> list[str]:
     """A profile's label in lines short enough to stand under a bar or over a column."""
     lines, line = [], ""
-    for part in re.split(r"(?<=[_:/])", found.name or "model"):
+    for part in re.split(r"(?<=[_:/ ])", found.name or "model"):
         if line and len(line) + len(part) > 15:
             lines.append(line)
             line = ""

@@ -94,7 +94,7 @@ def _watched(seen: _Seen) -> Iterator[None]:
     sources: list[str] = []
 
     def compile_to_module(self: Any) -> Any:
-        module = generate(self)
+        module: Any = generate(self)
         found = dict(debug._inductor_triton_kernel_to_post_grad_node_info)
         for label, handle in _labels(sources[-1] if sources else ""):
             names = found.get(f"{label}:{handle}", [])
@@ -127,6 +127,28 @@ def _labels(source: str) -> list[tuple[str, str]]:
     return found
 
 
+class _Noted:
+    """A kernel that writes down what it is given: C++ kernels are called, Triton's are run."""
+
+    def __init__(self, name: str, kernel: Any, recorder: Recorder) -> None:
+        self._name, self._kernel, self._recorder = name, kernel, recorder
+
+    def _note(self, given: tuple[Any, ...]) -> None:
+        moved = sum(t.numel() * t.element_size() for t in given if isinstance(t, Tensor))
+        self._recorder.units.append(Unit(self._name, "other", None, 0, moved))
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        self._note(given)
+        return self._kernel(*given, **options)
+
+    def run(self, *given: Any, **options: Any) -> Any:
+        self._note(given)
+        return self._kernel.run(*given, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernel, name)
+
+
 def _recording(seen: _Seen, module: Any) -> Callable[..., Any]:
     """The generated code's entry, which writes down operators and kernels while there is a recorder."""
     call = module.call
@@ -137,17 +159,8 @@ def _recording(seen: _Seen, module: Any) -> Callable[..., Any]:
         recorder = seen.recorder
         kernels = {name: value for name, value in vars(module).items() if name.startswith(("cpp_fused", "triton_"))}
 
-        def noting(name: str, kernel: Any) -> Any:
-            def noted(*given: Any, **options: Any) -> Any:
-                moved = sum(t.numel() * t.element_size() for t in given if isinstance(t, Tensor))
-                recorder.units.append(Unit(name, "other", None, 0, moved))
-                return kernel(*given, **options)
-
-            return noted
-
         for name, kernel in kernels.items():
-            if callable(kernel):
-                setattr(module, name, noting(name, kernel))
+            setattr(module, name, _Noted(name, kernel, recorder))
         try:
             with recorder:
                 return call(args)
