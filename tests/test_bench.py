@@ -1,5 +1,6 @@
 """Bench: the protocol, the statistics, the targets, and what it refuses."""
 
+import importlib.util
 import json
 import random
 import statistics
@@ -166,6 +167,10 @@ def test_default_sizes_are_the_published_ones():
         (["swin_t"], {"precision": "bfloat"}, "bfloat16"),
         (["swin_t"], {"device": "gpu"}, "cuda"),
         (["swin_t"], {"rounds": 1}, "at least 2"),
+        (["swin_t"], {"threads": 0}, "at least 1"),
+        (["swin_t"], {"engine": "onx"}, "did you mean 'onnx'"),
+        (["swin_t"], {"cuda_graphs": True}, "need a GPU"),
+        ([__file__], {}, "no model that can be measured"),
     ],
 )
 def test_bad_input_names_the_remedy(targets, options, words):
@@ -174,6 +179,138 @@ def test_bad_input_names_the_remedy(targets, options, words):
         pytest.importorskip(LIBRARIES[prefix])
     with pytest.raises(UserError, match=words):
         bench(targets, **options)
+
+
+class Small(nn.Module):
+    """Exports in a second."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv2d(3, 8, 3, stride=2), nn.Linear(8, 5)
+        self.eval()
+
+    def forward(self, x):
+        return self.head(self.conv(x).relu().mean((2, 3)))
+
+
+def rows_by(report):
+    return {(row.model, row.engine, row.precision, row.batch): row for row in report.rows}
+
+
+def test_every_engine_and_precision_is_a_row():
+    model = muntin.create_model("swin_t", num_classes=7, **TINY)
+    engines = ["eager", "optimize", "pt2"]
+    report = bench([("m", model)], (2,), 32, engine=engines, precision=["fp32", "bf16"], **QUICK)
+    rows = rows_by(report)
+    assert set(rows) == {("m", e, p, b) for e in engines for p in ("float32", "bfloat16") for b in (2,)}
+    assert {row.base for row in report.rows} == {"m (float32)"}
+    assert rows["m", "eager", "float32", 2].difference is None  # it is what the others are compared with
+    for (_, engine, precision, _), row in rows.items():
+        if (engine, precision) != ("eager", "float32"):
+            assert row.difference is not None and row.difference <= report.protocol["bounds"][precision]
+            assert (row.difference > 1e-3) == (precision == "bfloat16")
+        assert row.first_call_ms > 0 and (row.export_s is not None) == (engine == "pt2")
+    table = report.table()
+    assert "engine" in table.splitlines()[0] and "precision" in table.splitlines()[0]
+
+
+def test_what_computes_something_else_is_not_timed(monkeypatch):
+    class Off(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model(x) * 1.001
+
+    monkeypatch.setattr(muntin, "optimize", Off)
+    report = bench([("m", Small())], (1,), 16, engine=["eager", "optimize"], **QUICK)
+    assert [row.engine for row in report.rows] == ["eager"]
+    assert "m (optimize)" in report.skipped[0] and "differ from eager float32" in report.skipped[0]
+    with pytest.raises(UserError, match="nothing was measured: .*differ from eager"):
+        bench([("m", Small())], (1,), 16, engine="optimize", **QUICK)
+
+
+def test_a_base_by_name():
+    models = [("slow", Sleeper(0.006)), ("fast", Sleeper(0.002))]
+    slow, fast = bench(models, (1,), 8, base="fast", **QUICK).rows
+    assert (slow.base, fast.base) == ("fast", "fast") and fast.speed == 1.0 and slow.speed < 0.7
+    with pytest.raises(UserError, match="did you mean 'fast'"):
+        bench(models, (1,), 8, base="fats", **QUICK)
+
+
+def test_a_peer_has_our_weights_and_says_so():
+    pytest.importorskip("timm")
+    report = bench(["timm:efficientvit_m0", "timm:resnet10t"], (1,), rounds=2, seconds=0.01, progress=False)
+    peer, other = report.rows
+    assert (peer.shared, peer.another_model) == ("efficientvit_m0", False)
+    assert 0 <= peer.shared_difference < 1e-4 and "BN folded" in peer.settings
+    assert (other.shared, other.another_model) == (None, True)
+    assert "timm:efficientvit_m0: the weights of efficientvit_m0" in report.table()
+    assert "timm:resnet10t: another model" in report.table()
+
+
+def test_a_peer_that_computes_something_else_at_a_size_is_refused():
+    pytest.importorskip("timm")
+    with pytest.raises(UserError, match="with the weights of swin_t outputs differ .* at 256x256"):
+        bench("timm:swin_tiny_patch4_window7_224", (1,), 256, **QUICK)  # padded after the roll
+
+
+@pytest.fixture(scope="module")
+def fixed_file(tmp_path_factory):
+    pytest.importorskip("onnxruntime")
+    path = tmp_path_factory.mktemp("fixed") / "m.onnx"
+    muntin.export(Small(), path, fixed=(2, 16, 24), progress=False)
+    return str(path)
+
+
+def test_a_file_runs_in_its_engine_and_precision_only(fixed_file):
+    engines, precisions = ["eager", "compile", "onnx"], ["fp32", "bf16"]
+    report = bench(
+        [("m", Small()), fixed_file], (2,), engine=engines[::2], precision=precisions[0], size=(16, 24), **QUICK
+    )
+    assert [(row.model, row.engine) for row in report.rows] == [("m", "eager"), ("m", "onnx"), (fixed_file, "onnx")]
+    assert report.skipped == [f"{fixed_file} (eager): it runs in ONNX Runtime only"]
+    with pytest.raises(UserError, match="it runs in ONNX Runtime only"):
+        bench(fixed_file, (2,), engine="compile", **QUICK)
+    with pytest.raises(UserError, match="the file is in float32"):
+        bench(fixed_file, (2,), precision="bf16", **QUICK)
+
+
+def test_a_size_or_batch_outside_a_fixed_export(fixed_file):
+    report = bench(fixed_file, (1, 2), **QUICK)
+    assert [(row.batch, row.height, row.width) for row in report.rows] == [(2, 16, 24)]
+    assert len(report.skipped) == 1 and "batch 1, 16x24" in report.skipped[0]
+    with pytest.raises(UserError, match="nothing was measured: .*batch 2, 32x32"):
+        bench(fixed_file, (2,), 32, **QUICK)
+
+
+def test_growth_is_fitted_where_there_are_three_sizes():
+    class Linear(nn.Module):
+        def forward(self, x):
+            time.sleep(x[0, 0].numel() * 2e-6)
+            return x
+
+    report = bench([("m", Linear().eval())], (1,), [32, 48, 64, 96], **QUICK)
+    (found,) = report.scaling
+    assert 0.5 < found["time_exponent"] < 1.5 and len(found["sizes"]) == 4
+
+
+def test_an_engine_without_its_package(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else found(name))
+    with pytest.raises(UserError, match=r'openvino; install it with: pip install "muntin\[export\]"'):
+        bench("swin_t", engine="openvino")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(UserError, match="C\\+\\+ compiler"):
+        bench("swin_t", engine="compile")
+
+
+def test_memory_is_asked_for_before_it_is_taken(monkeypatch):
+    monkeypatch.setattr("muntin.measure.memory.available", lambda: 100_000)
+    with pytest.raises(UserError, match=r"not enough memory: m at batch 64, 32x32 .* --batch \d+ fits"):
+        bench([("m", Small())], (64,), 32, **QUICK)
 
 
 def test_an_error_inside_a_model_is_not_the_users():

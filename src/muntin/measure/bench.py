@@ -5,6 +5,7 @@ timed; then all take turns, in an order shuffled per round (`timing`). B batch, 
 """
 
 import random
+import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muntin.errors import UserError, nearest
+from muntin.errors import UserError
 from muntin.measure import memory as memory_of
 from muntin.measure import timing
 from muntin.measure.energy import meter
 from muntin.measure.machine import commit, machine, versions
 from muntin.measure.outputs import GPU_BOUNDS, Comparison
 from muntin.measure.peers import LogitsOnly, transformers_swin
+from muntin.measure.plan import Combination, Skips, check_base, plan
 from muntin.measure.results import BenchReport, Row
-from muntin.measure.runners import BOUNDS, RECOMPILES, Runner, Skipped, Workshop, check_engines, chosen, refusal
+from muntin.measure.runners import BOUNDS, RECOMPILES, Runner, Skipped, Workshop, check_engines
 from muntin.measure.scaling import growth
 from muntin.measure.targets import Given, Models, Size, Target, pair, parse
 from muntin.progress import Bar
@@ -38,18 +40,6 @@ GENEROUS = 1000  # times an image's bytes: no model here holds more in a forward
 
 
 @dataclass(frozen=True)
-class _Combination:
-    target: Target
-    engine: str
-    precision: str
-    name: str
-
-    @property
-    def reference(self) -> bool:
-        return (self.engine, self.precision) == ("eager", "float32")
-
-
-@dataclass(frozen=True)
 class _Contestant:
     """What takes turns: a runner at one batch and size, and the fields of its row that are known before."""
 
@@ -59,45 +49,10 @@ class _Contestant:
     known: dict[str, Any]
 
 
-class _Skips:
-    """Reasons by model, each said once with what it holds for."""
-
-    def __init__(self) -> None:
-        self._found: dict[tuple[str, str], dict[str, None]] = {}
-
-    def add(self, label: str, reason: str, what: str) -> None:
-        self._found.setdefault((label, " ".join(reason.split())), {})[what] = None
-
-    def lines(self) -> list[str]:
-        return [f"{label} ({', '.join(what)}): {reason}" for (label, reason), what in self._found.items()]
-
-
-def _plan(
-    targets: Sequence[Target], engines: list[str] | None, precisions: list[str] | None, device: torch.device,
-    skips: _Skips,
-) -> list[_Combination]:  # fmt: skip
-    """What is measured, in the order given; what makes no sense goes to `skips`."""
-    found = []
-    several = len(precisions or ()) > 1
-    for target in targets:
-        own = [getattr(target.opened, "precision", "float32")] if target.opened else ["float32"]
-        for engine in chosen(target, engines) or engines or ["eager"]:
-            for precision in precisions or own:
-                reason = refusal(target, engine, precision, device)
-                if reason is None:
-                    apart = [] if engine == "eager" else [engine]
-                    apart += [precision] if several else []
-                    name = f"{target.label} ({', '.join(apart)})" if apart else target.label
-                    found.append(_Combination(target, engine, precision, name))
-                else:
-                    skips.add(target.label, reason, f"{engine} {precision}" if several else engine)
-    return found
-
-
 class _Session:
     """One measurement: what it is made with, and what it has found so far."""
 
-    def __init__(self, plan: list[_Combination], workshop: Workshop, skips: _Skips, memory: bool) -> None:
+    def __init__(self, plan: list[Combination], workshop: Workshop, skips: Skips, memory: bool) -> None:
         self.plan, self.workshop, self.skips = plan, workshop, skips
         self.device = workshop.device
         self.no_memory = memory_of.known() if memory else ""
@@ -106,16 +61,17 @@ class _Session:
 
     def group(self, batch: int, size: Size | None, seed: int, bar: Bar) -> list[_Contestant]:
         """Everything that can be timed at a batch and a size (None: each target's own), outputs compared."""
-        found: dict[_Combination, _Contestant] = {}
+        found: dict[Combination, _Contestant] = {}
         comparisons: dict[Size, Comparison] = {}
         for it in sorted(self.plan, key=lambda it: not it.reference):  # so that its first call is its first
             side = size or it.target.size
             bar.say(f"{it.name}: preparing batch {batch}, {side[0]}x{side[1]}")
-            generator = torch.Generator().manual_seed(seed)
-            images = torch.randn(batch, 3, *side, generator=generator)
             comparison = comparisons.setdefault(side, Comparison(self.workshop.models, self.device))
             try:
-                found[it] = self._contestant(it, images, side, comparison)
+                with _refusals_of(it.target):
+                    self._enough_memory(it, batch, side)
+                    images = torch.randn(batch, 3, *side, generator=torch.Generator().manual_seed(seed))
+                    found[it] = self._contestant(it, images, side, comparison)
             except (Skipped, UserError) as error:
                 if str(error).startswith("not enough memory"):
                     raise
@@ -123,14 +79,11 @@ class _Session:
             bar.step()
         return [found[it] for it in self.plan if it in found]
 
-    def _contestant(self, it: _Combination, images: Tensor, size: Size, comparison: Comparison) -> _Contestant:
+    def _contestant(self, it: Combination, images: Tensor, size: Size, comparison: Comparison) -> _Contestant:
         target, batch = it.target, len(images)
-        with _refusals_of(target):
-            if target.kind != "file":
-                self._enough_memory(it, batch, size)
-            shared = comparison.shared(target, images, size)
-            runner = self.workshop.runner(target, it.engine, it.precision, batch, size)
-            first, far = comparison.first_call(runner, images, size)
+        shared = comparison.shared(target, images, size)
+        runner = self.workshop.runner(target, it.engine, it.precision, batch, size)
+        first, far = comparison.first_call(runner, images, size)
         known: dict[str, Any] = {
             "target": it.name, "batch": batch, "height": size[0], "width": size[1], "model": target.label,
             "engine": it.engine, "precision": it.precision, "settings": runner.settings, "difference": far,
@@ -150,15 +103,21 @@ class _Session:
             channels_last="channels-last" in runner.settings, path=str(runner.path) if runner.path else None,
             bytes_in=runner.dtype == torch.uint8,
         )  # fmt: skip
-        found = memory_of.measure(request)
+        try:
+            found = memory_of.measure(request)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            name, shape = runner.target.label, f"{runner.engine} {runner.precision}, batch {len(images)}"
+            self.skips.add(name, f"its memory could not be measured: the process {error}", shape)
+            return {}
         return {"memory_mb": round(found.run_mb, 1), "load_memory_mb": round(found.load_mb, 1)}
 
-    def _enough_memory(self, it: _Combination, batch: int, size: Size) -> None:
+    def _enough_memory(self, it: Combination, batch: int, size: Size) -> None:
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else memory_of.available()
         if free is None or batch * size[0] * size[1] * 12 * GENEROUS < free:
             return
-        model = self.workshop.models.get(it.target, size)
-        need = memory_of.need_of(model, 4 if it.precision == "float32" else 2)
+        need: memory_of.Need = memory_of.images_twice
+        if it.target.kind != "file":
+            need = memory_of.need_of(self.workshop.models.get(it.target, size), 4 if it.precision == "float32" else 2)
         memory_of.check(it.name, need, batch, size, free)
 
     def time(
@@ -221,15 +180,16 @@ def _refusals_of(target: Target) -> Iterator[None]:
         yield
     except (Skipped, UserError):
         raise
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"not enough memory for {target.label}; give a smaller --batch or --size") from error
     except (AssertionError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise UserError(f"not enough memory for {target.label}; give a smaller --batch or --size") from error
         if not target.peer:
             raise
-        raise Skipped(f"{target.kind} refuses: {error or type(error).__name__}") from error
+        raise Skipped(f"{target.kind}: {error or type(error).__name__}") from error
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """cpu or cuda by name, by default the GPU where there is one. UserError for another, or one that is not there."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.split(":")[0] not in ("cpu", "cuda"):
@@ -253,12 +213,6 @@ def _checked(
         raise UserError(f"{rounds} rounds given; an interval needs at least 2")
     if threads is not None and threads < 1:
         raise UserError(f"{threads} threads given; give at least 1")
-
-
-def _check_base(base: str | None, plan: list[_Combination]) -> None:
-    valid = {it.name: None for it in plan} | {it.target.label: None for it in plan}
-    if base is not None and base not in valid:
-        raise UserError(f"--base {base!r} is not measured{nearest(base, valid)}; valid are {', '.join(valid)}")
 
 
 def _listed(value: Any) -> list[Any]:
@@ -308,7 +262,7 @@ def bench(
     Raises UserError for a target that cannot be found or a setting that cannot be measured.
     """
     given, sizes = _given(targets), _sizes(size)
-    where = _device(device)
+    where = device_of(device)
     batches = list(BATCHES[where.type] if batch_sizes is None else batch_sizes)
     engines = None if engine is None else list(dict.fromkeys(_listed(engine)))
     precisions = None if precision is None else list(dict.fromkeys(map(full_precision, _listed(precision))))
@@ -325,12 +279,12 @@ def bench(
     ):
         torch.manual_seed(seed)
         parsed = [target for one in given for target in parse(one)[: None if engines is None else 1]]
-        skips = _Skips()
-        plan = _plan(parsed, engines, precisions, where, skips)
-        _check_base(base, plan)
+        skips = Skips()
+        planned = plan(parsed, engines, precisions, where, skips)
+        check_base(base, planned)
         workshop = Workshop(Models(seed), where, Path(folder), cuda_graphs)
-        session = _Session(plan, workshop, skips, memory)
-        with Bar("bench", len(sizes) * len(batches) * len(plan) * (rounds + 2), progress) as bar:
+        session = _Session(planned, workshop, skips, memory)
+        with Bar("bench", len(sizes) * len(batches) * len(planned) * (rounds + 2), progress) as bar:
             for one in sizes:
                 for batch in batches:
                     session.time(session.group(batch, one, seed, bar), base, rounds, seconds, seed, bar)

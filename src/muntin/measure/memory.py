@@ -36,6 +36,9 @@ IMPORTS = {
     "compile": ("torch._dynamo", "torch._inductor.compile_fx"),
 }
 
+Need = Callable[[int, tuple[int, int]], int]
+"""Bytes for a batch at (height, width)."""
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -147,7 +150,12 @@ def available() -> int | None:
     return min(free)
 
 
-def need_of(model: nn.Module, width: int) -> Callable[[int, tuple[int, int]], int]:
+def images_twice(batch: int, size: tuple[int, int]) -> int:
+    """The least that a model of which nothing is known needs: its images, and as much again."""
+    return 2 * 12 * batch * size[0] * size[1]
+
+
+def need_of(model: nn.Module, width: int) -> Need:
     """Bytes that a forward needs for a batch at (height, width), counted without computing: activations alive at the
     same time, and weights. width: bytes of a number. 0 where the model cannot be run without numbers.
     """
@@ -165,9 +173,7 @@ def need_of(model: nn.Module, width: int) -> Callable[[int, tuple[int, int]], in
     return need
 
 
-def check(
-    label: str, need: Callable[[int, tuple[int, int]], int], batch: int, size: tuple[int, int], free: int
-) -> None:
+def check(label: str, need: Need, batch: int, size: tuple[int, int], free: int) -> None:
     """UserError where a batch of images needs more than `free` bytes, with a batch or a size that does not.
 
     need: bytes for a batch at (height, width).

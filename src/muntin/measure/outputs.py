@@ -41,8 +41,8 @@ class Comparison:
     def __init__(self, models: Models, device: torch.device) -> None:
         self.models, self.device = models, device
         self.bounds = GPU_BOUNDS if device.type == "cuda" else BOUNDS
-        self._wanted: dict[str, list[Tensor] | None] = {}
-        self._shared: dict[str, float] = {}
+        self._wanted: dict[int, list[Tensor] | None] = {}
+        self._shared: dict[int, float] = {}
 
     def first_call(self, runner: Runner, images: Tensor, size: Size) -> tuple[float, float | None]:
         """Seconds of a runner's first call at this shape, and how far its outputs are from eager float32.
@@ -54,7 +54,7 @@ class Comparison:
         if target.kind == "file":  # it was compared with its model when it was exported
             return seconds, None
         if (runner.engine, runner.precision) == ("eager", "float32") and not target.peer:
-            self._wanted[target.label] = None if found is None else [t.clone() for t in found]
+            self._wanted[id(target)] = None if found is None else [t.clone() for t in found]
             return seconds, None
         wanted = self._reference(target, images, size)
         if found is None or wanted is None:
@@ -68,13 +68,13 @@ class Comparison:
         """How far a peer is from our model whose weights it has; None without such a model. Raises Skipped."""
         if target.counterpart is None:
             return None
-        if target.label not in self._shared:
+        if id(target) not in self._shared:
             few = images[:SHARED]
             ours = self._eager(self.models.ours(target.counterpart), few)
             theirs = self._reference(target, images, size)
             assert ours is not None and theirs is not None  # classifiers
-            self._shared[target.label] = difference([t[:SHARED] for t in theirs], ours)
-        far, bound = self._shared[target.label], self.bounds["float32"]
+            self._shared[id(target)] = difference([t[:SHARED] for t in theirs], ours)
+        far, bound = self._shared[id(target)], self.bounds["float32"]
         if not far <= bound:
             raise Skipped(
                 f"with the weights of {target.counterpart} outputs differ by {far:.1e} standard deviations, more than "
@@ -83,10 +83,10 @@ class Comparison:
         return far
 
     def _reference(self, target: Target, images: Tensor, size: Size) -> list[Tensor] | None:
-        if target.label not in self._wanted:
+        if id(target) not in self._wanted:
             found = self._eager(self.models.get(target, size), images)
-            self._wanted[target.label] = found
-        return self._wanted[target.label]
+            self._wanted[id(target)] = found
+        return self._wanted[id(target)]
 
     def _eager(self, model: nn.Module, images: Tensor) -> list[Tensor] | None:
         model = placed(model, self.device, torch.float32)

@@ -164,6 +164,11 @@ def give_weights(peer: nn.Module, ours: nn.Module, library: str) -> nn.Module:
         missing, unexpected = list(report["missing_keys"]), list(report["unexpected_keys"])
         peer = LogitsOnly(found)
     else:
+        theirs = peer.state_dict()
+        for name, tensor in converted.items():
+            if name in theirs and theirs[name].shape != tensor.shape:
+                shapes = f"{tuple(theirs[name].shape)}, ours {tuple(tensor.shape)}"
+                raise ValueError(f"our weights do not fit what it builds for this size: {name} is {shapes}")
         missing, unexpected = peer.load_state_dict(converted, strict=False)
     learned = {name for name, _ in peer.named_parameters()} | {n for n, b in peer.named_buffers() if "running" in n}
     # a bias of the keys that SwinV2 sets to zero in its forward stands in none of our files

@@ -130,9 +130,10 @@ class BenchReport:
         m, p = self.machine, self.protocol
         where = m.get("gpu") or f"{m['cpu']}, {m['cores']} cores"
         engines, precisions = ({getattr(row, name) for row in self.rows} for name in ("engine", "precision"))
+        threads = "1 thread" if p["threads"] == 1 else f"{p['threads']} threads"
         alike = [*(engines if len(engines) == 1 else ()), *(precisions if len(precisions) == 1 else ())]
         notes = [
-            f"{where}; {', '.join([*alike, str(p['threads']) + ' threads'])}; {p['rounds']} interleaved rounds, "
+            f"{where}; {', '.join([*alike, threads])}; {p['rounds']} interleaved rounds, "
             f"{min(row.calls for row in self.rows)} calls or more per row; torch {self.versions['torch']}",
             "± and ties: 95% confidence over the rounds"
             if p["rounds"] >= 6
@@ -169,8 +170,8 @@ class BenchReport:
                 )
         shared = {row.model: row for row in self.rows if row.shared}
         for model, row in shared.items():
-            worst = max(r.shared_difference or 0.0 for r in self.rows if r.model == model)
-            notes.append(f"{model}: the weights of {row.shared}, outputs equal to {worst:.1e} standard deviations")
+            far = max(r.shared_difference or 0.0 for r in self.rows if r.model == model)
+            notes.append(f"{model}: the weights of {row.shared}, outputs equal to {far:.1e} standard deviations")
         others = dict.fromkeys(row.model for row in self.rows if row.another_model)
         return notes + [f"{model}: another model, weights of its own" for model in others]
 

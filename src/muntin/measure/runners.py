@@ -83,13 +83,6 @@ def check_engines(engines: list[str]) -> None:
             raise UserError("engine compile needs a C++ compiler; install one, such as g++, or leave it out")
 
 
-def chosen(target: Target, engines: list[str] | None) -> list[str]:
-    """The engines that a target is measured in; without a choice its own, or eager."""
-    if target.only is not None:
-        return [target.only] if engines is None or target.only in engines else []
-    return ["eager"] if engines is None else engines
-
-
 def refusal(target: Target, engine: str, precision: str, device: torch.device) -> str | None:
     """Why a combination makes no sense, or None."""
     if target.only not in (None, engine):
@@ -108,7 +101,7 @@ class Workshop:
 
     def __init__(self, models: Models, device: torch.device, folder: Path, cuda_graphs: bool = False) -> None:
         self.models, self.device, self.folder, self.cuda_graphs = models, device, folder, cuda_graphs
-        self._kept: dict[tuple[str, str, str, Size | None], Runner] = {}
+        self._kept: dict[tuple[int, str, str, Size | None], Runner] = {}
         self._files = 0
 
     def runner(self, target: Target, engine: str, precision: str, batch: int, size: Size) -> Runner:
@@ -120,7 +113,7 @@ class Workshop:
             return Runner(target, engine, precision, opened, opened.dtype, settings, target.load_s, path=target.name)
         if engine in SUFFIXES:
             return self._exported(target, engine, precision, batch, size)
-        key = (target.label, engine, precision, size if target.peer else None)
+        key = (id(target), engine, precision, size if target.peer else None)
         if key not in self._kept:
             self._kept[key] = self._in_torch(target, engine, precision, batch, size)
         return self._kept[key]
