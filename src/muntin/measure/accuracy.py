@@ -10,6 +10,7 @@ from functools import lru_cache
 from importlib import resources
 from typing import Any
 
+MODELS_PEERS = resources.files("muntin") / "models" / "peers.toml"
 COMPLETE = re.compile(r"\d+(\.\d+)?")
 LIBRARIES = {"timm": "timm", "torchvision": "torchvision", "transformers": "transformers", "hf": "transformers"}
 
@@ -28,8 +29,7 @@ class Published:
 
 @lru_cache
 def _peers() -> dict[str, dict[str, str]]:
-    path = resources.files("muntin") / "models" / "peers.toml"
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    return tomllib.loads(MODELS_PEERS.read_text(encoding="utf-8"))
 
 
 def _of_ours(name: str) -> Published | None:

@@ -111,6 +111,8 @@ class Choice:
                 f"({self.protocol['highest_gmacs_per_s']:.3g} GMACs/s); least ms: {told}"
             )
         notes += [f"not measured: {name}: {reason}" for name, reason in self.failed.items()]
+        if self.protocol["size_given"]:
+            notes.append("the accuracies were published for each model's own size, not for this one")
         if self.unseen:
             notes.append(f"{self.unseen} less accurate models not measured")
         if self.left_out:

@@ -25,7 +25,7 @@ from muntin.measure import timing
 from muntin.measure.accuracy import accuracy
 from muntin.measure.choice import MEETS, OVER, STRADDLES, Candidate, Choice, Found
 from muntin.measure.cost import MODELS, costs
-from muntin.measure.machine import commit, machine, versions
+from muntin.measure.machine import commit, device_of, machine, versions
 from muntin.measure.runners import Runner, Skipped, Workshop, check_engines, refusal
 from muntin.measure.statistics import median_interval
 from muntin.measure.targets import Models, Target, parse
@@ -270,7 +270,7 @@ def choose(
     check_engines([engine])
     full = full_precision(precision)
     ordered, left_out = candidates(among, (size, size) if isinstance(size, int) else size)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = device_of(device)
     described = machine(where)
     with (
         timing.threads_of(threads or torch.get_num_threads()),
@@ -295,6 +295,7 @@ def choose(
         unseen=len(ordered) - len(found) - len(search.skipped) - len(search.failed),
         protocol={
             "threads": used,
+            "size_given": size is not None,
             "device": str(where),
             "rounds": rounds,
             "seconds_per_model": seconds,

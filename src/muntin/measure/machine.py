@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from muntin.errors import UserError
+
 PACKAGES = ("muntin", "torch", "torchvision", "timm", "transformers", "onnxruntime", "openvino", "numpy")
 FLAGS = ("amx_tile", "amx_bf16", "amx_int8", "avx512f", "avx512_bf16", "avx512_vnni", "avx2", "fma", "sve", "asimd")
 
@@ -41,6 +43,17 @@ def machine(device: torch.device) -> dict[str, Any]:
         described["gpu"] = torch.cuda.get_device_name(device)
         described["cuda"] = torch.version.cuda
     return described
+
+
+def device_of(name: str | None) -> torch.device:
+    """cpu or cuda by name, by default the GPU where there is one. UserError for another, or one that is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"device {name!r} is unknown; valid are cpu and cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {name!r} is not there; this machine offers cpu")
+    return torch.device(name)
 
 
 def versions() -> dict[str, str]:
