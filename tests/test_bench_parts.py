@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from muntin.errors import UserError
 from muntin.measure import energy, memory, peers, scaling
 from muntin.measure.compare import compare, ratio
 from muntin.measure.results import BenchReport, Row
-from muntin.measure.timing import Series, figures
+from muntin.measure.runners import Graphed
+from muntin.measure.timing import Series, figures, timed
 
 MACHINE = {"cpu": "A", "cores": 2, "flags": ["avx2"], "system": "Linux"}
 ROW = Row(
@@ -277,3 +279,83 @@ def test_batch_norms_are_folded_only_where_that_changes_nothing(shared):
 )
 def test_counterparts(library, name, ours):
     assert peers.counterpart(library, name) == ours
+
+
+# ------------------------------------------------------------- on a GPU, with PyTorch's parts faked
+
+
+def test_a_graph_is_captured_once_for_each_shape_and_replayed_on_new_images(monkeypatch):
+    tape, log = [], []
+
+    class Graph:
+        def __init__(self):
+            tape.append([])
+            self.work = tape[-1]
+
+        def replay(self):
+            for step in self.work:
+                step()
+
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def wait_stream(self, other):
+            log.append("wait")
+
+    @contextmanager
+    def during(name):
+        log.append(name)
+        yield
+        log.append(f"end {name}")
+
+    def call(images):
+        result = torch.empty_like(images)
+
+        def work():
+            return result.copy_(2 * images)
+
+        work()
+        log.append("call")
+        if log.count("graph") > log.count("end graph"):
+            tape[-1].append(work)
+        return result
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: during("side"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: during("graph"))
+    graphed = Graphed(call)
+    for value in (1.0, 3.0, 5.0):
+        given = torch.full((2, 3), value)
+        assert torch.equal(graphed(given), 2 * given) and given[0, 0] == value
+    assert log == ["wait", "side", "call", "call", "call", "end side", "wait", "graph", "call", "end graph"]
+    graphed(torch.ones(4, 3))
+    assert log.count("graph") == 2
+
+
+def test_a_call_on_a_gpu_is_timed_between_events(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("wait for the event")
+
+        def elapsed_time(self, other):
+            return 12.5
+
+    class Images:
+        is_cuda, device = True, "cuda"
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("synchronize"))
+    seconds, result = timed(lambda images: log.append("call") or "out", Images())
+    assert (seconds, result) == (0.0125, "out")
+    assert log == ["synchronize", "record", "call", "record", "wait for the event"]
