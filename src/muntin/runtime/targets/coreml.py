@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.errors import UserError
+from muntin.runtime.constants import fold_constants
 from muntin.runtime.targets import ExportError, Job, Opened, Written
 from muntin.runtime.targets.mil import Unknown, evaluate
 from muntin.runtime.targets.silence import silent
@@ -113,7 +114,9 @@ def _float32() -> Any:
 def _input(job: Job, tools: Any) -> tuple[torch.export.ExportedProgram, Any]:
     """The graph, and what Core ML is to hand it: numbers (B, 3, H, W), or an image where preprocessing is inside."""
     if job.image.dtype != torch.uint8:
-        return trace(job), tools.TensorType(name="image", shape=tuple(job.image.shape), dtype=_float32())
+        return fold_constants(trace(job), job.image), tools.TensorType(
+            name="image", shape=tuple(job.image.shape), dtype=_float32()
+        )
     batch, height, width, _ = job.image.shape
     if batch != 1:
         raise UserError(
@@ -122,7 +125,9 @@ def _input(job: Job, tools: Any) -> tuple[torch.export.ExportedProgram, Any]:
         )
     pixels = job.image.permute(0, 3, 1, 2).float().contiguous()
     inside = replace(job, model=_OfPixels(job.model).eval(), image=pixels)
-    return trace(inside), tools.ImageType(name="image", shape=tuple(pixels.shape), color_layout="RGB")
+    return fold_constants(trace(inside), pixels), tools.ImageType(
+        name="image", shape=tuple(pixels.shape), color_layout="RGB"
+    )
 
 
 class _OfPixels(nn.Module):

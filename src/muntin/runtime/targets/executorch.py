@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, fx
 
 from muntin.errors import UserError
+from muntin.runtime.constants import fold_constants
 from muntin.runtime.targets import ExportError, Job, Opened, Written, axes
 from muntin.runtime.targets.silence import silent
-from muntin.runtime.tracing import quiet, trace
+from muntin.runtime.tracing import trace
 
 INSTALL = "install it in an environment of its own, since it pins many packages: pip install 'muntin[executorch]'"
 REFUSED = {
-    "float16": "executorch 1.5's runtime writes past its memory in such a graph",
-    "bfloat16": "XNNPACK takes float32, so that all of the graph would run in slow portable kernels",
+    "float16": "executorch 1.5 computes some maps wrong in it (Swin's last one by standard deviations)",
+    "bfloat16": "XNNPACK leaves it to slow portable kernels",
 }
 DTYPES = {0: torch.uint8, 6: torch.float32}
 """By ExecuTorch's number of a scalar type."""
-aten = torch.ops.aten
 
 
 def unavailable() -> str | None:
@@ -70,9 +70,9 @@ def open(path: Path) -> Opened:
             metadata = json.loads(program.load_method("metadata").execute([])[0])
             method = program.load_method("forward")
             given = program.metadata("forward").input_tensor_meta(0)
+            dtype, sizes = DTYPES[given.dtype()], given.sizes()
         except (RuntimeError, KeyError, ValueError) as error:
             raise UserError(f"{path} is not an ExecuTorch file that Muntin wrote ({error}); export it again") from error
-    dtype, sizes = DTYPES[given.dtype()], given.sizes()
 
     def run(images: Tensor) -> list[Tensor]:
         try:
@@ -119,40 +119,6 @@ def _tools() -> tuple[Any, Any, Any]:
             return super().call_operator(op, args, kwargs, meta)
 
     return to_edge_transform_and_lower, XnnpackPartitioner, Tidy
-
-
-def fold_constants(program: torch.export.ExportedProgram, image: Tensor) -> torch.export.ExportedProgram:
-    """The same program with everything computed that does not depend on the image: biases, masks, decays."""
-    with quiet(), torch.no_grad():
-        graph: Any = program.run_decompositions({}).module(check_guards=False)  # decomposed: nothing in place
-        values: dict[fx.Node, Tensor] = {}
-        for node in list(graph.graph.nodes):
-            if node.target is aten._assert_tensor_metadata.default:
-                graph.graph.erase_node(node)
-                continue
-            value = _constant(graph, node, values)
-            if isinstance(value, Tensor):
-                values[node] = value
-        folded = [n for n in values if n.op == "call_function" and not all(user in values for user in n.users)]
-        for number, node in enumerate(folded):
-            name = f"constant_{number}"
-            graph.register_buffer(name, values[node].contiguous().clone())  # expanded ones have no strides to store
-            with graph.graph.inserting_before(node):
-                node.replace_all_uses_with(graph.graph.get_attr(name))
-        graph.graph.eliminate_dead_code()
-        graph.recompile()
-        return torch.export.export(graph, (image,), strict=False)
-
-
-def _constant(graph: Any, node: fx.Node, values: dict[fx.Node, Tensor]) -> Any:
-    """What a node is on every image, None where that depends on the image."""
-    if node.op == "get_attr":
-        value = operator.attrgetter(str(node.target))(graph)
-        return value.detach() if isinstance(value, Tensor) else None
-    if node.op != "call_function" or node.is_impure() or not all(given in values for given in node.all_input_nodes):
-        return None
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda given: values[given])
-    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _describe(graph: fx.GraphModule) -> Written:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from muntin.errors import UserError
-from muntin.runtime.targets import ExportError, Job, Opened, Written, axes
+from muntin.runtime.targets import Job, Opened, Written, axes
 from muntin.runtime.tracing import quiet, trace
 
 NAME = "muntin.json"  # of our metadata among the archive's extra files
@@ -58,7 +58,7 @@ def least_side(program: torch.export.ExportedProgram, image: Tensor) -> int:
     while not takes(high):
         low, high = high, 2 * high
         if high > max(image.shape):
-            raise ExportError("the traced program takes no size at all, not even its example's")
+            raise UserError("the model takes images of one size alone: give fixed=(batch, height, width)")
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if takes(middle) else (middle, high)
