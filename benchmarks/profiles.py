@@ -3,6 +3,7 @@
     python benchmarks/profiles.py                    # all, under ten minutes on two quiet cores
     python benchmarks/profiles.py --models efficientvit_m5 --engines eager,onnx
     python benchmarks/profiles.py --tables           # profile nothing; write tables and picture of what is stored
+    python benchmarks/profiles.py --example          # only swin_t in eager mode, into docs/profile.md
 
 Peers: timm's swin_base, timm's EfficientViT with its BatchNorms folded in channels-last memory, the authors' form of
 RMT (benchmarks/rmt_authors.py), and DeiT-S, whose memory-bound share EfficientViT's figure 2 shows beside Swin's.
@@ -14,6 +15,7 @@ benchmarks/results/profiles.json and .md, the picture to docs/profiles.png.
 import argparse
 import gc
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +33,7 @@ from muntin.measure.kinds import KINDS, UNATTRIBUTED
 from muntin.measure.peers import ChannelsLast, timm_model
 from muntin.measure.profile import ENGINES, Operator, Profile, profile
 from muntin.measure.profile_page import picture
-from muntin.measure.profiles import content, words
+from muntin.measure.profiles import content, profiles, words
 from muntin.measure.roofline import Bounds, Peaks
 from muntin.measure.timing import threads_of
 from muntin.run import atomic_write
@@ -145,6 +147,19 @@ def write(told: dict[str, Any], out: Path, plot: Path) -> None:
     atomic_write(plot, picture(at_one or found))
 
 
+def example(threads: int | None, calls: int, docs: Path) -> None:
+    """The output of `muntin profile swin_t` into the page that explains it, in place of the last one."""
+    found = profiles(["swin_t"], threads=threads, calls=calls)[0]
+    before, mark, rest = docs.read_text().partition("## swin_t, eager\n")
+    head, fence, after = rest.partition("```\n")
+    if not (mark and fence):
+        sys.exit(f"{docs} has no place for the example")
+    _, fence, after = after.partition("```\n")
+    told = re.sub(r"--threads \d+", f"--threads {found.threads}", head)
+    text = f"{before}{mark}{told}```\n{found.table()}\n```\n{after}"
+    atomic_write(docs, text.encode())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME")
@@ -155,8 +170,12 @@ def main() -> None:
     parser.add_argument("--out", default=str(RESULTS), help="folder for profiles.json and .md")
     parser.add_argument("--plot", default=str(PICTURE))
     parser.add_argument("--tables", action="store_true", help="profile nothing; write the tables of what is in --out")
+    parser.add_argument("--example", action="store_true", help="only write the example of docs/profile.md")
     args = parser.parse_args()
     out = Path(args.out)
+    if args.example:
+        example(args.threads, args.calls, HERE.parent / "docs" / "profile.md")
+        return
     if args.tables:
         write(json.loads((out / "profiles.json").read_text()), out, Path(args.plot))
         return

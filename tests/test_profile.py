@@ -246,13 +246,20 @@ def test_a_gather_of_biases_or_of_patches_is_no_shifting():
 @pytest.mark.parametrize(
     ("build", "stages"),
     [
-        (lambda: nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))}), ["stage 1"]),
-        (lambda: nn.ModuleDict({"layers": nn.ModuleList([nn.ReLU(), nn.ReLU()])}), ["stage 1", "stage 2"]),
-        (lambda: nn.Linear(1, 1), []),
+        (
+            lambda: nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))}),
+            ["stem", "stage 1", "head"],
+        ),
+        (
+            lambda: nn.ModuleDict({"layers": nn.ModuleList([nn.ReLU(), nn.ReLU()])}),
+            ["stem", "stage 1", "stage 2", "head"],
+        ),
+        (lambda: nn.ModuleDict({"conv": nn.ReLU(), "layer1": nn.ReLU()}), ["stem", "stage 1", "head"]),
+        (lambda: nn.Linear(1, 1), ["whole model"]),
     ],
 )
 def test_stages_of_models(build, stages):
-    assert Stages(build()).names == ["stem", *stages, "head"]
+    assert Stages(build()).names == stages
 
 
 def test_what_runs_outside_stages_belongs_to_the_one_before():

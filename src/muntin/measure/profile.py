@@ -6,6 +6,7 @@ docs/profile.md and in the profile itself (`how`).
 
 import importlib.util
 import json
+import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,8 +22,13 @@ from muntin.measure.roofline import Bounds, Peaks, bounds, peaks
 
 __all__ = ["ENGINES", "KINDS", "UNATTRIBUTED", "Operator", "Profile", "kind_of", "profile"]
 
-ENGINES = {"eager": None, "optimize": None, "compile": None, "onnx": "onnxruntime"}
-"""The engines that can be profiled, and the package that each needs beyond torch."""
+ENGINES: dict[str, tuple[str, ...]] = {
+    "eager": (),
+    "optimize": (),
+    "compile": (),
+    "onnx": ("onnxruntime", "onnxscript"),
+}
+"""The engines that can be profiled, and the packages that each needs beyond torch."""
 
 
 @dataclass(frozen=True)
@@ -156,9 +162,12 @@ def check_engine(engine: str) -> None:
     if engine not in ENGINES:
         valid = ", ".join(ENGINES)
         raise UserError(f"engine {engine!r} cannot be profiled{nearest(engine, ENGINES)}; valid are {valid}")
-    package = ENGINES[engine]
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise UserError(f'engine {engine!r} needs the package {package}; install it with: pip install "muntin[export]"')
+    for package in ENGINES[engine]:
+        if importlib.util.find_spec(package) is None:
+            line = 'install it with: pip install "muntin[export]"'
+            raise UserError(f"engine {engine!r} needs the package {package}; {line}")
+    if engine == "compile" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        raise UserError("engine 'compile' needs a C++ compiler; install one, such as g++, or leave it out")
 
 
 def _capture(model: nn.Module, x: Tensor, engine: str, calls: int, warmup: int) -> Capture:
@@ -200,7 +209,7 @@ def _summed(captured: Capture, best: Peaks | None, x: Tensor, engine: str, name:
         stages.setdefault(piece.stage, defaultdict(float))[piece.kind] += piece.ms
         for kind in piece.holds:
             fused[kind] += piece.ms
-    rest = wall - sum(kinds.values())
+    rest = max(wall - sum(kinds.values()), 0.0)
     return Profile(
         kinds={kind: kinds[kind] for kind in KINDS if kind != UNATTRIBUTED} | {UNATTRIBUTED: rest},
         groups={group: groups[group] for group in GROUPS} | {UNATTRIBUTED: rest},

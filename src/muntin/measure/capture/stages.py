@@ -1,16 +1,17 @@
 """Which stage of a model a module belongs to: the stem, stage 1, 2, ..., the head.
 
 A stage is what its module runs. What runs outside any belongs to the stage before it, to the stem where none came
-before, and to the head after the last.
+before, and to the head after the last. A model in which no stages are found is one.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-STEM, HEAD = "stem", "head"
+STEM, HEAD, WHOLE = "stem", "head", "whole model"
 _CONTAINERS = ("stages", "layers", "blocks", "features")
 
 
@@ -19,7 +20,7 @@ class Stages:
 
     def __init__(self, model: nn.Module) -> None:
         self.prefixes = _find(model)
-        self.names = [STEM, *dict.fromkeys(self.prefixes.values()), HEAD]
+        self.names = [STEM, *dict.fromkeys(self.prefixes.values()), HEAD] if self.prefixes else [WHOLE]
 
     def of(self, path: str) -> str | None:
         """The stage of a module, or None outside all."""
@@ -30,6 +31,8 @@ class Stages:
 
     def fill(self, known: list[str | None]) -> list[str]:
         """The stage of each operation of a run, in order, from those that are known."""
+        if not self.prefixes:
+            return [WHOLE] * len(known)
         last = max((i for i, stage in enumerate(known) if stage is not None), default=-1)
         filled, current = [], STEM
         for i, stage in enumerate(known):
@@ -65,7 +68,8 @@ class Stages:
 
 def _find(model: nn.Module) -> dict[str, str]:
     """Paths of the stages' modules: the children of the outermost list of stages. A plain sequence of equal blocks, as
-    in a ViT, is one stage."""
+    in a ViT, is one stage. Failing such a list, children that are numbered (`layer1`, ...).
+    """
     for path, module in sorted(model.named_modules(), key=lambda item: item[0].count(".")):
         listed = isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1
         last = path.rpartition(".")[2]
@@ -75,4 +79,5 @@ def _find(model: nn.Module) -> dict[str, str]:
         if last == "blocks" and not isinstance(children[0][1], nn.ModuleList | nn.Sequential):
             return {path: "stage 1"}
         return {f"{path}.{name}": f"stage {i + 1}" for i, (name, _) in enumerate(children)}
-    return {}
+    numbered = [path for path, _ in model.named_children() if re.fullmatch(r"(layer|stage|block)_?\d+", path)]
+    return {path: f"stage {i + 1}" for i, path in enumerate(numbered)}
