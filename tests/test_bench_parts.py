@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from muntin.cli import main
 from muntin.errors import UserError
 from muntin.measure import energy, memory, peers, scaling
+from muntin.measure.command import numbers, words
 from muntin.measure.compare import compare, ratio
 from muntin.measure.results import BenchReport, Row
 from muntin.measure.runners import Graphed
@@ -126,8 +128,8 @@ def test_compare_refuses_what_holds_no_results(tmp_path):
     other = stored(tmp_path / "other.json", [replace(ROW, batch=8)])
     broken = tmp_path / "broken.json"
     broken.write_text(json.dumps({"rows": [{"speed": 3}]}))
-    for second, words in ((other, "no row in common"), (broken, "no results"), (tmp_path / "none.json", "no file")):
-        with pytest.raises(UserError, match=words):
+    for second, told in ((other, "no row in common"), (broken, "no results"), (tmp_path / "none.json", "no file")):
+        with pytest.raises(UserError, match=told):
             compare(a, second)
 
 
@@ -359,3 +361,36 @@ def test_a_call_on_a_gpu_is_timed_between_events(monkeypatch):
     seconds, result = timed(lambda images: log.append("call") or "out", Images())
     assert (seconds, result) == (0.0125, "out")
     assert log == ["synchronize", "record", "call", "record", "wait for the event"]
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_compares_and_measures_nothing(tmp_path, capsys):
+    a, b = stored(tmp_path / "a.json", [ROW]), stored(tmp_path / "b.json", [ROW], threads=4)
+    assert main(["bench", "--compare", str(a), str(b)]) == 0
+    shown = capsys.readouterr().out
+    assert "tie" in shown and "threads differs: 2 against 4" in shown
+
+
+def test_lists_are_separated_by_commas_spaces_or_both():
+    assert words(["eager,onnx", "pt2"]) == ["eager", "onnx", "pt2"]
+    assert numbers(["1,8", "16"], "--batch") == [1, 8, 16]
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["swin_t", "--batch", "1,x"], "--batch 'x' is no number"),
+        (["swin_t", "--size", "big"], "size 'big' is none"),
+        (["swin_t", "--plot", "growth.gif"], ".png or .html"),
+        (["swin_t", "--engine", "eager,onx"], "did you mean 'onnx'"),
+        (["swin_t", "--precision", "fp8"], "precision 'fp8' is unknown"),
+        (["swin_t", "--base", "swin_s"], "'swin_s' is not measured"),
+        ([], "no target given"),
+    ],
+)
+def test_the_command_refuses_in_one_line(options, word, capsys):
+    assert main(["bench", *options]) == 2
+    shown = capsys.readouterr()
+    assert word in shown.err and shown.err.count("\n") == 1 and not shown.out
