@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from muntin.errors import UserError, nearest
+from muntin.errors import UserError
 from muntin.measure.counter import ATTENTION, KINDS, OperatorCounter
 from muntin.measure.results import aligned
+from muntin.measure.targets import Size, Target, build_peer, pair, parse
 from muntin.run import atomic_write
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -155,33 +156,18 @@ def cost(model: nn.Module, size: int | tuple[int, int] = 224, batch: int = 1, tr
 # --------------------------------------------------------------------------------------- models by name, side by side
 
 
-def _built(target: str, size: tuple[int, int] | None) -> tuple[nn.Module, tuple[int, int]]:
-    """A model without weights, on the meta device where it can be made there, and the size to count it at."""
+def _built(target: Target, size: Size) -> nn.Module:
+    """A model without weights, on the meta device; that of a run as it is."""
     import muntin
-    from muntin.measure import peers
-    from muntin.models import published
 
-    library, colon, name = target.partition(":")
-    if not colon and (Path(target).is_dir() or target.endswith(".safetensors")):
-        from muntin.run import Run
-
-        run = Run.open(target)
-        height, width = run.preprocessing["size"]
-        return run.model(), size or (height, width)
+    if target.kind == "run":
+        return target.name.model()
+    if target.kind == "file":
+        raise UserError(
+            f"{target.label} is an exported file, which is not counted; give the model that it is from"
+        )
     with torch.device("meta"):
-        if not colon:
-            return muntin.create_model(target), size or (published(target).get("size", 224),) * 2
-        if library == "timm":
-            size = size or peers.timm_size(name)
-            return peers.timm_model(name, size), size
-        if library == "torchvision":
-            size = size or (224, 224)
-            return peers.torchvision_model(name, size), size
-    valid = ["timm", "torchvision"]
-    raise UserError(
-        f"{target}: {library!r} is unknown{nearest(library, valid)}; give a listed model, a run's folder, timm:NAME "
-        "or torchvision:NAME"
-    )
+        return muntin.create_model(target.name) if target.kind == "muntin" else build_peer(target, size)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -193,24 +179,24 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def costs(
-    targets: Sequence[str], size: int | tuple[int, int] | None = None, batch: int = 1, training: bool = True
+    targets: Sequence[str], size: int | Size | None = None, batch: int = 1, training: bool = True
 ) -> dict[str, Cost]:
-    """The cost of each target: a listed model, a run's folder, `timm:NAME` or `torchvision:NAME`.
+    """The cost of each target: a listed model, a run's folder, `timm:NAME`, `torchvision:NAME` or `hf:NAME`.
 
     size: side or (height, width) in pixels, by default each target's own. The rest as in `cost`.
     Raises UserError for a target that cannot be found, or that does not take this size.
     """
-    pixels = (size, size) if isinstance(size, int) else size
     found = {}
-    for target in targets:
-        model, own = _built(target, pixels)
+    for name in targets:
+        target = parse(name)[0]
+        own = target.size if size is None else pair(size)
         try:
-            found[target] = cost(model, own, batch, training)
+            found[name] = cost(_built(target, own), own, batch, training)
         except (RuntimeError, AssertionError, ValueError) as error:
-            if isinstance(error, UserError) or ":" not in target:
+            if isinstance(error, UserError) or not target.peer:
                 raise
             reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"{target} cannot run at {own[0]}x{own[1]} ({reason}); give another --size") from error
+            raise UserError(f"{name} cannot run at {own[0]}x{own[1]} ({reason}); give another --size") from error
     return found
 
 
