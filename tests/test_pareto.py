@@ -117,3 +117,30 @@ def test_bad_input(stored, tmp_path, capsys):
         assert "muntin bench --json" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"nothing to draw.*swin_free_t: 82.x"):
         pareto({"rows": [row for row in rows() if row["model"] == "swin_free_t"]})
+
+
+def test_bench_draws_one(tmp_path, capsys):
+    out = tmp_path / "front.html"
+    command = [
+        "bench",
+        "efficientvit_m0",
+        "--batch",
+        "1",
+        "--size",
+        "64",
+        "--rounds",
+        "2",
+        "--seconds",
+        "0.05",
+        "--no-memory",
+    ]
+    assert cli.main([*command, "--pareto", str(out)]) == 0
+    assert "efficientvit_m0, eager float32" in out.read_text()
+    assert cli.main([*command, "--pareto", str(tmp_path / "front.gif")]) == 2
+    assert ".html or .png" in capsys.readouterr().err
+
+
+def test_a_missing_package(monkeypatch, tmp_path, stored):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'needs the package plotly.*pip install "muntin\[analysis\]"'):
+        write_pareto(pareto(stored), tmp_path / "a.html")

@@ -325,6 +325,7 @@ def _describe_bench(parser: Any) -> None:
     add("--compare", nargs=2, metavar=("A.json", "B.json"), help="measure nothing: two stored results side by side")
     add("--json", help="write the results with machine, versions and protocol to this file")
     add("--plot", help="draw time and memory against pixels: .png or .html")
+    add("--pareto", help="draw published accuracy over the latency measured: .png or .html")
 
 
 def _bench(args: Any) -> int:

@@ -24,12 +24,15 @@ def numbers(values: Sequence[str] | None, what: str) -> list[int]:
 def bench_command(args: Any) -> str:
     """Measure what the arguments of the command ask for; the text to print."""
     from muntin.measure.compare import compare
+    from muntin.measure.pareto import check_out, pareto, write_pareto
     from muntin.measure.scaling import lines, plot, sizes
 
     if args.compare:
         return compare(*args.compare)
     if args.plot:
         check_picture(args.plot)
+    if args.pareto:
+        check_out(args.pareto)
     engines = words(args.engine) or None
     if args.optimize and "optimize" not in (engines or ()):
         engines = [*(engines or ["eager"]), "optimize"]
@@ -55,7 +58,13 @@ def bench_command(args: Any) -> str:
         atomic_write(args.json, report.json().encode())
     if args.plot:
         plot(report.rows, args.plot)
-    return "\n".join([report.table(), *lines(report.scaling)])
+    text = [report.table(), *lines(report.scaling)]
+    if args.pareto:
+        try:
+            write_pareto(pareto(report), args.pareto)
+        except UserError as error:  # what was measured is told all the same
+            text.append(f"{args.pareto} is not drawn: {error}")
+    return "\n".join(text)
 
 
 def check_picture(path: str) -> None:

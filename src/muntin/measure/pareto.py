@@ -3,6 +3,7 @@
 What has no complete published figure is not drawn; it is listed below with what is known.
 """
 
+import importlib.util
 import json
 import os
 import statistics
@@ -18,7 +19,9 @@ from muntin.measure.results import aligned
 from muntin.measure.statistics import rounded
 from muntin.run import atomic_write
 
-FORMATS = (".html", ".png")
+FORMATS = {".html": "plotly", ".png": "matplotlib"}
+"""Suffix of a picture -> the package that draws it."""
+
 FAMILIES = {"swin_free": "Swin-Free", "swinv2": "SwinV2", "swin": "Swin", "efficientvit": "EfficientViT", "rmt": "RMT"}
 COLOURS = ("#b42318", "#175cd3", "#087443", "#b54708", "#6941c6", "#475467", "#c11574", "#0e7090")
 MARKERS = (
@@ -274,13 +277,16 @@ def page(found: Pareto) -> str:
 
 
 def check_out(out: str | os.PathLike[str]) -> Path:
-    """The path of a picture to write. UserError for a suffix that is none of FORMATS."""
+    """The path of a picture to write. UserError for a suffix that is none of FORMATS, and for a missing package."""
     path = Path(out)
     if path.suffix not in FORMATS:
         near = nearest(path.suffix, FORMATS)
         raise UserError(
             f"{path}: a picture is written as {' or '.join(FORMATS)}, not as {path.suffix or 'that'!r}{near}"
         )
+    package = FORMATS[path.suffix]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f'{path} needs the package {package}; install it with: pip install "muntin[analysis]"')
     return path
 
 
