@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from muntin.layers.conv import fold_before, with_weights
 from muntin.layers.position import BiasCache, bias_matrix, constant_relative_index, constants
-from muntin.layers.tracing import in_graph
+from muntin.layers.tracing import in_graph, symbolic
 from muntin.layers.window import Grid, Group, SymbolicGrid, kind_masks, move, window_masks, window_runs
 
 
@@ -104,7 +104,9 @@ class WindowAttention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
         else:
             logits = (q if self.scale == 1.0 else q * self.scale) @ k.transpose(-2, -1)  # (M, h, A, A)
-            if bias.ndim == 5:
+            if bias.ndim == 5 and not symbolic(windows) and (windows, 1) == bias.shape[:2]:
+                logits = logits + bias.squeeze(1)  # one image: in rank 4 a runtime sees attention
+            elif bias.ndim == 5:
                 lead = (-1, bias.shape[1]) if bias.shape[0] == 1 else (bias.shape[0], -1)
                 logits = (logits.view(*lead, *logits.shape[1:]) + bias).view(-1, *logits.shape[1:])
             else:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from muntin.errors import UserError
 from muntin.layers.conv import fold_after, fold_before
 from muntin.layers.mlp import NORMS, TokenBatchNorm
-from muntin.layers.tracing import symbolic
+from muntin.layers.tracing import flat_rows, symbolic
 from muntin.layers.window import Grid, fresh, merge_move
 
 
@@ -77,7 +77,8 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor, source: Grid | None, target: Grid | None, size: tuple[int, int]) -> Tensor:
         """Stream (n, B, A, C) of a map of this size, in the source's order -> stream in the target's order."""
-        return self.reduction(self.norm(neighbours(x, source, target, size)))
+        x = neighbours(x, source, target, size)
+        return self.reduction(self.norm(flat_rows(x))).view(*x.shape[:-1], -1)
 
     def forward_symbolic(self, x: Tensor, height: int, width: int) -> tuple[Tensor, int, int]:
         """(B, N, C) in raster order -> (B, N / 4, 2C), and the sides of the map."""

@@ -1,6 +1,7 @@
 """What the forward pass may do while a graph is made of it."""
 
 import torch
+from torch import Tensor
 
 
 def symbolic(side: int) -> bool:
@@ -8,6 +9,11 @@ def symbolic(side: int) -> bool:
     if torch.compiler.is_exporting():
         return isinstance(side, torch.SymInt)
     return torch.compiler.is_compiling()
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """Under export a stream (n, B, A, C) as (n * B, A, C): runtimes are faster on linear layers and norms of rank 3."""
+    return x.flatten(0, 1) if torch.compiler.is_exporting() and x.ndim == 4 else x
 
 
 def in_graph() -> bool:

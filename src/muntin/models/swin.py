@@ -22,7 +22,7 @@ from muntin.layers.conv import fold_before
 from muntin.layers.drop import DropPath
 from muntin.layers.mlp import ACTIVATIONS, NORMS, Mlp, TokenBatchNorm
 from muntin.layers.patch import PatchEmbed, PatchMerging
-from muntin.layers.tracing import in_graph
+from muntin.layers.tracing import flat_rows, in_graph
 from muntin.layers.window import (
     Grid,
     SymbolicGrid,
@@ -152,10 +152,10 @@ class SwinBlock(nn.Module):
             if chunked and target is not None:
                 return self._window_by_window(x, source, grid, size)
             x = reorder(x, source, target, size)
-            y = reorder(self.norm1(x), target, grid, size)
+            y = reorder(self.norm1(flat_rows(x)).view_as(x), target, grid, size)
             y = self.attention.forward_stream(y, grid)
             x = x + self.drop_path(reorder(y, grid, target, size))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return x + self.drop_path(self.mlp(self.norm2(flat_rows(x))).view_as(x))
 
     def _window_by_window(self, x: Tensor, source: Grid | None, grid: Grid, size: tuple[int, int]) -> Tensor:
         """Inference on a CPU: the whole block for a few windows at a time, whose intermediates stay in cache."""

@@ -22,7 +22,7 @@ from muntin.layers.drop import DropPath
 from muntin.layers.mlp import Mlp
 from muntin.layers.patch import PatchEmbed, neighbours, symbolic_neighbours
 from muntin.layers.position import BiasCache, bias_matrix, constant_relative_index, constants
-from muntin.layers.tracing import in_graph
+from muntin.layers.tracing import flat_rows, in_graph
 from muntin.layers.window import Grid, SymbolicGrid, make_grid, move, pieces, reorder, same_order
 from muntin.models.windowed import MeanHead, WindowBackbone, WindowStage, drop_rates, initialise
 
@@ -270,8 +270,8 @@ class SwinV2Block(nn.Module):
             return self._window_by_window(x, source, grid, size)
         x = reorder(x, source, target, size)
         y = self.attention.forward_stream(reorder(x, target, grid, size), grid)  # padding is zero, and is cropped
-        x = x + self.drop_path(self.norm1(reorder(y, grid, target, size)))
-        return x + self.drop_path(self.norm2(self.mlp(x)))
+        x = x + self.drop_path(self.norm1(flat_rows(reorder(y, grid, target, size))).view_as(x))
+        return x + self.drop_path(self.norm2(self.mlp(flat_rows(x))).view_as(x))
 
     def _window_by_window(self, x: Tensor, source: Grid | None, grid: Grid, size: tuple[int, int]) -> Tensor:
         """Inference on a CPU: the whole block for a few windows at a time, whose intermediates stay in cache."""
@@ -308,7 +308,8 @@ class PostNormMerging(nn.Module):
 
     def forward(self, x: Tensor, source: Grid | None, target: Grid | None, size: tuple[int, int]) -> Tensor:
         """Stream (n, B, A, C) of a map of this size, in the source's order -> stream in the target's order."""
-        return self.norm(self.reduction(neighbours(x, source, target, size)))
+        x = neighbours(x, source, target, size)
+        return self.norm(self.reduction(flat_rows(x))).view(*x.shape[:-1], -1)
 
     def forward_symbolic(self, x: Tensor, height: int, width: int) -> tuple[Tensor, int, int]:
         """(B, N, C) in raster order -> (B, N / 4, 2C), and the sides of the map."""

@@ -58,6 +58,7 @@ class ExportReport:
     checks: list[Check]
     tolerance: float
     precision: str = "float32"
+    layout: str = "NCHW"
     fixed: Fixed | None = None
     least_side: int = 1
     notes: tuple[str, ...] = ()
@@ -80,11 +81,12 @@ class ExportReport:
 
     def __str__(self) -> str:
         opset = f" opset {self.opset}" if self.opset else ""
+        taken = ", bytes (B, H, W, 3) in" if self.layout == "NHWC" else ""
         sizes = "x".join(map(str, self.fixed)) if self.fixed else "any batch, height and width"
         if not self.fixed and self.least_side > 1:
             sizes += f" from {self.least_side}"
         lines = [
-            f"{self.path}: {self.target}{opset}, {self.precision}, {sizes}, {self.bytes / 1e6:.1f} MB, "
+            f"{self.path}: {self.target}{opset}, {self.precision}{taken}, {sizes}, {self.bytes / 1e6:.1f} MB, "
             f"{sum(self.nodes.values())} nodes, tensors up to rank {self.max_rank}",
             *self.notes,
         ]
@@ -92,7 +94,7 @@ class ExportReport:
             return "\n".join([*lines, f"not run: {self.not_run}"])
         lines += [
             f"compared with PyTorch in {self.engine}; error in standard deviations of the output, "
-            f"bound {self.tolerance:.0e}",
+            f"bound {self.tolerance:g}",
             "  batch  height x width   largest error",
         ]
         for check in self.checks:
@@ -177,6 +179,7 @@ def export(
         checks=checks,
         tolerance=bound,
         precision=precision,
+        layout=job.metadata["layout"],
         fixed=fixed,
         least_side=engine.least_side if engine else 1,
         notes=written.notes,
@@ -234,7 +237,7 @@ class _Checking:
         if worst.error > self.bound:
             raise ExportError(
                 f"{path} was not written: at batch {worst.batch}, {worst.height}x{worst.width} {title} "
-                f"differs from PyTorch by {worst.error:.1e} standard deviations, more than {self.bound:.0e}"
+                f"differs from PyTorch by {worst.error:.1e} standard deviations, more than {self.bound:g}"
             )
         return checks, None, engine
 

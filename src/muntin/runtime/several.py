@@ -109,7 +109,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
             continue
         size = f"{report.bytes / 1e6:.1f} MB"
         error = "-" if report.max_error is None else f"{report.max_error:.1e}"
-        checks, bound = (str(len(report.checks)), f"{report.tolerance:.0e}") if report.checks else ("-", "-")
+        checks, bound = (str(len(report.checks)), f"{report.tolerance:g}") if report.checks else ("-", "-")
         rows.append((outcome.target, str(report.path), report.precision, size, checks, error, bound, result))
         below += [f"{outcome.target}: {note}" for note in report.notes]
         if report.not_run is not None:
