@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := .venv/bin
 RUN ?= runs/digits
 
-.PHONY: run test lint bench docs setup clean
+.PHONY: run test test-coreml test-executorch lint bench docs setup clean
 .DEFAULT_GOAL := run
 
 setup: .venv/ready
@@ -36,6 +36,20 @@ test: .venv/ready  ## tests that need no network and no GPU
 	@echo "Running the tests"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
+test-coreml: .venv-coreml/ready  ## Core ML export, in an environment of its own: its converter fails with newer numpy
+	@echo "Running the tests of Core ML export"
+	@.venv-coreml/bin/python -m pytest tests/test_coreml.py
+
+test-executorch: .venv-executorch/ready  ## ExecuTorch export, in an environment of its own: it pins many packages
+	@echo "Running the tests of ExecuTorch export"
+	@.venv-executorch/bin/python -m pytest tests/test_executorch.py
+
+.venv-%/ready: pyproject.toml | .venv/ready
+	@echo "Setting up .venv-$*"
+	@$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python .venv-$*
+	@$(BIN)/uv pip install --quiet --python .venv-$*/bin/python --editable ".[$*]" "pytest>=8.3"
+	@touch $@
+
 lint: .venv/ready  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
@@ -50,4 +64,4 @@ docs: .venv/ready  ## the generated tables and pictures
 	@$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv .venv-coreml .venv-executorch build dist

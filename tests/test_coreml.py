@@ -24,6 +24,10 @@ needs_tools = pytest.mark.skipif(
 )
 elsewhere = pytest.mark.skipif(sys.platform == "darwin", reason="Core ML runs here: the file is run and compared")
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Implicitly cleaning up:ResourceWarning"  # coremltools leaves its temporary folder to the collector
+)
+
 PREPROCESSING: dict[str, Any] = {"size": [72, 88], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
 CLASSES = [f"class {i}" for i in range(9)] + ["Übergröße & <bone>"]
 
@@ -121,7 +125,7 @@ def test_with_preprocessing_inside_it_takes_an_image(tmp_path, randomise):
     kind = spec_of(report.path).description.input[0].type
     assert kind.WhichOneof("Type") == "imageType"
     assert (kind.imageType.height, kind.imageType.width) == (72, 88)
-    assert conversion_error(report) < 5e-5
+    assert conversion_error(report) < 2e-5
     with pytest.raises(UserError, match="holds one image.*batch 2"):
         export(model, tmp_path / "two.mlpackage", fixed=(2, 72, 88), **options)
     assert [p.name for p in tmp_path.iterdir()] == ["m.mlpackage"]

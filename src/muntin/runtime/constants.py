@@ -18,15 +18,16 @@ def fold_constants(program: torch.export.ExportedProgram, image: Tensor) -> torc
     """The same program with everything computed that does not depend on the image: biases, masks, decays."""
     with quiet(), torch.no_grad():
         graph: Any = program.run_decompositions({}).module(check_guards=False)  # decomposed: nothing in place
-        values: dict[fx.Node, Tensor] = {}
+        values: dict[fx.Node, Any] = {}  # a tensor, or several
         for node in list(graph.graph.nodes):
             if node.target is aten._assert_tensor_metadata.default:
                 graph.graph.erase_node(node)
                 continue
             value = _constant(graph, node, values)
-            if isinstance(value, Tensor):
+            if value is not None:
                 values[node] = value
-        folded = [n for n in values if n.op == "call_function" and not all(user in values for user in n.users)]
+        made = [node for node in values if node.op == "call_function" and isinstance(values[node], Tensor)]
+        folded = [node for node in made if not all(user in values for user in node.users)]
         for number, node in enumerate(folded):
             name = f"constant_{number}"
             graph.register_buffer(name, values[node].contiguous().clone())  # expanded ones have no strides to store
@@ -37,11 +38,11 @@ def fold_constants(program: torch.export.ExportedProgram, image: Tensor) -> torc
         return torch.export.export(graph, (image,), strict=False)
 
 
-def _constant(graph: Any, node: fx.Node, values: dict[fx.Node, Tensor]) -> Any:
+def _constant(graph: Any, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     """What a node is on every image, None where that depends on the image."""
     if node.op == "get_attr":
         value = operator.attrgetter(str(node.target))(graph)
-        return value.detach() if isinstance(value, Tensor) else None
+        return value.detach() if isinstance(value, Tensor) else None  # a submodule is none
     if node.op != "call_function" or node.is_impure() or not all(given in values for given in node.all_input_nodes):
         return None
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda given: values[given])

@@ -53,6 +53,7 @@ def write(job: Job, path: Path) -> Written:
                 convert_to="mlprogram",
                 compute_precision=getattr(tools.precision, job.precision.upper()),
                 minimum_deployment_target=tools.target.iOS16,  # and macOS 13: the first with gathers along an axis
+                pass_pipeline=_passes(tools),
                 skip_model_load=True,
             )
         except Exception as error:  # its exceptions share no base below Exception
@@ -103,6 +104,13 @@ def _tools(what: str) -> Any:
     if tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
         raise UserError(f"coremltools cannot convert with numpy {numpy.__version__}; {INSTALL}")
     return tools
+
+
+def _passes(tools: Any) -> Any:
+    """The converter's own but for one: it makes a product and a sum a BatchNorm, whose epsilon is an error of 5e-6."""
+    passes = tools.PassPipeline()
+    passes.remove_passes({"common::fuse_elementwise_to_batchnorm"})
+    return passes
 
 
 def _float32() -> Any:
