@@ -21,7 +21,7 @@ from muntin.errors import UserError
 from muntin.measure import memory as memory_of
 from muntin.measure import timing
 from muntin.measure.energy import meter
-from muntin.measure.machine import commit, machine, versions
+from muntin.measure.machine import commit, device_of, machine, versions
 from muntin.measure.outputs import GPU_BOUNDS, Comparison
 from muntin.measure.peers import LogitsOnly, transformers_swin
 from muntin.measure.plan import Combination, Skips, check_base, plan
@@ -188,17 +188,6 @@ def _refusals_of(target: Target) -> Iterator[None]:
         raise Skipped(f"{target.kind}: {error or type(error).__name__}") from error
 
 
-def device_of(name: str | None) -> torch.device:
-    """cpu or cuda by name, by default the GPU where there is one. UserError for another, or one that is not there."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"device {name!r} is unknown; valid are cpu and cuda")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device {name!r} is not there; this machine offers cpu")
-    return torch.device(name)
-
-
 def _checked(
     targets: Sequence[Given], batches: Sequence[int], sizes: Sequence[Size | None], rounds: int, threads: int | None
 ) -> None:
@@ -288,6 +277,7 @@ def bench(
             for one in sizes:
                 for batch in batches:
                     session.time(session.group(batch, one, seed, bar), base, rounds, seconds, seed, bar)
+                    workshop.forget_files()
                 workshop.forget_sizes()
         if not session.rows:
             raise UserError("nothing was measured: " + "; ".join(skips.lines()))

@@ -123,6 +123,11 @@ class Workshop:
         self.models.forget_sizes()
         self._kept = {key: runner for key, runner in self._kept.items() if key[3] is None}
 
+    def forget_files(self) -> None:
+        """Remove what was exported for one batch and size."""
+        for path in self.folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
     def _in_torch(self, target: Target, engine: str, precision: str, batch: int, size: Size) -> Runner:
         import muntin
 
