@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from muntin.errors import UserError, nearest
-from muntin.measure.runners import refusal
+from muntin.measure.runners import ENGINES, refusal
 from muntin.measure.targets import Target
 
 
@@ -51,7 +51,7 @@ def plan(
             for precision in precisions or own:
                 reason = refusal(target, engine, precision, device)
                 if reason is None:
-                    apart = [] if engine == "eager" else [engine]
+                    apart = [] if engine == "eager" else [ENGINES[engine] if target.kind == "file" else engine]
                     apart += [precision] if several else []
                     name = f"{target.label} ({', '.join(apart)})" if apart else target.label
                     found.append(Combination(target, engine, precision, name))
