@@ -174,6 +174,15 @@ def test_known_work_in_compiled_code():
     assert sum(o.flops for o in found.operators) == sum(o.flops for o in eager.operators)
 
 
+def test_onnx_runtime_in_another_precision():
+    found = profile(tiny().half(), torch.randn(1, 3, 64, 64).half(), calls=1, engine="onnx", roofline=False)
+    assert found.precision == "float16"
+    assert list(found.stages)[1:5] == ["stage 1", "stage 2", "stage 3", "stage 4"]
+    assert all(found.stages[f"stage {i}"].get("matrix product", 0) > 0 for i in (1, 2, 3, 4))
+    with pytest.raises(UserError, match="ONNX Runtime cannot run"):
+        profile(tiny().bfloat16(), torch.randn(1, 3, 64, 64).bfloat16(), calls=1, engine="onnx", roofline=False)
+
+
 def test_packed_products_of_an_optimised_copy():
     found = profile(tiny("swin_free_t_br"), torch.randn(1, 3, 64, 64), calls=1, engine="optimize", roofline=False)
     kinds = {o.name: o.kind for o in found.operators if "mkldnn" in o.name}

@@ -93,6 +93,13 @@ def _kind(node: _Node, ranks: Iterable[int], merges_patches: bool) -> str:
     return kind
 
 
+def _own(path: str, paths: set[str]) -> str:
+    """A module's path in the model, without the names of what the export wrapped it in."""
+    while path not in paths and "." in path:
+        path = path.partition(".")[2]
+    return path
+
+
 def _shapes(described: Any) -> list[tuple[str, tuple[int, ...]]]:
     return [(kind, tuple(shape)) for entry in described for kind, shape in entry.items()]
 
@@ -114,14 +121,16 @@ def _macs(node: _Node, inputs: list[tuple[int, ...]], outputs: list[tuple[int, .
 
 
 def _pieces(events: list[dict[str, Any]], nodes: dict[str, _Node], stages: Stages, model: nn.Module) -> list[Piece]:
-    rows = []
+    rows, known = [], list[str | None]()
+    paths = {name for name, _ in model.named_modules()}
     merging = {name for name, module in model.named_modules() if "PatchMerging" in type(module).__name__}
     for event in events:
         name = event["name"].removesuffix("_kernel_time")
         node = nodes.get(name) or _Node(event["args"]["op_name"], None, "", (), {}, False)
         inputs = _shapes(event["args"].get("input_type_shape", []))
         outputs = _shapes(event["args"].get("output_type_shape", []))
-        kind = _kind(node, (len(shape) for _, shape in inputs), node.path in merging)
+        path = None if node.path is None else _own(node.path, paths)
+        kind = _kind(node, (len(shape) for _, shape in inputs), path in merging)
         macs = _macs(node, [shape for _, shape in inputs], [shape for _, shape in outputs])
         given = [shape for _, shape in inputs]
         width = _WIDTH.get(outputs[0][0], 4) if outputs else 4
@@ -130,7 +139,8 @@ def _pieces(events: list[dict[str, Any]], nodes: dict[str, _Node], stages: Stage
         if node.op_type in ("Reshape", "Squeeze", "Unsqueeze", "Shape", "Identity", "Flatten"):
             moved = 0  # another view of the same values
         rows.append((name, node, kind, 2 * macs, moved, event))
-    filled = stages.fill([None if node.path is None else stages.of(node.path) for _, node, *_ in rows])
+        known.append(None if path is None else stages.of(path))
+    filled = stages.fill(known)
     origin = min((event["ts"] for *_, event in rows), default=0)
     return [
         Piece(
@@ -167,7 +177,13 @@ def _session(path: Path, folder: Path, profiled: bool) -> Any:
         options.enable_profiling = True
         options.profile_file_prefix = str(folder / "profile")
         options.optimized_model_filepath = str(folder / "optimised.onnx")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no base below Exception
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"ONNX Runtime cannot run this model here ({reason}); give another --precision or engine"
+        ) from error
 
 
 def capture(model: nn.Module, x: Tensor, calls: int, warmup: int) -> Capture:
