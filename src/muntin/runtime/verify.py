@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from muntin.runtime.targets import ExportError
 
 BOUNDS = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 1.5e-1}
-"""Standard deviations of the output: what PyTorch itself is off by at worst in these formats (docs/export.md)."""
+"""Standard deviations of the output: about what PyTorch itself is off by at worst in these formats (docs/export.md)."""
 TOLERANCE = BOUNDS["float32"]
 
 
