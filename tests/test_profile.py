@@ -191,6 +191,25 @@ def test_packed_products_of_an_optimised_copy():
     assert found.kinds["matrix product"] > 0 and found.kinds["convolution"] > 0
 
 
+def test_our_own_operators_count_as_the_convolutions_that_they_are():
+    from muntin.layers import tokens
+    from muntin.layers.conv import convolution
+    from muntin.measure.counter import OperatorCounter
+
+    x, weight, depthwise = torch.randn(2, 8, 14, 14), torch.randn(16, 8, 3, 3), torch.randn(8, 1, 5, 5)
+    conv2d, rows = nn.functional.conv2d, x.flatten(2).transpose(1, 2)
+
+    def macs(call):
+        with torch.no_grad(), OperatorCounter([x]) as counter:
+            call()
+        return counter.macs.total()
+
+    whole = macs(lambda: conv2d(x, weight, None, 2, 1))
+    assert macs(lambda: convolution(x, weight, None, 2, 1, 1)) == whole > 0
+    whole = macs(lambda: conv2d(x, depthwise, None, 1, 2, 1, 8))
+    assert macs(lambda: tokens._opaque(rows, depthwise, None, 14, 14, 1, 2, 8)) == whole > 0
+
+
 def test_another_librarys_model_is_optimised_by_folding():
     class Folds(nn.Module):
         def __init__(self):

@@ -21,9 +21,11 @@ def trace(profiles: Sequence[Profile]) -> str:
         for stage, start, end in _stages(found.pieces):
             events.append(_slice(pid, STAGES, stage, "stage", start, end - start, {}))
         for piece in found.pieces:
-            told = {"kind": piece.kind, "stage": piece.stage, "own_ms": piece.ms}
+            told: dict[str, Any] = {"kind": piece.kind, "stage": piece.stage, "own_ms": piece.ms}
             if piece.bytes:
                 told |= {"flops": piece.flops, "bytes": piece.bytes}
+            if piece.holds:
+                told["holds"] = ", ".join(piece.holds)
             events.append(_slice(pid, OPERATIONS, piece.name, piece.kind, piece.start_ms, piece.span_ms, told))
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n"
 
