@@ -33,7 +33,7 @@ _OPERATORS = {
     "empty_like empty_strided new_empty new_zeros zeros zeros_like ones full fill zero resize _unsafe_view view_as "
     "_reshape_alias split split_with_sizes chunk narrow unfold im2col resolve_conj resolve_neg alias detach movedim "
     "numpy_T swapaxes repeat tile type_as lift_fresh set embedding arange iota scalar_tensor view_as_complex "
-    "view_as_real _to_dense _local_scalar_dense item full_like new_full ones_like _conj",
+    "view_as_real linspace _to_dense _local_scalar_dense item full_like new_full ones_like _conj",
     "element-wise": "add sub mul div neg exp log sqrt rsqrt pow abs clamp maximum minimum where masked_fill dropout "
     "native_dropout eq ne lt le gt ge logical_and logical_or logical_not bitwise_and bitwise_or addcmul addcdiv sin "
     "cos floor remainder floor_divide reciprocal square feature_dropout true_divide rsub fmod",
