@@ -163,9 +163,7 @@ def _built(target: Target, size: Size) -> nn.Module:
     if target.kind == "run":
         return target.name.model()
     if target.kind == "file":
-        raise UserError(
-            f"{target.label} is an exported file, which is not counted; give the model that it is from"
-        )
+        raise UserError(f"{target.label} is an exported file, which is not counted; give the model that it is from")
     with torch.device("meta"):
         return muntin.create_model(target.name) if target.kind == "muntin" else build_peer(target, size)
 
