@@ -126,6 +126,7 @@ def _series(points: Sequence[tuple[Row, float]]) -> Series:
 def _png(panels: list[tuple[str, Series]], path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     from muntin.run import atomic_write
 
@@ -137,6 +138,8 @@ def _png(panels: list[tuple[str, Series]], path: Path) -> Path:
         ticks = {p: size for its in series.values() for p, _, size in its}
         axes.set_xticks(list(ticks), list(ticks.values()), rotation=45)
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set(xlabel="size of the image (axis: pixels)", ylabel=title)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
