@@ -51,7 +51,7 @@ def test_every_family_runs_at_its_size(family, randomise, tmp_path):
         for place in ("xnnpack.", "portable.")
     }
     assert sum(by_place.values()) == sum(report.nodes.values())
-    assert by_place["xnnpack."] > 6 * by_place["portable."]
+    assert by_place["xnnpack."] > 4 * by_place["portable."]
     assert not any(name in report.nodes for name in ("portable.linear", "portable.addmm", "portable.convolution"))
     assert f"XNNPACK takes {by_place['xnnpack.']} of {sum(report.nodes.values())} operations" in report.notes[0]
 
