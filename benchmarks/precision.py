@@ -32,7 +32,7 @@ def main() -> None:
         side = published(name)["size"]
         for weights in ("initial", "random"):
             torch.manual_seed(0)
-            model = muntin.create_model(name)
+            model: torch.nn.Module = muntin.create_model(name)
             model = fold(randomise(model, seed=0) if weights == "random" else model)
             errors = {precision: 0.0 for precision in DTYPES}
             for size in ((side, side), (97, 200), (28, 15)):

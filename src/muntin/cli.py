@@ -206,7 +206,9 @@ def _train(args: Any) -> int:
 
 
 def _describe_eval(parser: Any) -> None:
-    parser.add_argument("run", help="a run's folder, its model.safetensors, or any checkpoint together with --model")
+    parser.add_argument(
+        "run", help="a run's folder or weights, an exported file, or a checkpoint with --model"
+    )
     parser.add_argument("--data", help="digits, or a folder (default: the run's own test split)")
     parser.add_argument("--split", help="train, val or test, where the data has them")
     parser.add_argument("--model", help="name of the model that a foreign checkpoint holds")
@@ -215,10 +217,13 @@ def _describe_eval(parser: Any) -> None:
 
 
 def _eval(args: Any) -> int:
+    from pathlib import Path
+
     from muntin.run import Run, write_json
+    from muntin.runtime.targets import TARGETS
     from muntin.tasks import evaluate
 
-    run = args.run if args.model else Run.open(args.run)
+    run = args.run if args.model or Path(args.run).suffix in TARGETS else Run.open(args.run)
     found = evaluate(run, args.data, split=args.split, model=args.model, size=args.size)
     print(found)
     if isinstance(run, Run) and args.data is None and found.split == "test":
@@ -229,7 +234,7 @@ def _eval(args: Any) -> int:
 
 
 def _describe_predict(parser: Any) -> None:
-    parser.add_argument("run", help="a run's folder or its model.safetensors")
+    parser.add_argument("run", help="a run's folder, its model.safetensors, or an exported file")
     parser.add_argument("images", nargs="+", help="files, folders, or .txt lists with one path per line")
     parser.add_argument("--out", help="write a table to this .csv file")
     parser.add_argument("--top", type=int, default=5, help="classes per image (default: 5)")

@@ -100,9 +100,7 @@ ICON = (
 
 
 def _style() -> str:
-    light, dark = (
-        "".join(f"--k{i}:{colour};" for i, colour in enumerate(colours.split())) for colours in KIND_COLOURS
-    )
+    light, dark = ("".join(f"--k{i}:{colour};" for i, colour in enumerate(colours.split())) for colours in KIND_COLOURS)
     names = "".join(f".k{i}{{--k:var(--k{i})}}" for i in range(len(KIND_COLOURS[0].split())))
     return STYLE.replace("LIGHT", light).replace("DARK", dark) + names
 

@@ -13,8 +13,8 @@ class Row:
     """One target in one engine and precision at one batch and size. Times are milliseconds per call of the batch.
 
     `target` is the model with what sets it apart from the other rows. `median_ms` is p50 and `interval_ms` holds it
-    with 95% confidence, from the rounds' medians; `iqr_ms` is the distance between the quartiles of all calls.
-    `speed` is the time of `base` over this one's (2: twice as fast), the median over the rounds, and
+    with 95% confidence, from the rounds' medians, `round_ms`; `iqr_ms` is the distance between the quartiles of all
+    calls. `speed` is the time of `base` over this one's (2: twice as fast), the median over the rounds, and
     `speed_interval` holds it with 95% confidence; where that contains 1 the two are a tie. `throughput` is images per
     second at the median. `memory_mb` is the most that calls hold above the bare runtime, `load_memory_mb` the same
     while loading and in the first call, both in a process of their own; `energy_j` is joules per image.
@@ -39,6 +39,7 @@ class Row:
     calls: int
     warmup_calls: int
     stable: bool
+    round_ms: list[float] = field(default_factory=list)
     model: str = ""
     engine: str = "eager"
     precision: str = "float32"

@@ -127,6 +127,7 @@ def figures(series: Series, base: Series) -> dict[str, Any]:
         "p99_ms": percentile(every, 0.99),
         "iqr_ms": percentile(every, 0.75) - percentile(every, 0.25),
         "interval_ms": median_interval(medians),
+        "round_ms": medians,
         "throughput": 1000 * series.images / median,
         "speed": statistics.median(speeds),
         "speed_interval": median_interval(speeds),

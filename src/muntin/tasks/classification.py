@@ -53,6 +53,7 @@ from muntin.tasks.callbacks import (
 )
 from muntin.tasks.inference import evaluate_images
 from muntin.tasks.settings import Settings, read_config, settings_from, write_config
+from muntin.tasks.trained import on_device
 from muntin.weights.download import resolve
 
 FREE_TO_CHANGE = {"workers", "save_minutes"}  # on --resume: they do not touch the result
@@ -443,7 +444,7 @@ def _finish(
         "latency_ms": None,
     }
     if splits.test is not None:
-        found = evaluate_images(run.model(), splits.test, run.transform(), settings.data, "test")
+        found = evaluate_images(on_device(run.model()), splits.test, run.transform(), settings.data, "test")
         write_json(folder / "evaluation.json", found.json())
         metrics["test_accuracy"] = found.top1
     run.update_metrics(**metrics)

@@ -1,4 +1,4 @@
-"""A trained classifier at work: `evaluate` on labelled images, `predict` on any."""
+"""A trained classifier at work, trained or exported: `evaluate` on labelled images, `predict` on any."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from muntin.data.datasets import (
     Images,
@@ -30,6 +30,7 @@ from muntin.errors import UserError, nearest
 from muntin.progress import progress
 from muntin.run import Run, atomic_write, read_json
 from muntin.tasks.settings import read_config
+from muntin.tasks.trained import Trained, on_device, open_trained
 
 BINS = 15  # of the expected calibration error (Guo et al., arXiv 1706.04599)
 TOP5_FROM = 10  # classes from which top-5 says anything
@@ -109,28 +110,30 @@ def _confusion_table(classes: list[str], confusion: list[list[int]]) -> list[str
     return lines
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def evaluate_images(
-    model: nn.Module,
+    logits: Callable[[Tensor], Tensor],
     images: Images,
     transform: Callable[[Image.Image], Tensor],
     data: str,
     split: str,
     batch_size: int = 64,
 ) -> Evaluation:
-    """Run the model over labelled images. Raises `UserError` naming an image that cannot be read."""
-    device = _device()
-    model = model.to(device).eval()
+    """Run a classifier over labelled images.
+
+    logits: from a batch of transformed images to (B, K), both on the CPU (see `on_device`).
+    Raises `UserError` naming an image that cannot be read, and where there are other logits than classes.
+    """
     workers = min(os.cpu_count() or 1, 8) if len(images) > 2000 else 0
     loader = evaluation_loader(EvaluationSet(images, transform), batch_size, workers)
-    logits = []
-    with torch.inference_mode():
-        for batch, _ in progress(loader, len(loader), "evaluating"):
-            logits.append(model(batch.to(device)).float().cpu())
-    return _summarise(torch.cat(logits), torch.tensor(images.labels), images.classes, data, split)
+    found = []
+    for batch, _ in progress(loader, len(loader), "evaluating"):
+        found.append(logits(batch))
+        if found[0].shape[1] != len(images.classes):
+            raise UserError(
+                f"the model has {found[0].shape[1]} classes and {data} has {len(images.classes)}; give the data that "
+                "it was made for, with every class"
+            )
+    return _summarise(torch.cat(found), torch.tensor(images.labels), images.classes, data, split)
 
 
 def _summarise(logits: Tensor, labels: Tensor, classes: list[str], data: str, split: str) -> Evaluation:
@@ -171,7 +174,8 @@ def evaluate(
     size: int | None = None,
     batch_size: int = 64,
 ) -> Evaluation:
-    """Evaluate a run, its weights, or a foreign checkpoint (with `model`, the name of what it holds).
+    """Evaluate a run, its weights, an exported file in its own runtime, or a foreign checkpoint (with `model`, the
+    name of what it holds).
 
     data: "digits", a folder (FOLDER/CLASS/*, or FOLDER/{test,val}/CLASS/* by `split`), or None for the run's own
     data, whose test split is taken, or val where there is no test split.
@@ -184,14 +188,14 @@ def evaluate(
         images, where, shown = _foreign_images(data, split)
         network, transform = _foreign(Path(os.fspath(run)), model, images.classes, size)  # type: ignore[arg-type]
         return evaluate_images(network, images, transform, where, shown, batch_size)
-    opened = run if isinstance(run, Run) else Run.open(run)
-    own = _own_data(opened)
+    opened = open_trained(run)
+    own = _own_data(opened.folder)
     if data is None or (data == own and data == "digits"):
-        images, where, shown = _own_images(opened, own, split)
+        images, where, shown = _own_images(opened.folder, own, split, opened.whole)
     else:
         images, where, shown = _foreign_images(data, split)
         images = _in_classes_of(opened, images, where)
-    return evaluate_images(opened.model(), images, opened.transform(), where, shown, batch_size)
+    return evaluate_images(opened.logits, images, opened.transform, where, shown, batch_size)
 
 
 def held_out(run: Run, split: str | None = None) -> tuple[Images, str, str]:
@@ -199,23 +203,23 @@ def held_out(run: Run, split: str | None = None) -> tuple[Images, str, str]:
 
     Raises `UserError` where the run does not say which they are, or they are not there any more.
     """
-    return _own_images(run, _own_data(run), split)
+    return _own_images(run.path, _own_data(run.path), split, run.preprocessing["resize"] is None)
 
 
-def _own_data(run: Run) -> str | None:
-    path = run.path / "config.yaml"
+def _own_data(folder: Path) -> str | None:
+    path = folder / "config.yaml"
     return str(read_config(path).get("data", "")) if path.exists() else None
 
 
-def _own_images(run: Run, data: str | None, split: str | None) -> tuple[Images, str, str]:
-    stored = run.path / "split.json"
+def _own_images(folder: Path, data: str | None, split: str | None, whole: bool) -> tuple[Images, str, str]:
+    stored = folder / "split.json"
     if data is None or not stored.exists():
-        raise UserError(f"{run.path} does not say which images it was trained on; give some with --data FOLDER")
-    splits = splits_from_json(data, read_json(stored), run.preprocessing["resize"] is None)
+        raise UserError(f"{folder} does not say which images it was trained on; give some with --data FOLDER")
+    splits = splits_from_json(data, read_json(stored), whole)
     split = split or ("test" if splits.test is not None else "val")
     images = {"train": splits.train, "val": splits.val, "test": splits.test}[split]
     if images is None:
-        raise UserError(f"{run.path} has no test split; evaluate on --split val, or give images with --data FOLDER")
+        raise UserError(f"{folder} has no test split; evaluate on --split val, or give images with --data FOLDER")
     return images, data, split
 
 
@@ -240,8 +244,10 @@ def _foreign_images(data: str | None, split: str | None) -> tuple[Images, str, s
     return images, str(data), chosen or "all"
 
 
-def _in_classes_of(run: Run, images: Images, where: str) -> Images:
-    """The images with labels in the order of the run's classes."""
+def _in_classes_of(run: Trained, images: Images, where: str) -> Images:
+    """The images with labels in the order of the model's classes; where it names none, the folders are in order."""
+    if not run.classes:
+        return images
     for name in images.classes:
         if name not in run.classes:
             raise UserError(
@@ -254,7 +260,7 @@ def _in_classes_of(run: Run, images: Images, where: str) -> Images:
 
 def _foreign(
     path: Path, name: str, classes: list[str], size: int | None
-) -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Image.Image], Tensor]]:
     """A model of a listed name with someone's weights, and the papers' preprocessing."""
     import muntin
 
@@ -268,7 +274,7 @@ def _foreign(
             "give the data that it was trained for, with every class"
         )
     side = size or 224
-    return network, Evaluate((side, side), round(side / CROP), IMAGENET_MEAN, IMAGENET_STD)
+    return on_device(network), Evaluate((side, side), round(side / CROP), IMAGENET_MEAN, IMAGENET_STD)
 
 
 @dataclass(frozen=True)
@@ -315,19 +321,20 @@ def predict(
     top: int = 5,
     batch_size: int = 32,
 ) -> list[Prediction]:
-    """Classify images: one row each, in order; a broken image has its `error` and the rest goes on."""
+    """Classify images by a run, its weights or an exported file: one row each, in order; a broken image has its
+    `error` and the rest goes on.
+    """
     if top < 1:
         raise UserError(f"top={top}: give a whole number of at least 1")
-    opened = run if isinstance(run, Run) else Run.open(run)
+    opened = open_trained(run)
+    if not opened.classes:
+        raise UserError(f"{opened.path} does not name its classes; export it from a run, or with classes=...")
     files = find_images(list(inputs))
-    device = _device()
-    model = opened.model().to(device)
     rows: list[Prediction] = []
     batches = [files[i : i + batch_size] for i in range(0, len(files), batch_size)]
-    for batch, images in progress(_decoded(batches, opened.transform()), len(batches), "predicting"):
+    for batch, images in progress(_decoded(batches, opened.transform), len(batches), "predicting"):
         good = [image for image in images if isinstance(image, Tensor)]
-        with torch.inference_mode():
-            found = model(torch.stack(good).to(device)).float().softmax(1).cpu() if good else torch.empty(0)
+        found = opened.logits(torch.stack(good)).softmax(1) if good else torch.empty(0)
         scores = iter(found)
         rows += [_row(opened, file, image, scores, top) for file, image in zip(batch, images, strict=True)]
     return rows
@@ -347,7 +354,7 @@ def _decoded(
             yield batch, list(pool.map(decode, batch))
 
 
-def _row(run: Run, file: Path, image: Tensor | BadImage, scores: Iterator[Tensor], top: int) -> Prediction:
+def _row(run: Trained, file: Path, image: Tensor | BadImage, scores: Iterator[Tensor], top: int) -> Prediction:
     label = file.parent.name if file.parent.name in run.classes else ""
     if isinstance(image, BadImage):
         return Prediction(str(file), label, [], [], str(image))

@@ -1,0 +1,110 @@
+"""A trained classifier, whatever holds it: a run's folder, its weights, or an exported file.
+
+B batch, H W image, K classes
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from muntin.data.transforms import Evaluate
+from muntin.errors import UserError
+from muntin.run import PREPROCESSING, Run
+from muntin.runtime.engines import Engine, load
+from muntin.runtime.targets import TARGETS
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What evaluation and prediction need to know.
+
+    `path` is what the user named, `folder` where a run's split would be. `classes` are in the order of the logits
+    (empty where an exported file does not name them). `transform` makes an RGB image the input of `logits`, which
+    takes a batch of them and returns (B, K) on the CPU. `whole`: images are resized whole, not cropped.
+    """
+
+    path: Path
+    folder: Path
+    classes: list[str]
+    transform: Callable[[Image.Image], Tensor]
+    logits: Callable[[Tensor], Tensor]
+    whole: bool
+
+
+def open_trained(source: Run | str | os.PathLike[str]) -> Trained:
+    """Open a run, its folder, its weights, or a file that `muntin export` wrote, in that file's own runtime.
+
+    Raises UserError where it is missing, damaged, no classifier, or does not say how images are prepared for it.
+    """
+    if not isinstance(source, Run) and Path(source).suffix in TARGETS:
+        return _exported(Path(source))
+    run = source if isinstance(source, Run) else Run.open(source)
+    preprocessing = run.preprocessing
+    return Trained(
+        run.weights, run.path, run.classes, run.transform(), on_device(run.model()), preprocessing["resize"] is None
+    )
+
+
+def on_device(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The model on the GPU where there is one, as a function from a batch on the CPU to logits on the CPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device).eval()
+
+    def logits(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return model(images.to(device)).float().cpu()
+
+    return logits
+
+
+def _exported(path: Path) -> Trained:
+    engine = load(path)
+    known = {key: engine.preprocessing[key] for key in PREPROCESSING if key in engine.preprocessing}
+    if len(known) < len(PREPROCESSING):
+        raise UserError(
+            f"{path} does not say how its images are prepared; export it from a run, or with "
+            "muntin.export(model, path, preprocessing=...)"
+        )
+    transform = Evaluate(**known)
+    if engine.fixed is not None and (transform.height, transform.width) != engine.fixed[1:]:
+        raise UserError(
+            f"{path} was exported for images of {engine.fixed[1]}x{engine.fixed[2]} alone and its preprocessing makes "
+            f"{transform.height}x{transform.width}; export it again with --fixed {engine.fixed[0]}x{transform.height}"
+            f"x{transform.width}, or without --fixed"
+        )
+    prepare: Callable[[Image.Image], Tensor] = transform
+    if engine.layout == "NHWC":
+
+        def prepare(image: Image.Image) -> Tensor:
+            return torch.from_numpy(np.array(transform.picture(image)))  # H W 3, uint8
+
+    return Trained(path, path.parent, engine.classes, prepare, _in_batches(engine), known["resize"] is None)
+
+
+def _in_batches(engine: Engine) -> Callable[[Tensor], Tensor]:
+    """The engine for any number of images: a fixed batch is filled up with the last image."""
+
+    def call(images: Tensor) -> Tensor:
+        found: Any = engine(images)
+        if not isinstance(found, Tensor):
+            raise UserError(f"{engine.path} returns {len(found)} maps and no logits: it is a backbone, no classifier")
+        return found.float().cpu()
+
+    def logits(images: Tensor) -> Tensor:
+        if engine.fixed is None:
+            return call(images)
+        size = engine.fixed[0]
+        parts = []
+        for part in images.split(size):
+            filled = torch.cat([part, part[-1:].expand(size - len(part), *part.shape[1:])])
+            parts.append(call(filled)[: len(part)])
+        return torch.cat(parts)
+
+    return logits
