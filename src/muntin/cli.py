@@ -206,9 +206,7 @@ def _train(args: Any) -> int:
 
 
 def _describe_eval(parser: Any) -> None:
-    parser.add_argument(
-        "run", help="a run's folder or weights, an exported file, or a checkpoint with --model"
-    )
+    parser.add_argument("run", help="a run's folder or weights, an exported file, or a checkpoint with --model")
     parser.add_argument("--data", help="digits, or a folder (default: the run's own test split)")
     parser.add_argument("--split", help="train, val or test, where the data has them")
     parser.add_argument("--model", help="name of the model that a foreign checkpoint holds")
