@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from randomise import randomise
 from rmt_authors import authors_form
 from torch import Tensor, nn
 
 import muntin
 from muntin.measure.bench import LogitsOnly, transformers_swin
+from muntin.measure.peers import ChannelsLast, randomise
 from muntin.runtime import fold
 from muntin.weights import convert
 
@@ -132,7 +132,7 @@ def swin_peers(name: str, seed: int) -> Peers:
     """Muntin's model first, then its copies and the peers, all with timm's random weights."""
     ours = muntin.create_model(name).eval()
     config = ours.backbone.config
-    first = randomise(timm_peer(config, fused=False), seed)
+    first = randomise(timm_peer(config, fused=False), (SIZE, SIZE), seed)
     muntin.load_checkpoint(ours, first.state_dict())
     peers = {
         "muntin": ours,
@@ -155,7 +155,9 @@ def swinv2_peers(name: str, seed: int) -> Peers:
 
     ours = muntin.create_model(name).eval()
     c = ours.config
-    first = randomise(timm.create_model(f"swinv2_{WORDS[name[-1]]}_window8_256", img_size=SIZES["swinv2"]), seed)
+    first = randomise(
+        timm.create_model(f"swinv2_{WORDS[name[-1]]}_window8_256", img_size=SIZES["swinv2"]), (SIZE, SIZE), seed
+    )
     muntin.load_checkpoint(ours, first.state_dict())
     shape = {"image_size": SIZES["swinv2"], "embed_dim": c.dim, "depths": list(c.depths), "num_heads": list(c.heads)}
     config: Any = transformers.Swinv2Config(window_size=8, **shape)
@@ -182,7 +184,7 @@ def efficientvit_peers(name: str, seed: int) -> Peers:
     from timm.utils import reparameterize_model
 
     ours = muntin.create_model(name).eval()
-    first = randomise(timm.create_model(name), seed)
+    first = randomise(timm.create_model(name), (SIZE, SIZE), seed)
     muntin.load_checkpoint(ours, first.state_dict())
     folded = reparameterize_model(first)
     return {
@@ -195,20 +197,9 @@ def efficientvit_peers(name: str, seed: int) -> Peers:
     }
 
 
-class ChannelsLast(nn.Module):
-    """A model in channels-last memory, its image too."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model: Any = model.to(memory_format=torch.channels_last)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images.contiguous(memory_format=torch.channels_last))
-
-
 def rmt_peers(name: str, seed: int) -> Peers:
     """The authors' form of the computation; no library has RMT."""
-    ours = randomise(muntin.create_model(name), seed)
+    ours = randomise(muntin.create_model(name), (SIZE, SIZE), seed)
     return {
         "muntin": ours,
         "muntin (BN folded)": fold(ours),

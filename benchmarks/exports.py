@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from randomise import randomise
 
 import muntin
 from muntin.measure.machine import commit, versions
+from muntin.measure.peers import randomise
 from muntin.models import published
 from muntin.run import atomic_write
 from muntin.runtime import ExportError
@@ -56,7 +56,7 @@ def sizes_of(name: str, target: str) -> list[list[tuple[int, int]]]:
 def one(name: str, target: str, precision: str, sizes: list[tuple[int, int]]) -> dict[str, Any]:
     """Export one model to one target; a row of the results."""
     torch.manual_seed(0)
-    model = randomise(muntin.create_model(name), seed=0)
+    model = randomise(muntin.create_model(name), (224, 224), seed=0)
     row: dict[str, Any] = {"model": name, "target": target, "precision": precision, "sizes": sizes}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from contestants import BOUND, difference, peer_of_timm
-from randomise import randomise
 from safetensors import safe_open
 from torch import Tensor, nn
 
 import muntin
 from muntin.measure.bench import LogitsOnly
 from muntin.measure.machine import commit, versions
+from muntin.measure.peers import randomise
 from muntin.run import atomic_write
 
 RESULTS = Path(__file__).parent / "results"
@@ -124,7 +124,7 @@ def measure(case: Case) -> Row:
     ours = muntin.create_model(case.model.partition(",")[0], **case.config).eval()
     worst = 0.0
     for size in case.sizes:
-        other = randomise(case.build(size), seed=0)
+        other = randomise(case.build(size), (224, 224), seed=0)
         muntin.load_checkpoint(ours, getattr(other, "model", other).state_dict())
         with torch.inference_mode():
             worst = max(worst, _checked(case.model, difference(ours(_images(size)), other(_images(size)))))

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from randomise import randomise
 
 import muntin
 from muntin.measure.machine import commit, machine, versions
+from muntin.measure.peers import randomise
 from muntin.models import published
 from muntin.run import atomic_write
 from muntin.runtime import fold
@@ -33,7 +33,7 @@ def main() -> None:
         for weights in ("initial", "random"):
             torch.manual_seed(0)
             model: torch.nn.Module = muntin.create_model(name)
-            model = fold(randomise(model, seed=0) if weights == "random" else model)
+            model = fold(randomise(model, (224, 224), seed=0) if weights == "random" else model)
             errors = {precision: 0.0 for precision in DTYPES}
             for size in ((side, side), (97, 200), (28, 15)):
                 images = random_images(2, size)

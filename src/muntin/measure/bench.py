@@ -26,11 +26,12 @@ from muntin.measure.outputs import GPU_BOUNDS, Comparison
 from muntin.measure.peers import LogitsOnly, transformers_swin
 from muntin.measure.plan import Combination, Skips, check_base, plan
 from muntin.measure.results import BenchReport, Row
-from muntin.measure.runners import BOUNDS, RECOMPILES, Runner, Skipped, Workshop, check_engines
+from muntin.measure.runners import RECOMPILES, Runner, Skipped, Workshop, check_engines
 from muntin.measure.scaling import growth
 from muntin.measure.targets import Given, Models, Size, Target, pair, parse
 from muntin.progress import Bar
 from muntin.runtime.precision import precision as full_precision
+from muntin.runtime.verify import BOUNDS
 
 __all__ = ["MODELS", "BenchReport", "LogitsOnly", "Row", "bench", "transformers_swin"]
 

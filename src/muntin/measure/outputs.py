@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from muntin.measure.runners import BOUNDS, Runner, Skipped, placed
+from muntin.measure.runners import Runner, Skipped, placed
 from muntin.measure.targets import Models, Size, Target
 from muntin.measure.timing import timed
+from muntin.runtime.verify import BOUNDS
 
 GPU_BOUNDS = BOUNDS | {"float32": 5e-3}  # cuDNN's convolutions use TF32 as PyTorch sets it
 SHARED = 2  # images in the comparison of a peer with our model

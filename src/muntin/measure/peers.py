@@ -192,13 +192,14 @@ def _quietly_loaded(kind: Any, config: Any, weights: dict[str, Tensor]) -> tuple
             logging.enable_progress_bar()
 
 
-def randomise(model: nn.Module, size: tuple[int, int]) -> nn.Module:
+def randomise(model: nn.Module, size: tuple[int, int], seed: int | None = None) -> nn.Module:
     """Weights under which a missing or transposed part shows, norms and bias tables among them; running statistics
-    near those of an image, since with random ones a deep model amplifies rounding. From torch's own seed.
+    near those of an image, since with random ones a deep model amplifies rounding. seed: by default torch's own.
     """
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            noise = torch.randn(p.shape)
+            noise = torch.randn(p.shape, generator=generator)
             if p.ndim == 1:
                 p.copy_(0.2 * noise + (1.0 if name.endswith("weight") else 0.0))
             elif "table" in name:
@@ -210,7 +211,7 @@ def randomise(model: nn.Module, size: tuple[int, int]) -> nn.Module:
             before = [norm.momentum for norm in norms]
             for norm in norms:
                 norm.momentum = 0.9
-            model.train()(torch.randn(4, 3, *size))
+            model.train()(torch.randn(4, 3, *size, generator=generator))
             for norm, momentum in zip(norms, before, strict=True):
                 norm.momentum = momentum
     return model.eval()
