@@ -11,10 +11,12 @@ written, checked structurally and listed as not run. Results: benchmarks/results
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +124,25 @@ def jobs(args: argparse.Namespace) -> list[tuple[str, str, str, list[tuple[int, 
     return wanted
 
 
+def in_a_process(job: tuple[str, str, str, list[tuple[int, int]]], jobs: int) -> dict[str, Any]:
+    """The row of a job, of a process of its own: converters keep what they allocate."""
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    run = subprocess.run([sys.executable, __file__, "--job", json.dumps(job)], capture_output=True, text=True,
+                         check=False, env=os.environ | {"OMP_NUM_THREADS": threads})  # fmt: skip
+    if run.returncode:
+        message = f"the process ended with {run.returncode}: {run.stderr.strip()[-500:]}"
+        name, target, precision, sizes = job
+        return {"model": name, "target": target, "precision": precision, "sizes": sizes, "status": "failed",
+                "reason": message, "seconds": None}  # fmt: skip
+    return json.loads(run.stdout.strip().splitlines()[-1])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", metavar="NAME", help="by default all")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, metavar="SUFFIX", help=", ".join(TARGETS))
     parser.add_argument("--out", default=str(RESULTS / "exports.json"))
+    parser.add_argument("--jobs", type=int, default=1, help="at a time")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
@@ -136,19 +152,14 @@ def main() -> int:
     out = Path(args.out)
     rows = json.loads(out.read_text()) if out.exists() else []
     wanted = jobs(args)
-    for number, job in enumerate(wanted, 1):
-        # a process each: converters keep what they allocate
-        run = subprocess.run(
-            [sys.executable, __file__, "--job", json.dumps(job)], capture_output=True, text=True, check=False
-        )
-        if run.returncode:
-            sys.exit(f"{job}: {run.stderr.strip()[-2000:]}")
-        row = json.loads(run.stdout.strip().splitlines()[-1])
-        same = ("model", "target", "precision", "sizes")
-        rows = [r for r in rows if any(r[key] != row[key] for key in same)] + [row]
-        print(f"{number}/{len(wanted)} {row['model']} {row['target']} {row['precision']}: {row['status']} "
-              f"{row.get('max_error') or row.get('reason') or ''} ({row['seconds']} s)", flush=True)  # fmt: skip
-        atomic_write(out, (json.dumps(rows, indent=1) + "\n").encode())
+    same = ("model", "target", "precision", "sizes")
+    with ThreadPoolExecutor(args.jobs) as pool:
+        done = as_completed([pool.submit(in_a_process, job, args.jobs) for job in wanted])
+        for number, row in enumerate((future.result() for future in done), 1):
+            rows = [r for r in rows if any(r[key] != row[key] for key in same)] + [row]
+            print(f"{number}/{len(wanted)} {row['model']} {row['target']} {row['precision']}: {row['status']} "
+                  f"{row.get('max_error') or row.get('reason') or ''} ({row['seconds']} s)", flush=True)  # fmt: skip
+            atomic_write(out, (json.dumps(rows, indent=1) + "\n").encode())
     atomic_write(out.with_suffix(".md"), markdown(rows).encode())
     print(markdown(rows))
     return int(any(row["status"] == "failed" for row in rows))

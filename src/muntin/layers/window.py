@@ -368,5 +368,13 @@ def _symbolic_axis(side: int, window: int, shift: int, count: int, device: torch
     last = _scalar(side, device) - 1
     label = (slot >= padded - w).long() + (slot >= padded - s).long()
     rolled = torch.remainder(torch.arange(side, device=device) - s + padded, padded)
-    hold = torch.div(rolled, w, rounding_mode="floor")
-    return _Axis(torch.minimum(coordinate, last), coordinate <= last, label, hold, rolled - hold * w)
+    # no division: a runtime in bfloat16 may compute it as floats
+    windows = torch.arange(count, device=device)[:, None].expand(count, window).reshape(-1)
+    places = torch.arange(window, device=device)[None, :].expand(count, window).reshape(-1)
+    return _Axis(
+        torch.minimum(coordinate, last),
+        coordinate <= last,
+        label,
+        windows.index_select(0, rolled),
+        places.index_select(0, rolled),
+    )
