@@ -31,7 +31,8 @@ from torch import Tensor, nn
 import muntin
 from muntin.measure import BenchReport, bench
 from muntin.measure.bench import Row
-from muntin.measure.machine import machine
+from muntin.measure.machine import machine, threads_in_words
+from muntin.measure.runners import Compiled
 from muntin.measure.statistics import median_interval, rounded
 from muntin.run import atomic_write
 from muntin.runtime import load
@@ -64,18 +65,6 @@ class Deployed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.engine(images)
-
-
-class Compiled(nn.Module):
-    """A peer compiled by torch.compile, as its docs have it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.run = torch.compile(model)
-        self.eval()
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.run(images)
 
 
 def deployed(peers: Targets, family: str, engine: str, batch: int, folder: Path) -> Targets:
@@ -174,7 +163,9 @@ def markdown(family: str, results: dict[str, Any]) -> str:
     libraries = ", ".join(f"{n} {v[n]}" for n in ("torch", "timm", "torchvision", "transformers", "onnxruntime",
                                                   "openvino") if n in v)  # fmt: skip
     commits = sorted({s["report"]["commit"][:12] for s in stored if s["report"]["commit"]})
-    where = f"{m.get('gpu') or m['cpu']}, {m['cores']} cores ({', '.join(m['flags'])}), {p['threads']} threads"
+    where = (
+        f"{m.get('gpu') or m['cpu']}, {m['cores']} cores ({', '.join(m['flags'])}), {threads_in_words(p['threads'])}"
+    )
     equal = f"same weights, float32 outputs equal to {off:.0e} standard deviations"
     lines.append(f"{where}, {p['rounds']} interleaved rounds; {libraries}; {equal}; commit {', '.join(commits)}.")
     return "\n".join(lines) + "\n"

@@ -30,6 +30,7 @@ from torch import nn
 import muntin
 from muntin.errors import UserError
 from muntin.measure.kinds import KINDS, UNATTRIBUTED
+from muntin.measure.machine import threads_in_words
 from muntin.measure.peers import ChannelsLast, timm_model
 from muntin.measure.profile import ENGINES, Operator, Profile, profile
 from muntin.measure.profile_page import picture
@@ -116,13 +117,14 @@ def markdown(found: list[Profile], where: str) -> str:
         b = p.bounds
         assert b is not None  # measured with the roofline
         shares = " | ".join(f"{ms / p.wall_ms:.1%}" for ms in (b.compute, b.memory, b.overhead, b.outside))
-        lines.append(f"| {p.label} | {p.plain_ms:.1f} | {shares} | {b.floor_ms:.2f} | {b.distance:.2f} |")
+        lines.append(f"| {p.label} | {p.plain_ms:.1f} | {shares} | {b.floor_ms:.2f} | {p.distance:.2f} |")
     k = found[0].peaks
     assert k is not None
     lines += [
         "",
-        f"{where}; {k.threads} threads, {k.precision}; peaks measured in the same run: {k.gflops:.0f} GFLOP/s, "
-        f"{k.gbps:.1f} GB/s from memory, ridge {k.ridge:.1f} FLOP/byte. Command: `python benchmarks/profiles.py`.",
+        f"{where}; {threads_in_words(k.threads)}, {k.precision}; peaks measured in the same run: "
+        f"{k.gflops:.0f} GFLOP/s, {k.gbps:.1f} GB/s from memory, ridge {k.ridge:.1f} FLOP/byte. "
+        "Command: `python benchmarks/profiles.py`.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -132,7 +134,7 @@ def stored(told: dict[str, Any]) -> Profile:
     known = {field.name for field in fields(Profile)}
     kept = {key: value for key, value in told.items() if key in known}
     peaks, limits = dict(told["peaks"]), dict(told["bounds"])
-    del peaks["ridge"], limits["distance"]
+    del peaks["ridge"]
     kept |= {"peaks": Peaks(**peaks), "bounds": Bounds(**limits)}
     return Profile(**kept | {"operators": [Operator(**operator) for operator in told["operators"]]})
 

@@ -215,6 +215,15 @@ def test_every_engine_and_precision_is_a_row():
     assert "engine" in table.splitlines()[0] and "precision" in table.splitlines()[0]
 
 
+def test_onnx_runtime_is_not_measured_where_it_would_be_another():
+    """Its CPU has no bfloat16 convolution; the file would run in OpenVINO."""
+    pytest.importorskip("onnxruntime")
+    model = muntin.create_model("swin_t", num_classes=7, **TINY)
+    report = bench([("m", model)], (1,), 32, engine=["eager", "onnx"], precision=["fp32", "bf16"], **QUICK)
+    assert ("onnx", "bfloat16") not in {(row.engine, row.precision) for row in report.rows}
+    assert any("no bfloat16 convolution; see engine openvino" in line for line in report.skipped)
+
+
 def test_what_computes_something_else_is_not_timed(monkeypatch):
     class Off(nn.Module):
         def __init__(self, model):
@@ -309,7 +318,7 @@ def test_an_engine_without_its_package(monkeypatch):
 
 def test_memory_is_asked_for_before_it_is_taken(monkeypatch):
     monkeypatch.setattr("muntin.measure.memory.available", lambda: 100_000)
-    with pytest.raises(UserError, match=r"not enough memory: m at batch 64, 32x32 .* --batch \d+ fits"):
+    with pytest.raises(UserError, match=r"not enough memory: m at batch 64, 32x32 .* batch \d+ fits"):
         bench([("m", Small())], (64,), 32, **QUICK)
 
 

@@ -178,9 +178,9 @@ def test_not_enough_memory_names_what_fits():
         return batch * size[0] * size[1]
 
     memory.check("m", need, 8, (100, 100), 80_000)
-    with pytest.raises(UserError, match=r"--batch 4 fits"):
+    with pytest.raises(UserError, match=r"batch 4 fits"):
         memory.check("m", need, 16, (100, 100), 50_000)
-    with pytest.raises(UserError, match=r"--batch 1 --size 192 fits"):
+    with pytest.raises(UserError, match=r"batch 1 at 192x192 fits"):
         memory.check("m", need, 1, (400, 400), 50_000)
     with pytest.raises(UserError, match=r"no size fits"):
         memory.check("m", need, 1, (400, 400), 5)

@@ -137,7 +137,7 @@ def test_candidates_of_another_size_and_library_are_counted_there():
     (["--latency", "20ms", "--among", "swin_free_t"], "no complete accuracy .* swin_free_t .82.x"),
     (["--latency", "20ms", "--engine", "openvin"], "did you mean 'openvino'"),
     (["--latency", "20ms", "--precision", "bf17"], "did you mean 'bf16'"),
-    (["--latency", "20"], "such as 20ms"),
+    (["--latency", "20"], "with its unit: 20ms"),
     (["--latency", "20ms", "--throughput", "3"], "give one budget"),
     ([], "give one budget"),
     (["--throughput", "-1"], "above 0"),

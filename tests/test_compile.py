@@ -76,6 +76,16 @@ def test_two_graphs_serve_all_shapes_of_swin(
 
 
 @pytest.mark.filterwarnings("default")
+def test_many_models_of_one_class_compile() -> None:
+    """They share the code of one forward, whose recompilations torch limits to 8."""
+    config: Any = {"dim": 16, "depths": (1,), "heads": (1,), "window": 4}
+    for classes in range(2, 12):
+        model = muntin.compile(muntin.create_model("swin_t", classes, **config).eval(), backend="eager")
+        with torch.no_grad():
+            assert model(torch.randn(2, 3, 32, 32)).shape == (2, classes)
+
+
+@pytest.mark.filterwarnings("default")
 def test_compiled_training_has_the_same_gradients(randomise: Any) -> None:
     config: Any = {"dim": 16, "depths": (2, 1), "heads": (1, 2), "window": 4}
     model = randomise(muntin.create_model("swin_t", 10, **config)).train()

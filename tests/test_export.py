@@ -222,8 +222,39 @@ def test_a_place_that_cannot_be_written(tmp_path):
     with pytest.raises(UserError, match="cannot write.*file"):
         export(Toy(), tmp_path / "file" / "m.onnx")
     (tmp_path / "folder.onnx").mkdir()
-    with pytest.raises(UserError, match="it is a folder"):
+    with pytest.raises(UserError, match="a folder has this name"):
         export(Toy(), tmp_path / "folder.onnx")
+
+
+def test_a_folder_that_has_the_weights_name_stays(tmp_path):
+    (tmp_path / "m.bin").mkdir()
+    (tmp_path / "m.bin" / "mine").write_text("kept")
+    with pytest.raises(UserError, match="m.bin: a folder has this name"):
+        export(Toy(), tmp_path / "m.xml", progress=False)
+    assert (tmp_path / "m.bin" / "mine").read_text() == "kept" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_memory_is_asked_for_before_it_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr("muntin.measure.memory.available", lambda: 1_000_000)
+    with pytest.raises(UserError, match=r"not enough memory: this model at batch 64, 64x64 .* batch \d+ fits"):
+        export(Toy(), tmp_path / "m.onnx", fixed=(64, 64, 64), progress=False)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"not enough memory: .* batch \d+ fits"):
+        export(Toy(), tmp_path / "m.onnx", fixed=(10_000_000, 224, 224), progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_opset_that_is_not_written_is_refused(tmp_path):
+    with pytest.raises(UserError, match="opset 9: PyTorch writes this model in opset 18; give --opset 18"):
+        export(Toy(), tmp_path / "m.onnx", opset=9, progress=False)
+    assert export(Toy(), tmp_path / "m.onnx", opset=18, sizes=[(8, 9)], batches=[1], progress=False).opset == 18
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_is_compared_in_float32(tmp_path, dtype):
+    model = Toy().to(dtype)
+    report = export(model, tmp_path / "m.onnx", sizes=[(8, 9)], batches=[1], progress=False)
+    assert report.max_error < 1e-5 and next(model.parameters()).dtype == dtype
 
 
 def test_missing_and_foreign_files(tmp_path):

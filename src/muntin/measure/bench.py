@@ -26,7 +26,7 @@ from muntin.measure.outputs import GPU_BOUNDS, Comparison
 from muntin.measure.peers import LogitsOnly, transformers_swin
 from muntin.measure.plan import Combination, Skips, check_base, plan
 from muntin.measure.results import BenchReport, Row
-from muntin.measure.runners import RECOMPILES, Runner, Skipped, Workshop, check_engines
+from muntin.measure.runners import Runner, Skipped, Workshop, check_engines
 from muntin.measure.scaling import growth
 from muntin.measure.targets import Given, Models, Size, Target, pair, parse
 from muntin.progress import Bar
@@ -37,7 +37,6 @@ __all__ = ["MODELS", "BenchReport", "LogitsOnly", "Row", "bench", "transformers_
 
 MODELS = Path(__file__).parent.parent / "models"
 BATCHES = {"cpu": (1, 8), "cuda": (1, 64)}
-GENEROUS = 1000  # times an image's bytes: no model here holds more in a forward, so smaller batches are not counted
 
 
 @dataclass(frozen=True)
@@ -110,11 +109,12 @@ class _Session:
             name, shape = runner.target.label, f"{runner.engine} {runner.precision}, batch {len(images)}"
             self.skips.add(name, f"its memory could not be measured: the process {error}", shape)
             return {}
-        return {"memory_mb": round(found.run_mb, 1), "load_memory_mb": round(found.load_mb, 1)}
+        memory = {"memory_mb": round(found.run_mb, 1), "load_memory_mb": round(found.load_mb, 1)}
+        return memory | {"first_call_ms": found.first_ms}
 
     def _enough_memory(self, it: Combination, batch: int, size: Size) -> None:
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else memory_of.available()
-        if free is None or batch * size[0] * size[1] * 12 * GENEROUS < free:
+        if free is None or memory_of.plenty(batch, size, free):
             return
         need: memory_of.Need = memory_of.images_twice
         if it.target.kind != "file":
@@ -265,7 +265,6 @@ def bench(
         timing.threads_of(threads or torch.get_num_threads()),
         torch.random.fork_rng(),
         tempfile.TemporaryDirectory(prefix="muntin-bench-") as folder,
-        _recompiling("compile" in (engines or ())),
     ):
         torch.manual_seed(seed)
         parsed = [target for one in given for target in parse(one)[: None if engines is None else 1]]
@@ -288,18 +287,6 @@ def bench(
         if target.kind == "run" and Path(target.label).is_dir():
             _keep(target, report)
     return report
-
-
-@contextmanager
-def _recompiling(wanted: bool) -> Iterator[None]:
-    """So many shapes and models that torch.compile does not give up within; importing it only where it is needed."""
-    if not wanted:
-        yield
-        return
-    import torch._dynamo
-
-    with torch._dynamo.config.patch(recompile_limit=RECOMPILES):
-        yield
 
 
 def _keep(target: Target, report: BenchReport) -> None:

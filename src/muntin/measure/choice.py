@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from muntin.measure.accuracy import Published
+from muntin.measure.machine import threads_in_words
 from muntin.measure.results import aligned
 from muntin.measure.runners import ENGINES
 from muntin.measure.statistics import rounded
@@ -95,7 +96,7 @@ class Choice:
         return "\n".join([*aligned(list(zip(*lines, strict=True))), "", *self._notes()])
 
     def _notes(self) -> list[str]:
-        place = self.machine.get("gpu") or f"{self.machine.get('cpu')}, {self.protocol['threads']} threads"
+        place = self.machine.get("gpu") or f"{self.machine.get('cpu')}, {threads_in_words(self.protocol['threads'])}"
         notes = [
             f"budget {self.budget_ms:.4g} ms for a batch of {self.batch}; {ENGINES[self.engine]}, {self.precision}; "
             + place
@@ -135,7 +136,7 @@ class Choice:
             if fastest is None
             else f"the fastest is {fastest.model}, {fastest.median_ms:.3g} ms"
         )
-        ways = ["allow more time", "a smaller --size"]
+        ways = ["a longer --latency", "a smaller --size"]
         ways += ["a smaller --batch"] if self.batch > 1 else []
         ways += ["--precision bf16"] if self.precision == "float32" else []
         ways += [f"--engine {name}" for name in ("openvino", "onnx", "optimize") if name != self.engine]

@@ -45,17 +45,19 @@ def parse_latency(text: str) -> float:
     """`20ms`, `900us` or `0.5s` in milliseconds. Raises UserError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zµ]*)\s*", text)
     if match is None or match[2] not in UNITS or float(match[1]) <= 0:
-        hint = f", such as {match[1]}ms" if match is not None and not match[2] and float(match[1]) > 0 else ""
         raise UserError(
-            f"latency {text!r} cannot be read; give a number above 0 with its unit{hint}: 20ms, 900us or 0.5s "
+            f"latency {text!r} cannot be read; give a number above 0 with its unit: 20ms, 900us or 0.5s "
             "(for images a second: --throughput)"
         )
     return float(match[1]) * UNITS[match[2]]
 
 
 def _weights(model: str) -> str:
+    """Where a model's weights come from: a tag of ours; a peer's are its library's affair."""
     from muntin.weights.download import published
 
+    if ":" in model:
+        return f"of {model.partition(':')[0]}"
     tags = [c.tag for c in published() if c.model == model and c.classes == 1000]
     return tags[0] if tags else "none published"
 

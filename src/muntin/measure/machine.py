@@ -45,6 +45,10 @@ def machine(device: torch.device) -> dict[str, Any]:
     return described
 
 
+def threads_in_words(count: int) -> str:
+    return f"{count} thread" + "s" * (count != 1)
+
+
 def device_of(name: str | None) -> torch.device:
     """cpu or cuda by name, by default the GPU where there is one. UserError for another, or one that is not there."""
     if name is None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.errors import UserError
-from muntin.measure.timing import Call, threads_of
+from muntin.measure.timing import Call, threads_of, timed
 
 PROCESS = Path("/proc/self")
 CGROUP = Path("/sys/fs/cgroup")
@@ -36,16 +36,21 @@ IMPORTS = {
     "compile": ("torch._dynamo", "torch._inductor.compile_fx"),
 }
 
+GENEROUS = 1000  # times an image's bytes: no model here holds more in a forward, so smaller batches are not counted
+
 Need = Callable[[int, tuple[int, int]], int]
 """Bytes for a batch at (height, width)."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The most above the bare runtime in MB (2^20 bytes): while loading and in the first call, and in later calls."""
+    """The most above the bare runtime in MB (2^20 bytes): while loading and in the first call, and in later calls; and
+    how long that first call of the process took.
+    """
 
     load_mb: float
     run_mb: float
+    first_ms: float
 
 
 @dataclass(frozen=True)
@@ -94,26 +99,26 @@ def peak(build: Callable[[], Call], images: Tensor) -> Peak:
     _forget_peak()
     with torch.inference_mode():
         call = build()
-        call(images)
+        first_ms = 1000 * timed(call, images)[0]
         load = _status("VmHWM") - before
         _rest()
         _forget_peak()
         for _ in range(CALLS):
             call(images)
-    return Peak(load / MB, (_status("VmHWM") - before) / MB)
+    return Peak(load / MB, (_status("VmHWM") - before) / MB, first_ms)
 
 
 def _peak_of_allocator(build: Callable[[], Call], images: Tensor) -> Peak:
     torch.cuda.reset_peak_memory_stats(images.device)
     with torch.inference_mode():
         call = build()
-        call(images)
+        first_ms = 1000 * timed(call, images)[0]
         load = torch.cuda.max_memory_allocated(images.device)
         torch.cuda.reset_peak_memory_stats(images.device)
         for _ in range(CALLS):
             call(images)
         torch.cuda.synchronize(images.device)
-    return Peak(load / MB, torch.cuda.max_memory_allocated(images.device) / MB)
+    return Peak(load / MB, torch.cuda.max_memory_allocated(images.device) / MB, first_ms)
 
 
 def _status(field: str) -> int:
@@ -173,6 +178,11 @@ def need_of(model: nn.Module, width: int) -> Need:
     return need
 
 
+def plenty(batch: int, size: tuple[int, int], free: int) -> bool:
+    """Whether the images are so small beside what is free that nothing needs counting."""
+    return batch * size[0] * size[1] * 12 * GENEROUS < free
+
+
 def check(label: str, need: Need, batch: int, size: tuple[int, int], free: int) -> None:
     """UserError where a batch of images needs more than `free` bytes, with a batch or a size that does not.
 
@@ -185,10 +195,10 @@ def check(label: str, need: Need, batch: int, size: tuple[int, int], free: int) 
     told += f" and {free / 2**30:.1f} GB are free"
     fits = next((b for b in _halves(batch) if need(b, size) <= free), None)
     if fits:
-        raise UserError(f"not enough memory: {told}; --batch {fits} fits")
+        raise UserError(f"not enough memory: {told}; batch {fits} fits")
     sides = (tuple(max(32, side // share // 32 * 32) for side in size) for share in (2, 4, 8, 16, 32))
     side = next(((h, w) for h, w in sides if need(1, (h, w)) <= free), None)
-    remedy = f"--batch 1 --size {max(side)} fits" if side else "no size fits"
+    remedy = f"batch 1 at {side[0]}x{side[1]} fits" if side else "no size fits"
     raise UserError(f"not enough memory: {told}; {remedy}")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from muntin.measure.runners import Runner, Skipped, placed
 from muntin.measure.targets import Models, Size, Target
 from muntin.measure.timing import timed
-from muntin.runtime.verify import BOUNDS
+from muntin.runtime.verify import BOUNDS, deviation
 
 GPU_BOUNDS = BOUNDS | {"float32": 5e-3}  # cuDNN's convolutions use TF32 as PyTorch sets it
 SHARED = 2  # images in the comparison of a peer with our model
@@ -27,13 +27,7 @@ def difference(found: list[Tensor], wanted: list[Tensor]) -> float:
     """The largest over all tensors, in standard deviations of the wanted one; infinite where shapes or NaN differ."""
     if [t.shape for t in found] != [t.shape for t in wanted]:
         return float("inf")
-    worst = 0.0
-    for ours, theirs in zip(found, wanted, strict=True):
-        a, b = ours.double().cpu(), theirs.double().cpu()
-        spread = b.std(unbiased=False) if b.numel() > 1 else b.abs().max()
-        error = ((a - b).abs().max() / spread.clamp_min(1e-12)).item()
-        worst = max(worst, error if error == error else float("inf"))
-    return worst
+    return max(deviation(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
 
 
 class Comparison:
@@ -62,7 +56,7 @@ class Comparison:
             return seconds, None
         far, bound = difference(found, wanted), self.bounds[runner.precision]
         if not far <= bound:
-            raise Skipped(f"outputs differ from eager float32 by {far:.1e} standard deviations, more than {bound:.0e}")
+            raise Skipped(f"outputs differ from eager float32 by {far:.1e} standard deviations, more than {bound:g}")
         return seconds, far
 
     def shared(self, target: Target, images: Tensor, size: Size) -> float | None:
@@ -79,7 +73,7 @@ class Comparison:
         if not far <= bound:
             raise Skipped(
                 f"with the weights of {target.counterpart} outputs differ by {far:.1e} standard deviations, more than "
-                f"{bound:.0e}: at {size[0]}x{size[1]} it computes something else"
+                f"{bound:g}: at {size[0]}x{size[1]} it computes something else"
             )
         return far
 

@@ -6,6 +6,7 @@ docs/profile.md and in the profile itself (`how`).
 
 import importlib.util
 import json
+import math
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
@@ -96,6 +97,11 @@ class Profile:
         return sum(ms for kind, ms in self.kinds.items() if kind not in (*PRODUCTS, UNATTRIBUTED))
 
     @property
+    def distance(self) -> float:
+        """How many times the floor of its products the pass takes without the profiler; infinite without a floor."""
+        return self.plain_ms / self.bounds.floor_ms if self.bounds and self.bounds.floor_ms else math.inf
+
+    @property
     def label(self) -> str:
         """What was profiled: model, engine, batch."""
         parts = [self.name, self.engine, f"batch {self.shape[0]}" if self.shape else ""]
@@ -118,7 +124,7 @@ class Profile:
         content["memory_bound_ms"] = self.memory_bound
         if self.peaks is not None and self.bounds is not None:
             content["peaks"]["ridge"] = self.peaks.ridge
-            content["bounds"]["distance"] = self.bounds.distance
+            content["distance"] = self.distance if self.bounds.floor_ms else None
         return content
 
 

@@ -7,6 +7,7 @@ from html import escape
 
 from muntin.measure import page, svg
 from muntin.measure.kinds import GROUPS, KINDS, UNATTRIBUTED
+from muntin.measure.machine import threads_in_words
 from muntin.measure.profile import Profile
 
 SHOWN = 25  # operations of each profile on the page
@@ -82,7 +83,7 @@ def html(profiles: Sequence[Profile], where: str) -> str:
     body = _kinds(profiles) + _groups(profiles) + _stages(profiles) + _bounds(profiles)
     body += "".join(_operations(found, number) for number, found in enumerate(profiles, 1)) + _attribution(profiles)
     first = profiles[0]
-    told = f"{escape(where)}; {first.threads} threads, {first.precision}, {escape(first.device)}"
+    told = f"{escape(where)}; {threads_in_words(first.threads)}, {first.precision}, {escape(first.device)}"
     names = ", ".join(dict.fromkeys(p.name or "model" for p in profiles))
     footer = "Made by <code>muntin profile</code>."
     return page.document("Where the time goes", "Where the time goes", f"{escape(names)}. {told}", "", body, footer)
@@ -157,7 +158,7 @@ def _bounds(profiles: Sequence[Profile]) -> str:
         [
             escape(p.label),
             f"{b.floor_ms:.2f}",
-            f"{b.distance:.2f}",
+            f"{p.distance:.2f}",
             f"{k.gflops:.0f}",
             f"{k.gbps:.1f}",
             f"{k.ridge:.1f}",

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 from muntin.measure.kinds import GROUPS, KINDS, UNATTRIBUTED
+from muntin.measure.machine import threads_in_words
 from muntin.measure.profile import Profile
 
+SLOWED = 1.3  # times the pass alone from which a profile says so
 SHOWN = 12  # operations in the table of one profile
 
 
@@ -21,7 +23,7 @@ def _lines(rows: Sequence[Sequence[str]]) -> list[str]:
 def text(found: Profile) -> str:
     """Kinds, groups, stages, bounds and the longest operations of one profile."""
     size = "x".join(map(str, found.shape))
-    title = f"{found.label}: {size}, {found.precision}, {found.device}, {found.threads} threads"
+    title = f"{found.label}: {size}, {found.precision}, {found.device}, {threads_in_words(found.threads)}"
     rows = [["kind", "ms", "share"]]
     for kind, ms in sorted(found.kinds.items(), key=lambda item: -item[1]):
         if ms > 0:
@@ -32,6 +34,11 @@ def text(found: Profile) -> str:
         f"without the profiler {found.plain_ms:.3f} ms; memory-bound in the paper's words (all but products) "
         f"{found.memory_bound / found.wall_ms:.1%}"
     )
+    if found.wall_ms > SLOWED * found.plain_ms:
+        lines.append(
+            f"profiled, the pass takes {found.wall_ms / found.plain_ms:.1f} times as long: shares of small operations "
+            "are largely the profiler's own cost"
+        )
     hidden = [f"{kind} in {ms:.2f} ms" for kind, ms in found.fused.items() if kind == "window shifting"]
     if hidden:
         lines.append(f"fused into kernels of another kind: {', '.join(hidden)}")
@@ -79,7 +86,9 @@ def _bounded(found: Profile) -> list[str]:
         + (f" ({cached})" if cached else "")
         + f"; ridge {p.ridge:.1f} FLOP/byte"
     )
-    lines.append(f"floor of the products {b.floor_ms:.2f} ms: the pass takes {b.distance:.2f} times that")
+    lines.append(
+        f"floor of the products {b.floor_ms:.2f} ms: the pass without the profiler takes {found.distance:.2f} times it"
+    )
     rows = [["operation", "stage", "ms", "calls", "MFLOP", "MB", "FLOP/byte", "bound", "times its bound"]]
     for o in found.operators[:SHOWN]:
         times = f"{o.ms / o.bound_ms:.1f}" if o.bound_ms else "-"

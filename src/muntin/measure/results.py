@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from muntin.measure.machine import threads_in_words
 from muntin.measure.statistics import rounded
 
 
@@ -131,7 +132,7 @@ class BenchReport:
         m, p = self.machine, self.protocol
         where = m.get("gpu") or f"{m['cpu']}, {m['cores']} cores"
         engines, precisions = ({getattr(row, name) for row in self.rows} for name in ("engine", "precision"))
-        threads = "1 thread" if p["threads"] == 1 else f"{p['threads']} threads"
+        threads = threads_in_words(p["threads"])
         alike = [*(engines if len(engines) == 1 else ()), *(precisions if len(precisions) == 1 else ())]
         notes = [
             f"{where}; {', '.join([*alike, threads])}; {p['rounds']} interleaved rounds, "
@@ -167,7 +168,7 @@ class BenchReport:
                 notes.append(
                     f"outputs in {precision} against eager float32 of the same model: largest difference "
                     f"{worst.difference:.1e} standard deviations ({worst.target}), "
-                    f"bound {self.protocol['bounds'][precision]:.0e}"
+                    f"bound {self.protocol['bounds'][precision]:g}"
                 )
         shared = {row.model: row for row in self.rows if row.shared}
         for model, row in shared.items():

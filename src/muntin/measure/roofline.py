@@ -84,11 +84,6 @@ class Bounds:
     def wall_ms(self) -> float:
         return self.compute + self.memory + self.overhead + self.outside
 
-    @property
-    def distance(self) -> float:
-        """How many times the floor the pass takes."""
-        return self.wall_ms / self.floor_ms if self.floor_ms else float("inf")
-
 
 def bounds(pieces: Sequence[Piece], wall_ms: float, peaks: Peaks) -> Bounds:
     """What bounds a pass of these pieces."""

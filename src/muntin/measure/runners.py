@@ -19,6 +19,7 @@ from muntin.errors import UserError, nearest
 from muntin.measure import peers
 from muntin.measure.targets import ENGINE_OF, Models, Size, Target
 from muntin.measure.timing import Call, interleaved
+from muntin.runtime.compile import RECOMPILES
 from muntin.runtime.precision import DTYPES
 
 ENGINES = {
@@ -31,7 +32,6 @@ ENGINES = {
 }
 NEEDS = {"onnx": ("onnxruntime", "onnxscript"), "openvino": ("openvino", "onnxscript")}
 SUFFIXES = {engine: suffix for suffix, engine in ENGINE_OF.items()}
-RECOMPILES = 256  # shapes and models that torch.compile may meet in one measurement
 
 
 class Skipped(Exception):
@@ -86,6 +86,8 @@ def refusal(target: Target, engine: str, precision: str, device: torch.device) -
         return f"the file is in {has}"
     if engine == "optimize" and target.peer:
         return "muntin.optimize is for Muntin's own models"
+    if engine == "onnx" and precision == "bfloat16":
+        return "ONNX Runtime's CPU has no bfloat16 convolution; see engine openvino"
     if engine in SUFFIXES and device.type != "cpu":
         return f"{ENGINES[engine]} is measured on the CPU only"
     return None
@@ -96,7 +98,7 @@ class Workshop:
 
     def __init__(self, models: Models, device: torch.device, folder: Path, cuda_graphs: bool = False) -> None:
         self.models, self.device, self.folder, self.cuda_graphs = models, device, folder, cuda_graphs
-        self._kept: dict[tuple[int, str, str, Size | None], Runner] = {}
+        self._kept: dict[tuple[int, str, str, tuple[int, int, int] | None], Runner] = {}
         self._files = 0
 
     def runner(self, target: Target, engine: str, precision: str, batch: int, size: Size) -> Runner:
@@ -108,7 +110,7 @@ class Workshop:
             return Runner(target, engine, precision, opened, opened.dtype, settings, target.load_s, path=target.name)
         if engine in SUFFIXES:
             return self._exported(target, engine, precision, batch, size)
-        key = (id(target), engine, precision, size if target.peer else None)
+        key = (id(target), engine, precision, (batch, *size) if target.peer else None)
         if key not in self._kept:
             self._kept[key] = self._in_torch(target, engine, precision, batch, size)
         return self._kept[key]
@@ -130,17 +132,18 @@ class Workshop:
         dtype = DTYPES[precision]
         if target.peer:
             model, settings = peers.tuned(model, target.kind, size)
+        if target.peer and peers.convolutional(model):
+            images = torch.randn(batch, 3, *size).to(self.device, dtype)
+            model, layout = faster_layout(placed(model, self.device, dtype), images)
+            settings.append(layout)
         start = time.perf_counter()
         model = placed(model, self.device, dtype)
-        if target.peer and peers.convolutional(model):
-            model, layout = faster_layout(model, torch.randn(batch, 3, *size).to(self.device, dtype))
-            settings.append(layout)
         call: Callable[[Tensor], Any] = model
         if engine == "optimize":
             call = muntin.optimize(model)
         elif engine == "compile":
             own = hasattr(getattr(getattr(model, "backbone", model), "stem", None), "stride")
-            call = muntin.compile(model) if own and not target.peer else torch.compile(model, dynamic=False)
+            call = muntin.compile(model) if own and not target.peer else Compiled(model)
         seconds = time.perf_counter() - start
         if self.cuda_graphs:
             call, settings = Graphed(call), [*settings, "CUDA graph"]
@@ -151,6 +154,8 @@ class Workshop:
         from muntin.runtime.export import ExportError
 
         model = self.models.get(target, size)
+        if target.peer:
+            model, _ = peers.tuned(model, target.kind, size)
         self._files += 1
         path = self.folder / f"{self._files}{SUFFIXES[engine]}"
         start = time.perf_counter()
@@ -183,6 +188,18 @@ def faster_layout(model: nn.Module, images: Tensor) -> tuple[nn.Module, str]:
     plain, other = interleaved([(model, images), (last, images)], 3, 0.0, random.Random(0))
     faster = sorted(other.medians())[1] < sorted(plain.medians())[1]
     return (last, "channels-last") if faster else (model, "channels-first")
+
+
+class Compiled(nn.Module):
+    """Another library's model in torch.compile, one graph for each shape."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.call = torch.compile(model, dynamic=False)
+
+    def forward(self, images: Tensor) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILES):
+            return self.call(images)
 
 
 class Graphed:

@@ -127,6 +127,7 @@ def _file(path: Path, size: Size | None = None) -> Target:
     if path.suffix not in ENGINE_OF:
         valid = ", ".join(ENGINE_OF)
         raise UserError(f"{path} is no model that can be measured; give a name, a run's folder or a file of {valid}")
+    load(path)  # importing the engine's package is no part of loading a file
     start = time.perf_counter()
     engine = load(path)
     seconds = time.perf_counter() - start

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+RECOMPILES = 256  # models and shapes in a process: all classifiers share the code of one forward, and torch allows it 8
+
 
 class Compiled(nn.Module):
     """A compiled model for every batch and size: in inference one graph for batch 1 and one for all others.
@@ -26,12 +28,13 @@ class Compiled(nn.Module):
         if min(image.shape[-2:]) < self._least:
             return self.model(image)
         if torch.is_grad_enabled():
-            return self._training(image)
+            with torch._dynamo.config.patch(recompile_limit=RECOMPILES):
+                return self._training(image)
         image = image.view_as(image)  # the marks stay off the caller's tensor
         for axis in (0, 2, 3):
             if image.shape[axis] > 1:
                 torch._dynamo.mark_dynamic(image, axis)
-        with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        with torch._dynamo.config.patch(capture_scalar_outputs=True, recompile_limit=RECOMPILES):
             return self._inference(image)
 
 

@@ -59,7 +59,8 @@ class Engine:
         if isinstance(images, Tensor):
             found = self._outputs(images)
         elif isinstance(images, np.ndarray):
-            found = [tensor.numpy() for tensor in self._outputs(torch.from_numpy(np.ascontiguousarray(images)))]
+            given = torch.from_numpy(np.require(images, requirements=("C", "W")))  # torch has no read-only tensors
+            found = [tensor.numpy() for tensor in self._outputs(given)]
         else:
             kind = type(images).__name__
             raise UserError(f"{kind} given; images are a numpy array or a torch tensor, {self._takes()}")

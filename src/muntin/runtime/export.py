@@ -4,7 +4,9 @@ The targets stand in `runtime/targets`, one module for each.
 B batch, H W image, K classes
 """
 
+import copy
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -142,11 +144,15 @@ def export(
     _check_model(model, classes)
     if with_preprocessing:
         check_preprocessing(preprocessing)
-    check_writable(path, folder=path.suffix == ".mlpackage")
+    beside = [path.with_suffix(suffix).name for suffix in target.beside]
+    check_writable(path, folder=path.suffix == ".mlpackage", beside=beside)
     size = _input_size(preprocessing)
     if target.fixed and fixed is None:
         fixed = (1, *size)
     sizes, batches = _cases(size, fixed, sizes, batches)
+    _check_memory(model, max(batches), max(sizes, key=math.prod))
+    if any(t.dtype in (torch.float16, torch.bfloat16) for t in model.parameters()):
+        model = copy.deepcopy(model).float()  # what a file is compared with
     like = next(model.parameters(), torch.empty(0))
     with evaluation(model):
         outputs = output_names(model, random_images(1, fixed[1:] if fixed else size).to(like.device, like.dtype))
@@ -263,6 +269,16 @@ def _check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
         raise UserError(f"{len(classes)} class names given for a model of {outputs} classes; give one per class")
     if getattr(model, "optimized", False):
         raise UserError("an optimised copy is for PyTorch on this machine: export the model that it was made from")
+
+
+def _check_memory(model: nn.Module, batch: int, size: tuple[int, int]) -> None:
+    """UserError where the largest comparison needs more than is free, before anything is computed."""
+    from muntin.measure import memory
+
+    free = memory.available()
+    if free is not None and not memory.plenty(batch, size, free):
+        known = memory.need_of(model, 4)  # nothing where the model cannot be counted: its images, then
+        memory.check("this model", lambda b, s: max(known(b, s), memory.images_twice(b, s)), batch, size, free)
 
 
 def _input_size(preprocessing: dict[str, Any] | None) -> tuple[int, int]:

@@ -5,21 +5,24 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from muntin.errors import UserError
 
 
-def check_writable(path: Path, folder: bool) -> None:
-    """Refuse at once what would otherwise fail after the work. `folder`: whether `path` is to be one."""
+def check_writable(path: Path, folder: bool, beside: Sequence[str] = ()) -> None:
+    """Refuse at once what would otherwise fail after the work. `folder`: whether `path` is to be one; `beside`: names
+    of files that are written with it.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that you may write to") from error
-    if path.is_dir() != folder and path.exists():
-        what = "it is a file" if folder else "it is a folder"
-        raise UserError(f"cannot write {path}: {what}; choose another name or remove it")
+    for made, is_folder in [(path, folder), *((path.with_name(name), False) for name in beside)]:
+        if made.is_dir() != is_folder and made.exists():
+            what = "a file" if is_folder else "a folder"
+            raise UserError(f"cannot write {made}: {what} has this name; choose another name or remove it")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"cannot write {path}: {path.parent} is read-only; choose a folder that you may write to")
 
@@ -52,7 +55,7 @@ def size_of(path: Path) -> int:
 
 
 def _replace(made: Path, final: Path, folder: Path) -> None:
-    if final.is_dir():  # a folder is not replaced by a rename: the earlier one goes with the temporary folder
+    if made.is_dir() and final.is_dir():  # no rename replaces it: the earlier one goes with the temporary folder
         os.replace(final, folder / "earlier")
         os.replace(made, final)
         shutil.rmtree(folder / "earlier")

@@ -116,7 +116,8 @@ class Module(Protocol):
 class Target:
     """name: for `--to`. title: for people. engine: what runs it. fixed: whether its sizes always are.
 
-    lowers: the runtime computes a float32 graph in another precision by a setting of its own.
+    lowers: the runtime computes a float32 graph in another precision by a setting of its own. beside: suffixes of
+    further files that belong to one.
     """
 
     name: str
@@ -125,18 +126,21 @@ class Target:
     fixed: bool
     lowers: bool
     path: str
+    beside: tuple[str, ...] = ()
 
     def module(self) -> Module:
         return cast(Module, importlib.import_module(self.path))
 
 
-def _target(name: str, title: str, engine: str, fixed: bool = False, lowers: bool = False) -> Target:
-    return Target(name, title, engine, fixed, lowers, f"muntin.runtime.targets.{name}")
+def _target(
+    name: str, title: str, engine: str, fixed: bool = False, lowers: bool = False, beside: tuple[str, ...] = ()
+) -> Target:
+    return Target(name, title, engine, fixed, lowers, f"muntin.runtime.targets.{name}", beside)
 
 
 TARGETS = {
     ".onnx": _target("onnx", "ONNX", "ONNX Runtime"),
-    ".xml": _target("openvino", "OpenVINO", "OpenVINO", lowers=True),
+    ".xml": _target("openvino", "OpenVINO", "OpenVINO", lowers=True, beside=(".bin",)),
     ".pt2": _target("pt2", "torch.export", "PyTorch"),
     ".engine": _target("tensorrt", "TensorRT", "TensorRT", lowers=True),
     ".mlpackage": _target("coreml", "Core ML", "Core ML", fixed=True, lowers=True),

@@ -33,6 +33,7 @@ def write(job: Job, path: Path) -> Written:
         raise UserError(f"the model holds {held / 1e9:.1f} GB; a single ONNX file holds less than 2 GB")
     tensors = itertools.chain(job.model.parameters(), job.model.buffers())
     narrow = any(t.dtype == torch.bfloat16 for t in tensors)
+    opset = max(job.opset, BFLOAT16_OPSET) if narrow else job.opset
     traced = trace(job)
     with quiet(), torch.no_grad():
         try:
@@ -40,7 +41,7 @@ def write(job: Job, path: Path) -> Written:
                 traced,
                 input_names=["image"],
                 output_names=list(job.outputs),
-                opset_version=max(job.opset, BFLOAT16_OPSET) if narrow else job.opset,
+                opset_version=opset,
                 dynamo=True,
                 verbose=False,
             )
@@ -48,6 +49,10 @@ def write(job: Job, path: Path) -> Written:
             raise UserError(f"ONNX cannot express this model: {_reason(error)}") from error
         assert program is not None  # always, with dynamo=True
         graph = program.model
+        if (written := graph.opset_imports[""]) != opset:  # it says nothing where it cannot convert
+            raise UserError(
+                f"opset {opset}: PyTorch writes this model in opset {written}; give --opset {written} or later"
+            )
         graph.producer_name = "muntin"
         graph.producer_version = sys.modules["muntin"].__version__  # importing it here would go in a circle
         graph.metadata_props.clear()
@@ -58,7 +63,9 @@ def write(job: Job, path: Path) -> Written:
         program.save(path, external_data=False)
     values = [value for node in graph.graph.all_nodes() for value in node.outputs if value.shape is not None]
     values += list(graph.graph.initializers.values())
+    note = ("ONNX Runtime's CPU has no bfloat16 convolution: compared in OpenVINO",) if narrow else ()
     return Written(
+        notes=note,
         opset=graph.opset_imports[""],
         nodes=Counter(node.op_type for node in graph.graph.all_nodes()),
         max_rank=max(len(value.shape) for value in values if value.shape is not None),

@@ -58,6 +58,8 @@ def write(job: Job, path: Path) -> Written:
 def open(path: Path) -> Opened:
     """A compiled model for latency, with as many threads as torch has, in the file's precision and no other."""
     openvino = _package(path)
+    if path.suffix == ".xml" and b"<net" not in path.read_bytes()[:4096]:  # OpenVINO would try, and log, every format
+        raise UserError(f"{path} is not an OpenVINO file (it holds no <net>); export it again")
     core = openvino.Core()
     try:
         model = core.read_model(path)

@@ -27,6 +27,7 @@ def write(job: Job, path: Path) -> Written:
     metadata = job.metadata | {"least_side": str(least)}
     if job.fixed:
         metadata["fixed"] = json.dumps(job.fixed)
+    program.example_inputs = None  # would be saved: megabytes of random numbers
     with quiet():
         torch.export.save(program, path, extra_files={NAME: json.dumps(metadata)})
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
