@@ -53,9 +53,12 @@ test-executorch: .venv-executorch/ready  ## ExecuTorch export, in an environment
 lint: .venv/ready  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: .venv/ready  ## what benchmarks/results holds: peers with the same weights, start-up, digits over seeds
+bench: .venv/ready  ## what benchmarks/results holds: parity, peers, profiles, claims, exports, start-up, digits: hours
 	@$(BIN)/python benchmarks/parity.py
 	@$(BIN)/python benchmarks/peers.py
+	@$(BIN)/python benchmarks/profiles.py
+	@$(BIN)/python benchmarks/claims.py
+	@$(BIN)/python benchmarks/exports.py
 	@$(BIN)/python benchmarks/rmt_memory.py
 	@$(BIN)/python benchmarks/startup.py
 	@$(BIN)/python benchmarks/digits.py

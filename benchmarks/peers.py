@@ -8,7 +8,7 @@ docs recommend: fused attention where they have it, BatchNorms folded, channels-
 In PyTorch, and exported to ONNX Runtime and OpenVINO: ours as it is exported by default, for any batch and size, and
 for a fixed one; peers for a fixed one. With --compile also compiled, which takes minutes for each model.
 
-Results: benchmarks/results/MACHINE.json, peers_FAMILY.md, docs/peers.png. What is not measured stays as it is there.
+Results: benchmarks/results/MACHINE.json, peers.md, peers_FAMILY.md, docs/peers.png. What is not measured stays there.
 """
 
 import argparse
@@ -208,6 +208,30 @@ def _runtimes(rows: dict[tuple[str, str], list[Row]], family: str, batch: int) -
     return lines
 
 
+SUMMARY = {  # of README.md: engine, ours, head
+    "PyTorch": ("pytorch", "muntin"),
+    "PyTorch, muntin.optimize": ("pytorch", "muntin.optimize"),
+    "ONNX Runtime": ("onnx", "muntin, fixed"),
+    "OpenVINO": ("openvino", "muntin, fixed"),
+    "OpenVINO, bf16": ("openvino-bf16", "muntin, fixed"),
+}
+
+
+def summary(families: dict[str, Any]) -> str:
+    """How many times as fast as the best peer in the same engine, a line for each model and batch."""
+    lines = ["| model | batch | " + " | ".join(SUMMARY) + " |", "| --- | ---: |" + " ---: |" * len(SUMMARY)]
+    for models in families.values():
+        for name, engines in models.items():
+            for batch in sorted({int(b) for by in engines.values() for b in by}):
+                cells = []
+                for engine, ours in SUMMARY.values():
+                    entry = engines.get(engine, {}).get(str(batch))
+                    ratios = dict(compared(read(entry["report"]).rows)) if entry else {}
+                    cells.append(told(ratios[ours]) if ours in ratios else "-")
+                lines.append(f"| `{name}` | {batch} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def read(content: dict[str, Any]) -> BenchReport:
     """What `asdict` made of a report, as a report."""
     return BenchReport(**content | {"rows": [Row(**row) for row in content["rows"]]})
@@ -225,6 +249,7 @@ def write(out: Path, results: dict[str, Any], plot: Path) -> None:
                 for batch, entry in by_batch.items():
                     found = [c for c in compared(read(entry["report"]).rows) if c[0] != "muntin (BN folded)"]
                     points += [(f"{name}, batch {batch}", f"{title}, {label}", *values) for label, values in found]
+    atomic_write(out.parent / "peers.md", summary(results["families"]).encode())
     atomic_write(plot, lambda path: forest(points, "times as fast as the best peer there", path))
 
 

@@ -22,7 +22,10 @@ from muntin.weights.download import index_table
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "src/muntin/models/table.json"
 RESULTS = ROOT / "benchmarks/results"
-MEASURED = ("digits", "parity", "peers_swin", "peers_swinv2", "peers_efficientvit", "peers_rmt", "rmt_memory")
+MEASURED = (
+    *("digits", "parity", "exports", "profiles", "claims", "rmt_memory"),
+    *("peers", "peers_swin", "peers_swinv2", "peers_efficientvit", "peers_rmt"),
+)
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import muntin
 from conftest import settle
+from muntin.cli import main
 from muntin.errors import UserError
 from muntin.runtime import ExportError, export, load
 from muntin.runtime.targets import Job, coreml, mil
@@ -115,6 +116,13 @@ def test_names_sizes_and_metadata(tmp_path):
     assert json.loads(metadata["classes"]) == CLASSES and metadata["model"] == "tiny"
     assert json.loads(metadata["preprocessing"])["mean"] == PREPROCESSING["mean"]
     assert sorted(p.name for p in report.path.iterdir()) == ["Data", "Manifest.json"]
+
+
+@needs_tools
+def test_the_command_works_in_this_environment(tmp_path, capsys):
+    out = tmp_path / "m.mlpackage"
+    assert main(["export", "swin_free_digits", "--random-weights", "--to", "coreml", "--out", str(out)]) == 0
+    assert out.is_dir() and "Core ML" in capsys.readouterr().out
 
 
 @needs_tools

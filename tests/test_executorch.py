@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from conftest import settle
+from muntin.cli import main
 from muntin.errors import UserError
 from muntin.models import FAMILIES
 from muntin.runtime import export, load
@@ -54,6 +55,13 @@ def test_every_family_runs_at_its_size(family, randomise, tmp_path):
     assert by_place["xnnpack."] > 4 * by_place["portable."]
     assert not any(name in report.nodes for name in ("portable.linear", "portable.addmm", "portable.convolution"))
     assert f"XNNPACK takes {by_place['xnnpack.']} of {sum(report.nodes.values())} operations" in report.notes[0]
+
+
+@needs_tools
+def test_the_command_works_in_this_environment(tmp_path, capsys):
+    out = tmp_path / "m.pte"
+    assert main(["export", "swin_free_digits", "--random-weights", "--to", "executorch", "--out", str(out)]) == 0
+    assert out.is_file() and "passed" in capsys.readouterr().out
 
 
 @needs_tools
