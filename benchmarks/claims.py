@@ -172,8 +172,8 @@ def against_swin(content: dict[str, Any]) -> list[Line]:
 
 
 WHY_FREE = {
-    "free": "TensorRT in FP16 on a GPU is another machine: there products cost little and the rest much",
-    "br": "LayerNorm is one fused kernel here and products take most of the time, so leaving it out saves less",
+    "free": "likely: products take most of the time on two cores, on a GPU in FP16 little of it",
+    "br": "likely: products take most of the time on two cores, and LayerNorm is one kernel: less to save",
 }
 
 
@@ -212,17 +212,17 @@ def by_kind(profiles: dict[str, Any], measured: dict[str, Any]) -> list[Line]:
         shift = 100 * kinds["window shifting"] / wall
         rest = 100 * (kinds["normalisation"] + kinds["activation"]) / wall
         stated = "4.4% (PyTorch), 8.7% (TensorRT)"
-        why = "Muntin's windows are gathered where they are partitioned" if label == "swin_b" else "see docs/profile.md"
+        why = "one gather between two blocks partitions and shifts" if label == "swin_b" else "see docs/profile.md"
         lines.append(Line("time of shifting windows in Swin-B", setting, stated, f"{shift:.1f}%",
                           "yes" if shift >= 4 else "no", "" if shift >= 4 else why))  # fmt: skip
         lines.append(Line("LayerNorm and GELU in Swin-B", setting, "about 24% (TensorRT)", f"{rest:.0f}%",
                           "yes" if rest >= 20 else "no", "" if rest >= 20 else
-                          "two CPU cores multiply far slower than a GPU, so all else is a smaller share"))  # fmt: skip
+                          "products take most of the time on two cores"))  # fmt: skip
     for label, one in measured.items():
         share = 100 * one["bound"] / one["wall_ms"]
         lines.append(Line("most time is memory-bound, as figure 2 calls all but products", f"timm:{label}, PyTorch",
                           "most of it (V100)", f"{share:.0f}%", "yes" if share > 50 else "no", "" if share > 50 else
-                          "two CPU cores multiply far slower than a V100, and their memory keeps up"))  # fmt: skip
+                          "products take most of the time on two cores"))  # fmt: skip
     return lines
 
 
@@ -234,7 +234,7 @@ def growing(content: dict[str, Any]) -> list[Line]:
         peer = entry["target"].startswith("timm:")
         published = "quadratic in tokens" if peer else "linear in pixels"
         holds = ("yes" if low > 1 else "no") if peer else ("yes" if low <= 1.1 else "no")
-        why = "its linear layers grow linearly and outweigh attention up to 1024 pixels" if peer else ""
+        why = "likely: linear layers, which grow linearly, outweigh attention at the smaller sizes" if peer else ""
         why = why or ("" if holds == "yes" else "caches hold the smaller maps and not the larger")
         sides = [side[0] for side in entry["sizes"]]
         lines.append(Line(f"growth of {entry['target']}", f"PyTorch, batch 1, {sides[0]} to {sides[-1]} pixels",
@@ -255,8 +255,8 @@ def gpu_lines() -> list[Line]:
 
 
 WHY_M5 = {
-    "all": "timm's MobileNetV3 runs here in channels-last memory on AVX-512, with its BatchNorms folded; the paper's "
-    "Xeon E5-2690 v4 has neither, and the paper does not say how its peer was prepared",
+    "all": "likely: timm's MobileNetV3 runs here with its BatchNorms folded, in its faster memory layout and on "
+    "AVX-512, which the paper's Xeon E5-2690 v4 lacks"
 }
 WHY_M2 = {"all": WHY_M5["all"].replace("MobileNetV3", "MobileViT")}
 

@@ -80,6 +80,12 @@ def test_flops_are_those_that_cost_counts(name, engine):
     assert not found.notes
 
 
+def test_channels_that_onnx_runtime_pads_are_not_counted():
+    model = muntin.create_model("efficientvit_m0", num_classes=10).eval()  # whose first convolution has 8 channels
+    found = profile(model, torch.randn(1, 3, 64, 64), engine="onnx", calls=1, roofline=False)
+    assert sum(o.flops for o in found.operators) == 2 * muntin.measure.cost(model, 64).macs
+
+
 # ------------------------------------------------------------------------------------------- known work, by engine
 
 HEAVY = 96

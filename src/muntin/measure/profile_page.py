@@ -125,8 +125,18 @@ def _kinds(profiles: Sequence[Profile]) -> str:
     css = {kind: f"k{i}" for i, kind in enumerate(KINDS)}
     values = [p.kinds for p in profiles]
     note = "; ".join(f"{escape(p.label)} {p.plain_ms:.2f} ms" for p in profiles)
-    note = f'<p class="note">Milliseconds of one pass with the profiler on. Without it: {note}.</p>'
-    body = _bars(profiles, values, css) + _matrix(profiles, values, KINDS, "kind, ms") + note
+    note = f"Milliseconds of one pass with the profiler on. Without it: {note}."
+    if len({p.engine for p in profiles}) > 1 and any(p.kinds["attention"] for p in profiles):
+        note += (
+            " Where an engine has no kernel for a whole attention, its parts stand under matrix product and softmax."
+        )
+    body = _bars(profiles, values, css)
+    if len(profiles) > 1:
+        shares = [
+            (p.label, [(kind, css[kind], 100 * p.share(kind)) for kind in KINDS if p.kinds[kind] > 0]) for p in profiles
+        ]
+        body += svg.stacks(shares, "%", "per cent of the wall time")
+    body += _matrix(profiles, values, KINDS, "kind, ms") + f'<p class="note">{note}</p>'
     return page.section("kinds", "By kind of operation", "", body)
 
 

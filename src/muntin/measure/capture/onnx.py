@@ -34,7 +34,7 @@ _SWAPPED = ([0, 1, 3, 2, 4, 5], [0, 3, 1, 2, 4, 5])
 
 @dataclass(frozen=True)
 class _Node:
-    """A node of the optimised graph, with what its name said before."""
+    """A node of the optimised graph, with what its name said before; `channels` of a convolution as it was exported."""
 
     op_type: str
     path: str | None
@@ -42,6 +42,7 @@ class _Node:
     weights: tuple[tuple[int, ...], ...]
     attributes: dict[str, Any]
     of_weights: bool
+    channels: int | None = None
 
 
 def _origin(name: str) -> tuple[str, str] | None:
@@ -54,10 +55,17 @@ def _nodes(original: Path, optimised: Path) -> dict[str, _Node]:
     """The nodes that run, by name."""
     import onnx
 
-    by_value = {}
-    for node in onnx.load(original).graph.node:
+    exported = onnx.load(original).graph
+    held = {w.name: w.dims for w in exported.initializer}
+    by_value: dict[str, tuple[str, str] | None] = {}
+    channels: dict[str, int] = {}
+    for node in exported.node:
         for value in node.output:
             by_value[value] = _origin(node.name)
+        if node.op_type == "Conv" and node.input[1] in held:
+            channels |= dict.fromkeys((node.name, *node.output), held[node.input[1]][0])
+        elif node.op_type == "Relu" and node.input[0] in channels:  # fused into the convolution, which gets its name
+            channels[node.output[0]] = channels[node.input[0]]
     graph = onnx.load(optimised).graph
     weights = {w.name: tuple(w.dims) for w in graph.initializer}
     reached = {value.name for value in graph.input} - weights.keys()
@@ -69,12 +77,14 @@ def _nodes(original: Path, optimised: Path) -> dict[str, _Node]:
         origin = _origin(node.name) or by_value.get(node.name.removesuffix("_nchwc"))
         origin = origin or next((by_value[value] for value in node.output if by_value.get(value)), None)
         path, operator = origin or (None, "")
+        keys = (node.name, node.name.removesuffix("_nchwc"), *node.output)
         found[node.name] = _Node(
             op_type=node.op_type,
             path=path,
             operator=operator,
             weights=tuple(weights[name] for name in node.input if name in weights),
             attributes={a.name: onnx.helper.get_attribute_value(a) for a in node.attribute},
+            channels=next((channels[key] for key in keys if key in channels), None),
             of_weights=not data or (bool(node.input) and node.input[0] not in reached),
         )
     return found
@@ -115,6 +125,8 @@ def _macs(node: _Node, inputs: list[tuple[int, ...]], outputs: list[tuple[int, .
         turned = node.attributes.get("transA", 0)
         return made * first[-2 if turned else -1] if len(first) > 1 else 0
     if kind == "convolution":
+        if node.channels is not None:  # the runtime pads them to its vectors
+            made = made // outputs[0][1] * node.channels
         kernel = node.attributes.get("kernel_shape") or (node.weights[0][2:] if node.weights else inputs[1][2:])
         return made * inputs[0][1] // node.attributes.get("group", 1) * math.prod(kernel)
     return 0
