@@ -11,7 +11,9 @@ and activations are those of benchmarks/profiles.py, which runs first. Results: 
 
 import argparse
 import json
+import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from muntin.measure.cost import MODELS
 from muntin.measure.machine import commit, machine, threads_in_words, versions
 from muntin.measure.peers import randomise, timm_model
 from muntin.measure.profile import profile
+from muntin.measure.scaling import sizes as sides
 from muntin.measure.statistics import rounded
 from muntin.measure.timing import threads_of
 from muntin.run import atomic_write
@@ -81,7 +84,7 @@ def shares() -> dict[str, Any]:
 
 def growth() -> dict[str, Any]:
     """Time against pixels from 224 to 1024, eager, batch 1."""
-    return asdict(bench(list(GROWING), [1], "224:1024", engine="eager", rounds=7, seconds=3.0))  # type: ignore[arg-type]
+    return asdict(bench(list(GROWING), [1], sides("224:1024"), engine="eager", rounds=7, seconds=3.0))  # type: ignore[arg-type]
 
 
 MEASURED: dict[str, Callable[[], dict[str, Any]]] = {
@@ -119,10 +122,10 @@ def judged(found: tuple[float, float, float], published: float) -> str:
     return "partly" if value > 1 else "no"
 
 
-def with_interval(found: tuple[float, float, float], unit: str = "x") -> str:
+def with_interval(found: tuple[float, float, float]) -> str:
     value, low, high = found
     half = (high - low) / 2
-    return f"{rounded(value, half)}{unit} ({rounded(low, half)} to {rounded(high, half)})"
+    return f"{rounded(value, half)}x ({rounded(low, half)} to {rounded(high, half)})"
 
 
 def rows_of(content: dict[str, Any]) -> dict[tuple[str, str, int], Row]:
@@ -161,13 +164,13 @@ def against_swin(content: dict[str, Any]) -> list[Line]:
     for name in ("swin_free_b", *LESS):
         for engine in ("eager", *RUNTIMES):
             found = ratio(rows[name, engine, 1], rows["swin_b", engine, 1])
-            less = tuple(100 * (1 - 1 / value) for value in found)
+            less, low, high = (100 * (1 - 1 / value) for value in found)
             stated = LESS.get(name)
             published = f"{stated}% less" if stated else "2.0 ms against 2.1"
             verdict = judged(found, 1 / (1 - stated / 100) if stated else 2.1 / 2.0)
             why = "" if verdict == "yes" else WHY_FREE["br" if "_br" in name else "free"]
             lines.append(Line(f"{name} below swin_b", f"{TITLES[engine]}, batch 1", f"{published} (TensorRT FP16)",
-                              with_interval(less, "%"), verdict, why))  # type: ignore[arg-type]  # fmt: skip
+                              f"{less:.0f}% ({low:.0f} to {high:.0f})", verdict, why))  # fmt: skip
     return lines
 
 
@@ -232,14 +235,17 @@ def growing(content: dict[str, Any]) -> list[Line]:
         value, (low, high) = entry["time_exponent"], entry["time_interval"]
         half = (high - low) / 2
         peer = entry["target"].startswith("timm:")
-        published = "quadratic in tokens" if peer else "linear in pixels"
-        holds = ("yes" if low > 1 else "no") if peer else ("yes" if low <= 1.1 else "no")
-        why = "likely: linear layers, which grow linearly, outweigh attention at the smaller sizes" if peer else ""
-        why = why or ("" if holds == "yes" else "caches hold the smaller maps and not the larger")
-        sides = [side[0] for side in entry["sizes"]]
-        lines.append(Line(f"growth of {entry['target']}", f"PyTorch, batch 1, {sides[0]} to {sides[-1]} pixels",
-                          published, f"time ~ pixels^{rounded(value, half)} ± {rounded(half, half)}", holds,
-                          why))  # fmt: skip
+        if peer:
+            published, holds = "quadratic in tokens", "yes" if low > 1.1 else "no"
+            why = "likely: linear layers outweigh attention until the largest sizes"
+        else:
+            published, holds = "linear in pixels", "yes" if low <= 1.1 else "no"
+            why = "" if holds == "yes" else "likely: caches hold the smaller maps and not the larger"
+        its = sorted((row for row in read(content).rows if row.target == entry["target"]), key=lambda row: row.height)
+        last = math.log(its[-1].median_ms / its[-2].median_ms) / (2 * math.log(its[-1].height / its[-2].height))
+        told = f"time ~ pixels^{rounded(value, half)} ± {rounded(half, half)}, {last:.1f} between the largest two"
+        setting = f"PyTorch, batch 1, {its[0].height} to {its[-1].height} pixels"
+        lines.append(Line(f"growth of {entry['target']}", setting, published, told, holds, why))
     return lines
 
 
@@ -370,6 +376,8 @@ def main() -> None:
             stored[name] = MEASURED[name]()
             stored |= {"machine": machine(torch.device("cpu")), "versions": versions(), "commit": commit()}
             atomic_write(out, (json.dumps(stored, indent=1) + "\n").encode())
+    if missing := MEASURED.keys() - stored.keys():
+        sys.exit(f"measure first: --only {' '.join(sorted(missing))}")
     atomic_write(RESULTS / "claims.md", markdown(stored).encode())
     print((RESULTS / "claims.md").read_text())
 
