@@ -30,6 +30,7 @@ from muntin.measure.cost import MODELS
 from muntin.measure.machine import commit, machine, threads_in_words, versions
 from muntin.measure.peers import randomise, timm_model
 from muntin.measure.profile import profile
+from muntin.measure.scaling import growth as fitted
 from muntin.measure.scaling import sizes as sides
 from muntin.measure.statistics import rounded
 from muntin.measure.timing import threads_of
@@ -84,7 +85,7 @@ def shares() -> dict[str, Any]:
 
 def growth() -> dict[str, Any]:
     """Time against pixels from 224 to 1024, eager, batch 1."""
-    return asdict(bench(list(GROWING), [1], sides("224:1024"), engine="eager", rounds=7, seconds=3.0))  # type: ignore[arg-type]
+    return asdict(bench(list(GROWING), [1], sides("224:1024"), engine="eager", rounds=7, seconds=3.0))
 
 
 MEASURED: dict[str, Callable[[], dict[str, Any]]] = {
@@ -231,16 +232,19 @@ def by_kind(profiles: dict[str, Any], measured: dict[str, Any]) -> list[Line]:
 
 def growing(content: dict[str, Any]) -> list[Line]:
     lines = []
-    for entry in content["growth"]:
+    for entry in fitted(read(content).rows):
         value, (low, high) = entry["time_exponent"], entry["time_interval"]
         half = (high - low) / 2
         peer = entry["target"].startswith("timm:")
         if peer:
             published, holds = "quadratic in tokens", "yes" if low > 1.1 else "no"
-            why = "likely: linear layers outweigh attention until the largest sizes"
+            why = "linear layers outweigh attention until the largest sizes"
         else:
             published, holds = "linear in pixels", "yes" if low <= 1.1 else "no"
-            why = "" if holds == "yes" else "likely: caches hold the smaller maps and not the larger"
+            why = "likely: caches hold the smaller maps and not the larger"
+            if entry["target"].startswith("rmt"):
+                why = "attention over rows and columns costs H W (H + W), and the last stage attends to the whole map"
+        why = "" if holds == "yes" else why
         its = sorted((row for row in read(content).rows if row.target == entry["target"]), key=lambda row: row.height)
         last = math.log(its[-1].median_ms / its[-2].median_ms) / (2 * math.log(its[-1].height / its[-2].height))
         told = f"time ~ pixels^{rounded(value, half)} ± {rounded(half, half)}, {last:.1f} between the largest two"
