@@ -167,7 +167,8 @@ def markdown(family: str, results: dict[str, Any]) -> str:
         f"{m.get('gpu') or m['cpu']}, {m['cores']} cores ({', '.join(m['flags'])}), {threads_in_words(p['threads'])}"
     )
     equal = f"same weights, float32 outputs equal to {off:.0e} standard deviations"
-    lines.append(f"{where}, {p['rounds']} interleaved rounds; {libraries}; {equal}; commit {', '.join(commits)}.")
+    rounds = " or ".join(sorted({str(s["report"]["protocol"]["rounds"]) for s in stored}, key=int))
+    lines.append(f"{where}, {rounds} interleaved rounds; {libraries}; {equal}; commit {', '.join(commits)}.")
     return "\n".join(lines) + "\n"
 
 

@@ -30,7 +30,7 @@ def forest(points: Sequence[tuple[str, str, float, float, float]], axis: str, pa
         at += 0.8
     axes.axvline(1, color="0.5", lw=0.8)
     axes.set_yticks(marks, names, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(at, -1)
     axes.set_xlabel(axis)
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))

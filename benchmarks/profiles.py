@@ -186,7 +186,7 @@ def main() -> None:
     if not found:
         sys.exit("nothing could be profiled")
     told = content(found)
-    atomic_write(out / "profiles.json", (json.dumps(told, indent=1) + "\n").encode())
+    atomic_write(out / "profiles.json", (json.dumps(told, separators=(",", ":")) + "\n").encode())
     write(told, out, Path(args.plot))
     print((out / "profiles.md").read_text())
 
