@@ -184,7 +184,7 @@ def faster_layout(model: nn.Module, images: Tensor) -> tuple[nn.Module, str]:
     """The model in the memory layout that a quick comparison finds the faster one, and its name."""
     import random
 
-    last = peers.ChannelsLast(copy.deepcopy(model))
+    last = peers.ChannelsLast(copy.deepcopy(model)).eval()
     plain, other = interleaved([(model, images), (last, images)], 3, 0.0, random.Random(0))
     faster = sorted(other.medians())[1] < sorted(plain.medians())[1]
     return (last, "channels-last") if faster else (model, "channels-first")
