@@ -291,6 +291,14 @@ class Decomposed(Toy):
         return torch.linalg.svdvals(x[:, 0])[:, :3]
 
 
+def test_tensorrt_takes_batch_norms_that_are_not_folded(tmp_path):
+    model = muntin.create_model("swin_t", 5, dim=16, depths=(1,), heads=(1,), norm="batch").eval()
+    with torch.no_grad():
+        model(torch.randn(2, 3, 32, 32))
+    report = export(model, tmp_path / "m.engine", preprocessing={"size": 64}, progress=False)
+    assert report.result in ("not run", "passed")
+
+
 class OneSize(Toy):
     def forward(self, x):
         assert x.shape[2] == 32
