@@ -69,7 +69,7 @@ def test_what_a_file_says_about_itself(toys, suffix):
 def test_a_pt2_file_holds_no_image(tmp_path):
     """torch.export keeps the example that it traced, megabytes of it."""
     report = export(Toy(), tmp_path / "m.pt2", sizes=[(224, 224)], batches=[1], progress=False)
-    assert report.bytes < 200_000 and 2 * 3 * 224 * 224 * 4 > 1_000_000
+    assert report.bytes < 200_000
 
 
 @every
