@@ -15,6 +15,8 @@ from torch import Tensor, nn
 # Models in tests are so small that threads spend their time waiting for each other, much more so under xdist.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # and so in the processes that tests start
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported: they then run on a CPU
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 

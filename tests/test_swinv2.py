@@ -60,7 +60,7 @@ def gradients(model: Any, image: Tensor) -> list[Tensor]:
 def symbolic(model: Any, image: Tensor) -> list[Tensor]:
     """What export and compile trace: gathers alone."""
     with torch.no_grad():
-        return model._forward_symbolic(image)
+        return model._forward_raster(image)
 
 
 def folded(model: Any, image: Tensor) -> list[Tensor]:

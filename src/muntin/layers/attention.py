@@ -82,6 +82,19 @@ class WindowAttention(nn.Module):
         runs = window_runs(grid, batch, 0, len(rows))
         return self.forward_runs(rows, self.kind_biases(grid, x.dtype), runs, real).view_as(x)
 
+    def forward_raster(self, x: Tensor, grid: Grid) -> Tensor:
+        """(B, N, C) in raster order -> the same, by the operator that cuts the windows itself."""
+        from muntin.kernels.window import window_attention
+
+        extent = self.window, self.window
+        qkv = self.project(x, None)
+        mixed = window_attention(qkv, self.bias_table, self.padded(), self.heads, grid, extent, self.scale)
+        return self.proj(mixed)
+
+    def padded(self) -> Tensor:
+        """q, k and v of a token that is padding: (3C,)."""
+        return self.qkv.bias
+
     def project(self, x: Tensor, real: Tensor | None) -> Tensor:
         """q, k and v of (M, A, C): (M, A, 3C). Padding is zero after the norm, so it yields the biases."""
         return self.qkv(x)
@@ -182,6 +195,9 @@ class FoldedAttention(WindowAttention):
 
     def folded(self, norm: nn.Module | None = None) -> "WindowAttention":
         return self
+
+    def padded(self) -> Tensor:
+        return self.padding
 
     def project(self, x: Tensor, real: Tensor | None) -> Tensor:
         qkv = self.qkv(x)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from muntin import kernels
 from muntin.layers.conv import MAP_ACTIVATIONS, ConvNorm, Residual, with_weights
 from muntin.layers.position import BiasCache, bias_matrix, constants
 from muntin.layers.tracing import in_graph, symbolic
@@ -122,6 +123,11 @@ class CascadedAttention(MapAttention):
     (V is not C / h) the cascade adds the channels that both have.
     """
 
+    all_qkv: Tensor
+    all_qkv_bias: Tensor
+    all_taps: Tensor
+    all_tap_bias: Tensor
+
     def __init__(
         self,
         dim: int,
@@ -136,6 +142,7 @@ class CascadedAttention(MapAttention):
     ) -> None:
         super().__init__(dim, heads, window, key_dim, value_dim, act, norm)
         self.cascade = cascade
+        self.stacked = False
         width = 2 * key_dim + value_dim
         self.qkvs = nn.ModuleList(ConvNorm(dim // heads, width, norm=norm) for _ in range(heads))
         self.dws = nn.ModuleList(
@@ -154,6 +161,48 @@ class CascadedAttention(MapAttention):
             logits = torch.baddbmm(bias.select(-3, i), q, k.transpose(1, 2), alpha=self.scale)
             outs.append(torch.bmm(logits.softmax(-1), v))  # (M, A, V)
         return _as_map(torch.cat(outs, 2), size)
+
+    def forward(self, x: Tensor, grid: SymbolicGrid | None = None) -> Tensor:
+        if not self.stacked or torch.compiler.is_compiling() or not kernels.serve(x):
+            return super().forward(x, grid)
+        from muntin.kernels.cascade import Weights, cascaded_attention
+
+        height, width = x.shape[2:]
+        fits = height <= self.window and width <= self.window
+        window = (height, width) if fits else (self.window, self.window)
+        weights = Weights(self.all_qkv, self.all_qkv_bias, self.all_taps, self.all_tap_bias, self.bias_table)
+        dws: Any = self.dws
+        sides = [dw.kernel_size[0] for dw in dws]
+        made = cascaded_attention(
+            _tokens(x), weights, sides, (height, width), window, self.window, self.scale, self.cascade
+        )
+        return self.proj(x, _as_map(made, x.shape[2:]))
+
+    def stack(self) -> None:
+        """Puts the weights of all heads side by side for the kernel, which takes whole windows and folded norms."""
+        from muntin.kernels.cascade import serves
+
+        qkvs: Any = self.qkvs
+        dws: Any = self.dws
+        dtype = self.bias_table.dtype
+        whole = all(isinstance(layer, nn.Conv2d) for layer in (*qkvs, *dws))
+        if not (
+            whole
+            and qkvs[0].in_channels == self.value_dim
+            and serves((self.window, self.window), self.value_dim, dtype)
+        ):
+            return
+        side = max(dw.kernel_size[0] for dw in dws)
+        taps = [F.pad(dw.weight[:, 0], [(side - dw.kernel_size[0]) // 2] * 4) for dw in dws]
+        parts = {
+            "all_qkv": [qkv.weight.flatten(1) for qkv in qkvs],
+            "all_qkv_bias": [qkv.bias for qkv in qkvs],
+            "all_taps": taps,
+            "all_tap_bias": [dw.bias for dw in dws],
+        }
+        for name, tensors in parts.items():
+            self.register_buffer(name, torch.stack(tensors).detach(), persistent=False)
+        self.stacked = True
 
     def folded(self) -> nn.Module:
         """The scale joins the convolution of the queries."""

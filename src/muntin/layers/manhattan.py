@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from muntin import kernels
 from muntin.layers.position import constants
 from muntin.layers.tokens import on_map
 
@@ -29,6 +30,12 @@ PIECE = 1 << 20
 def log_gamma(heads: int, least: float, reach: float, dtype: torch.dtype) -> Tensor:
     """ln(gamma) of each head: (h,). `least` and `reach` are a and r."""
     return torch.log(1 - 2 ** (-least - reach * torch.arange(heads, dtype=dtype) / heads))
+
+
+@lru_cache(maxsize=64)
+def kept_log_gamma(heads: int, least: float, reach: float, device: torch.device) -> Tensor:
+    with constants():
+        return log_gamma(heads, least, reach, torch.float64).float().to(device)
 
 
 def frequencies(width: int, dtype: torch.dtype) -> Tensor:
@@ -128,7 +135,9 @@ class ManhattanAttention(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         v = self.v(x)
-        if torch.compiler.is_compiling():
+        if self.decay != "no_softmax" and kernels.serve(x):
+            mixed = self._mix_by_operator(self.qk(x), v, size)
+        elif torch.compiler.is_compiling():
             mixed = self._mix_symbolic(*self._rotate_symbolic(x), v, size)
         else:
             mix = self._mix_axes if self.decomposed else self._mix_whole
@@ -136,6 +145,20 @@ class ManhattanAttention(nn.Module):
         if self.local is not None:
             mixed = mixed + on_map(self.local, v, size)
         return self.proj(mixed)
+
+    def _mix_by_operator(self, qk: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, N, 2C), neither turned nor scaled, and (B, N, C) -> (B, N, C)"""
+        from muntin.kernels.manhattan import COLUMNS, ROWS, WHOLE, manhattan_attention
+
+        if torch.compiler.is_compiling():
+            slopes = log_gamma(self.heads, self.least, self.reach, torch.float32).to(v.device)
+        else:
+            slopes = kept_log_gamma(self.heads, self.least, self.reach, v.device)
+        if self.decay == "none":
+            slopes = torch.zeros_like(slopes)
+        for lines in (ROWS, COLUMNS) if self.decomposed else (WHOLE,):
+            v = manhattan_attention(qk, v, slopes, *size, lines)
+        return v
 
     def _rotate(self, qk: Tensor) -> Tensor:
         """(B, N, 2C) -> (B, N, 2, h, d): q and k turned, and k scaled."""

@@ -172,18 +172,24 @@ class SwinBlock(nn.Module):
             y.add_(self.mlp(self.norm2(y)))
         return out.view(-1, batch, grid.area, channels)
 
-    def forward_symbolic(self, x: Tensor, grid: SymbolicGrid) -> Tensor:
-        """(B, N, C) in raster order -> the same, for sizes that may be symbols."""
+    def forward_raster(self, x: Tensor, grid: SymbolicGrid | Grid) -> Tensor:
+        """(B, N, C) in raster order -> the same, for sizes that may be symbols; a `Grid` where kernels serve."""
         if self.norm1 is not None and self.attention is not None:
-            batch, _, channels = x.shape
-            real = grid.keep.to(x.dtype)  # (n * A, 1)
-            y = self.norm1(x).index_select(1, grid.enter) * real
-            y = y.view(batch * grid.count, grid.area, channels)
-            real = real.expand(batch, -1, -1).reshape(batch * grid.count, grid.area, 1)
-            y = self.attention(y, self.attention.symbolic_bias(grid), real)
-            y = y.view(batch, grid.count * grid.area, channels).index_select(1, grid.leave)
+            y = self.norm1(x)
+            y = self.attention.forward_raster(y, grid) if isinstance(grid, Grid) else self._by_gathers(y, grid)
             x = x + self.drop_path(y)
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def _by_gathers(self, x: Tensor, grid: SymbolicGrid) -> Tensor:
+        """Attention on (B, N, C) in raster order -> the same."""
+        assert self.attention is not None
+        batch, _, channels = x.shape
+        real = grid.keep.to(x.dtype)  # (n * A, 1)
+        x = x.index_select(1, grid.enter) * real
+        x = x.view(batch * grid.count, grid.area, channels)
+        real = real.expand(batch, -1, -1).reshape(batch * grid.count, grid.area, 1)
+        x = self.attention(x, self.attention.symbolic_bias(grid), real)
+        return x.view(batch, grid.count * grid.area, channels).index_select(1, grid.leave)
 
 
 class SwinBackbone(WindowBackbone):

@@ -22,7 +22,7 @@ from muntin.layers.drop import DropPath
 from muntin.layers.mlp import Mlp
 from muntin.layers.patch import PatchEmbed, neighbours, symbolic_neighbours
 from muntin.layers.position import BiasCache, bias_matrix, constant_relative_index, constants
-from muntin.layers.tracing import flat_rows, in_graph
+from muntin.layers.tracing import flat_rows, in_graph, symbolic
 from muntin.layers.window import Grid, SymbolicGrid, make_grid, move, pieces, reorder, same_order
 from muntin.models.windowed import MeanHead, WindowBackbone, WindowStage, drop_rates, initialise
 
@@ -198,15 +198,33 @@ class CosineAttention(WindowAttention):
         A zero vector, the k of a padded token, stays zero and has no gradient: one through 0 / |0| overflows
         float16. Lengths are float32 at least.
         """
-        windows, area, _ = qkv.shape
-        heads = qkv.view(windows, area, 3, self.heads, -1)  # (M, A, 3, h, d)
-        qk = heads[:, :, :2]
+        qk, v = self._unit(qkv)
+        q, k = qk.permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v.transpose(1, 2)
+
+    def _unit(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., 3C) -> q and k as above (..., 2, h, d), and v (..., h, d)."""
+        heads = qkv.unflatten(-1, (3, self.heads, -1))
+        qk = heads[..., :2, :, :]
         dtype = torch.promote_types(qkv.dtype, torch.float32)
         length = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=dtype)
         length = length.masked_fill(length <= 1e-12, math.inf)
-        qk = (qk * (self._factors() / length)).to(qkv.dtype)
-        q, k = qk.permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, heads[:, :, 2].transpose(1, 2)
+        return (qk * (self._factors() / length)).to(qkv.dtype), heads[..., 2, :, :]
+
+    def forward_raster(self, x: Tensor, grid: Grid) -> Tensor:
+        """(B, N, C) in raster order -> the same, by the operator that cuts the windows itself."""
+        from muntin.kernels.window import window_attention
+
+        bias = self.qkv.bias if self.qv_bias is None else self._qkv_bias(self.qv_bias)
+        qkv, padding = self._whole(self.project(x, None)), self._whole(bias)
+        extent = (self.window, self.window) if symbolic(grid.height) else grid.window
+        table = self.symbolic_table(grid.window) if symbolic(grid.height) else self.table(grid.window)
+        return self.proj(window_attention(qkv, table, padding, self.heads, grid, extent, self.scale))
+
+    def _whole(self, qkv: Tensor) -> Tensor:
+        """(..., 3C) -> the same with q and k as above."""
+        qk, v = self._unit(qkv)
+        return torch.cat([qk.flatten(-3), v.flatten(-2)], -1)
 
     def bias_sources(self) -> tuple[Tensor, ...]:
         return tuple(self.position.parameters())
@@ -287,13 +305,16 @@ class SwinV2Block(nn.Module):
             y.add_(self.norm2(self.mlp(y)))
         return out.view(-1, batch, grid.area, channels)
 
-    def forward_symbolic(self, x: Tensor, grid: SymbolicGrid) -> Tensor:
-        """(B, N, C) in raster order -> the same, for sizes that may be symbols."""
-        batch, _, channels = x.shape
-        y = x.index_select(1, grid.enter) * grid.keep.to(x.dtype)
-        y = y.view(batch * grid.count, grid.area, channels)
-        y = self.attention(y, self.attention.symbolic_bias(grid))
-        y = y.view(batch, grid.count * grid.area, channels).index_select(1, grid.leave)
+    def forward_raster(self, x: Tensor, grid: SymbolicGrid | Grid) -> Tensor:
+        """(B, N, C) in raster order -> the same, for sizes that may be symbols; a `Grid` where kernels serve."""
+        if isinstance(grid, Grid):
+            y = self.attention.forward_raster(x, grid)
+        else:
+            batch, _, channels = x.shape
+            y = x.index_select(1, grid.enter) * grid.keep.to(x.dtype)
+            y = y.view(batch * grid.count, grid.area, channels)
+            y = self.attention(y, self.attention.symbolic_bias(grid))
+            y = y.view(batch, grid.count * grid.area, channels).index_select(1, grid.leave)
         x = x + self.drop_path(self.norm1(y))
         return x + self.drop_path(self.norm2(self.mlp(x)))
 

@@ -1,11 +1,12 @@
 """What Swin and SwinV2 have in common: stages of windowed blocks, their order of tokens, and the head.
 
 A block has `window`, `shifted`, `small_maps`, `order(source, size)`, `forward(x, source, size)` and
-`forward_symbolic(x, grid)`; a merging layer `forward(x, source, target, size)` and `forward_symbolic(x, H, W)`.
+`forward_raster(x, grid)`; a merging layer `forward(x, source, target, size)` and `forward_symbolic(x, H, W)`.
 
 Legend: B batch, H W map, N = H * W tokens, C channels, A tokens of a window, n windows. Between blocks the tokens are
 a stream (n, B, A, C) in the order of the last block's windows; raster order, the single window that is the map,
-is (1, B, N, C). See layers/window.py.
+is (1, B, N, C). See layers/window.py. Where sizes are symbols, and where kernels compute the attention, tokens stay in
+raster order: (B, N, C).
 """
 
 from collections.abc import Callable, Iterable
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from muntin import kernels
 from muntin.layers.patch import PatchEmbed
 from muntin.layers.tracing import symbolic
-from muntin.layers.window import Grid, SymbolicGrid, reorder, symbolic_grid
+from muntin.layers.window import Grid, SymbolicGrid, make_grid, reorder, symbolic_grid
 from muntin.models.backbone import Backbone, select_outputs
 
 
@@ -43,20 +45,21 @@ class WindowStage(nn.Module):
             source = block.order(source, size)
         return x, source, size
 
-    def forward_symbolic(
-        self, x: Tensor, height: int, width: int, run: Callable[..., Tensor]
-    ) -> tuple[Tensor, int, int]:
+    def forward_raster(self, x: Tensor, height: int, width: int, run: Callable[..., Tensor]) -> tuple[Tensor, int, int]:
         """(B, N, C) in raster order and the map's sides -> the same after the stage."""
-        if self.merge is not None:
+        by_kernels = kernels.serve(x)
+        if self.merge is not None and by_kernels and not symbolic(height):
+            x = self.merge(x[None], None, None, (height, width))[0]
+            height, width = (height + 1) // 2, (width + 1) // 2
+        elif self.merge is not None:
             x, height, width = self.merge.forward_symbolic(x, height, width)
-        grids: dict[bool, SymbolicGrid] = {}
+        grids: dict[bool, SymbolicGrid | Grid] = {}
         block: Any
         for block in self.blocks:
             if block.shifted not in grids:
-                grids[block.shifted] = symbolic_grid(
-                    height, width, block.window, block.shifted, block.small_maps, x.device
-                )
-            x = run(block.forward_symbolic, x, grids[block.shifted])
+                rule = height, width, block.window, block.shifted, block.small_maps
+                grids[block.shifted] = make_grid(*rule) if by_kernels else symbolic_grid(*rule, x.device)
+            x = run(block.forward_raster, x, grids[block.shifted])
         return x, height, width
 
 
@@ -87,8 +90,8 @@ class WindowBackbone(Backbone):
             self.norms.update({str(s): norm(config.dim * 2**s) for s in self.out_indices})
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        if symbolic(image.shape[2]):
-            return self._forward_symbolic(image)
+        if symbolic(image.shape[2]) or kernels.serve(image):
+            return self._forward_raster(image)
         x, height, width = self.stem(image)
         x, order, size = x[None], None, (height, width)
         maps = []
@@ -98,12 +101,12 @@ class WindowBackbone(Backbone):
                 maps.append(self._map(number, reorder(x, order, None, size)[0], *size))
         return maps
 
-    def _forward_symbolic(self, image: Tensor) -> list[Tensor]:
+    def _forward_raster(self, image: Tensor) -> list[Tensor]:
         x, height, width = self.stem(image)
         maps: list[Tensor] = []
         stage: Any
         for number, stage in enumerate(self.stages[: self.out_indices[-1] + 1]):
-            x, height, width = stage.forward_symbolic(x, height, width, self.run_block)
+            x, height, width = stage.forward_raster(x, height, width, self.run_block)
             if number in self.out_indices:
                 maps.append(self._map(number, x, height, width))
         return maps

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from muntin import kernels
 from muntin.errors import UserError
+from muntin.layers.cascaded import CascadedAttention
 from muntin.layers.position import BiasCache
 from muntin.runtime.packed import pack
 
@@ -33,6 +35,9 @@ def optimize(model: nn.Module) -> nn.Module:
         if isinstance(getattr(module, "_cache", None), BiasCache):
             module._cache = BiasCache(frozen=True)
             module.register_load_state_dict_post_hook(_forget)
+        if isinstance(module, CascadedAttention) and kernels.serve(module.bias_table):
+            module.stack()
+            module.register_load_state_dict_post_hook(_stack)
     packed: Any = pack(fast)
     packed.optimized = True
     return packed
@@ -41,6 +46,10 @@ def optimize(model: nn.Module) -> nn.Module:
 def _forget(module: Any, _: Any) -> None:
     """A frozen bias is of the weights that were there when it was made."""
     module._cache.entries.clear()
+
+
+def _stack(module: Any, _: Any) -> None:
+    module.stack()
 
 
 def fold(model: nn.Module) -> nn.Module:
