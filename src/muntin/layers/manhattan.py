@@ -232,21 +232,32 @@ class ManhattanAttention(nn.Module):
     def _rotate_symbolic(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, C) -> q and k (B, N, h, d), turned and scaled, for any N and without complex numbers.
 
-        The two channels of a pair stand half a head apart, as runtimes turn them best; the weights are put in this
-        order, which a runtime does once.
+        The two channels of a pair end up half a head apart, in q and k alike.
         """
-        batch, tokens, dim = x.shape
+        tokens = x.shape[1]
         exact = torch.promote_types(x.dtype, torch.float32)
-        order = torch.arange(2 * dim, device=x.device).view(-1, self.width // 2, 2).transpose(1, 2).reshape(-1)
-        scale = torch.tensor([1.0, self.width**-0.5], dtype=exact, device=x.device).repeat_interleave(dim).to(x.dtype)
-        weight, bias = self.qk.weight.index_select(0, order), self.qk.bias.index_select(0, order)
-        qk = F.linear(x, weight * scale[:, None], bias * scale).view(batch, tokens, 2 * self.heads, self.width)
+        a, b = self._pairs(x, exact)
         angles = torch.arange(tokens, device=x.device).to(exact)[:, None] * frequencies(self.width, exact).to(x.device)
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (N, 1, d / 2)
-        a, b = qk.chunk(2, -1)
         turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
         q, k = turned.chunk(2, 2)
         return q, k
+
+    def _pairs(self, x: Tensor, exact: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(B, N, C) -> the first and the second channels of the pairs of q and k, scaled: (B, N, 2h, d / 2) each."""
+        scale = torch.tensor([1.0, self.width**-0.5], dtype=exact, device=x.device)
+        if not torch.compiler.is_exporting():
+            qk = self.qk(x).unflatten(-1, (2 * self.heads, self.width // 2, 2))
+            a, b = (qk * scale.repeat_interleave(self.heads)[:, None, None]).unbind(-1)
+            return a, b
+        # runtimes turn pairs best whose channels stand half a head apart; the weights are put in this order, once
+        batch, tokens, dim = x.shape
+        order = torch.arange(2 * dim, device=x.device).view(-1, self.width // 2, 2).transpose(1, 2).reshape(-1)
+        scale = scale.repeat_interleave(dim).to(x.dtype)
+        weight, bias = self.qk.weight.index_select(0, order), self.qk.bias.index_select(0, order)
+        qk = F.linear(x, weight * scale[:, None], bias * scale).view(batch, tokens, 2 * self.heads, self.width)
+        a, b = qk.chunk(2, -1)
+        return a, b
 
     def _mix_symbolic(self, q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, N, h, d), q and k, and (B, N, C) -> (B, N, C), for sizes that may be symbols; no tensor above rank 5."""

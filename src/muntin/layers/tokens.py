@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from muntin.layers.conv import ConvNorm
+
 
 def on_map(layer: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
     """A convolution, or ConvNorm with a bias, of maps (B, C, H, W) on tokens (B, N, C): (B, N', C')."""
     traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    if traced and not (torch.is_grad_enabled() or layer.training):
+    known = isinstance(layer, nn.Conv2d | ConvNorm)  # a packed convolution is an operator of its own
+    if traced and known and not (torch.is_grad_enabled() or layer.training):
         conv, weight, bias = (layer, layer.weight, layer.bias) if isinstance(layer, nn.Conv2d) else _folded(layer)
         return _opaque(x, weight, bias, *size, conv.stride[0], conv.padding[0], conv.groups)
     # not transpose(1, 2).unflatten(2, size): of one image it has strides by which a convolution takes another layout

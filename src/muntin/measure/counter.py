@@ -76,9 +76,11 @@ RULES: dict[str, Callable[..., int]] = {
     "mkldnn::_linear_pointwise": _linear_pointwise,
     "muntin::convolution": _opaque_convolution,  # our own operators, in compiled code
     "muntin::token_convolution": _opaque_convolution,
+    "muntin::packed_convolution": _opaque_convolution,
+    "muntin::packed_linear": _linear_pointwise,
 }
 READS_OUTPUT = {"aten::convolution", "mkldnn::_convolution_pointwise", "mkldnn::_linear_pointwise"}
-READS_OUTPUT |= {"muntin::convolution", "muntin::token_convolution"}
+READS_OUTPUT |= {name for name in RULES if name.startswith("muntin::")}
 FACTORS = {"aten::mm": (0, 1), "aten::bmm": (0, 1), "aten::addmm": (1, 2), "aten::baddbmm": (1, 2)}
 
 

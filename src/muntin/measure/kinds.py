@@ -14,10 +14,11 @@ UNATTRIBUTED = "unattributed"
 # The wrappers (linear around addmm) count with what they wrap; a trailing underscore (in place) is ignored.
 _OPERATORS = {
     "matrix product": "mm addmm bmm baddbmm addbmm matmul linear mv dot addmv einsum _linear_pointwise _scaled_mm "
-    "mkldnn_linear _addmm_activation mkl_linear _mkl_linear _mkl_reorder_linear_weight",
+    "mkldnn_linear packed_linear _addmm_activation mkl_linear _mkl_linear _mkl_reorder_linear_weight",
     "convolution": "convolution conv1d conv2d conv3d _convolution mkldnn_convolution cudnn_convolution thnn_conv2d "
     "_slow_conv2d_forward _conv_depthwise2d conv_transpose2d _convolution_pointwise convolution_overrideable "
-    "miopen_convolution miopen_depthwise_convolution cudnn_convolution_relu token_convolution",
+    "miopen_convolution miopen_depthwise_convolution cudnn_convolution_relu token_convolution "
+    "packed_convolution",
     "attention": "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu "
     "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
     "_scaled_dot_product_attention_math _flash_attention_forward _efficient_attention_forward "

@@ -7,13 +7,13 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from muntin import kernels
 from muntin.errors import UserError
 from muntin.layers.cascaded import CascadedAttention
 from muntin.layers.position import BiasCache
-from muntin.runtime.packed import pack
+from muntin.runtime.packed import Packed, pack
 
 
 def optimize(model: nn.Module) -> nn.Module:
@@ -23,7 +23,7 @@ def optimize(model: nn.Module) -> nn.Module:
     weights of q, x + DWConv(x) becomes one convolution; on a CPU the weights are packed for oneDNN, and activations
     and residuals join the product before them.
     Outputs are equal to 1e-5 of a standard deviation in float32. The copy has no gradients of its own; for
-    `muntin.compile` and `muntin.export` give the model itself. A copy of a copy is that copy.
+    `muntin.export` give the model itself, and `muntin.compile` makes its own copy. A copy of a copy is that copy.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"optimize takes a model, not a {type(model).__name__}: use muntin.create_model first")
@@ -41,6 +41,28 @@ def optimize(model: nn.Module) -> nn.Module:
     packed: Any = pack(fast)
     packed.optimized = True
     return packed
+
+
+def take_over(old: nn.Module, new: nn.Module) -> bool:
+    """Gives an optimised copy the weights of another, in place; False, and nothing is done, where they differ in more."""
+    theirs = dict(new.named_modules())
+    tensors: list[tuple[Tensor, Tensor]] = []
+    for name, module in old.named_modules():
+        other = theirs.pop(name, None)
+        if type(other) is not type(module) or other.extra_repr() != module.extra_repr():
+            return False
+        for held, given in ((module._parameters, other._parameters), (module._buffers, other._buffers)):
+            tensors += [(x, given[key]) for key, x in held.items() if x is not None and given[key] is not None]
+    if theirs or any(x.shape != y.shape or x.dtype != y.dtype or x.device != y.device for x, y in tensors):
+        return False
+    for x, y in tensors:
+        x.copy_(y)
+    for module in old.modules():
+        if isinstance(module, Packed):
+            module.repack()
+        if isinstance(getattr(module, "_cache", None), BiasCache):
+            _forget(module, None)
+    return True
 
 
 def _forget(module: Any, _: Any) -> None:

@@ -5,7 +5,9 @@ and left out where it fails or differs.
 """
 
 from functools import lru_cache
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +22,23 @@ _FUNCTIONS = {"none": lambda y: y, "gelu": F.gelu, "relu": F.relu, "hardswish": 
 _ACTIVATION: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.ReLU: "relu", nn.Hardswish: "hardswish"}
 
 
+_numbers = count()
+_layers: WeakValueDictionary[int, "Packed"] = WeakValueDictionary()
+"""Packed layers by number: a compiled graph holds the number, and finds what is packed when it runs."""
+
+
 class Packed(nn.Module):
     """Base: what is packed is opaque to pickle and copy, and made again from the layer, also when the layer's weights
     are loaded or converted. The layer itself serves where a packed product cannot: another dtype, autocast, gradients.
     """
 
     _packed: Any
+    _ready = True
 
     def __init__(self, layer: Any, act: str = "none") -> None:
         super().__init__()
         self._original = layer
+        self._enroll()
         self.act = act
         self._pack()
         self.register_load_state_dict_post_hook(_pack_again)
@@ -40,17 +49,33 @@ class Packed(nn.Module):
     def _product(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def _enroll(self) -> None:
+        self.number = next(_numbers)
+        _layers[self.number] = self
+
     def forward(self, x: Tensor) -> Tensor:
-        return self._product(x) if self._serves(x) else _FUNCTIONS[self.act](self._original(x))
+        if not self._serves(x):
+            return _FUNCTIONS[self.act](self._original(x))
+        return self._traced(x) if torch.compiler.is_compiling() else self._product(x)
+
+    def _traced(self, x: Tensor) -> Tensor:
+        """The product as an operator that a compiler does not look into."""
+        raise NotImplementedError
 
     def _serves(self, x: Tensor) -> bool:
-        if self._packed is None or x.dtype != self._original.weight.dtype or torch.is_autocast_enabled("cpu"):
+        if not self._ready or x.dtype != self._original.weight.dtype or torch.is_autocast_enabled("cpu"):
             return False
         return not (x.requires_grad and torch.is_grad_enabled())
 
+    def repack(self) -> None:
+        """To be called when the layer's weights have changed, or what may keep them from being packed."""
+        self._ready = _packs(type(self), self._original.weight, self.act)
+        if self._ready:
+            self._pack()
+
     def _apply(self, fn: Any, recurse: bool = True) -> "Packed":
         super()._apply(fn, recurse)
-        _pack_again(self)
+        self.repack()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -58,17 +83,15 @@ class Packed(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _pack_again(self)  # its weights may have been converted to what cannot be packed
+        self._enroll()
+        self.repack()  # its weights may have been converted to what cannot be packed
 
     def extra_repr(self) -> str:
         return f"act={self.act}"
 
 
 def _pack_again(module: Any, *_: Any) -> None:
-    if _packs(type(module), module._original.weight, module.act):
-        module._pack()
-    else:
-        module._packed = None
+    module.repack()
 
 
 class PackedLinear(Packed):
@@ -84,6 +107,9 @@ class PackedLinear(Packed):
     def _product(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, self.act, [], _ALGORITHM[self.act])
 
+    def _traced(self, x: Tensor) -> Tensor:
+        return torch.ops.muntin.packed_linear(x, self._original.weight, self.number)
+
 
 class PackedPointwise(PackedLinear):
     """A 1x1 convolution of maps in channels-last memory, as a linear layer: (B, C, H, W) -> (B, C', H, W)."""
@@ -97,6 +123,9 @@ class PackedPointwise(PackedLinear):
 
     def _product(self, x: Tensor) -> Tensor:
         return super()._product(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def _traced(self, x: Tensor) -> Tensor:
+        return super()._traced(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C'), the channels last as they are in memory."""
@@ -134,6 +163,40 @@ class PackedConv(Packed):
         return torch.ops.mkldnn._convolution_pointwise(
             x, self._weight(x), self._bias, *self._sizes, self.act, [], _ALGORITHM[self.act]
         )
+
+
+    def _traced(self, x: Tensor) -> Tensor:
+        sides = zip(x.shape[2:], self.kernel_size, self.stride, self._sizes[0], self._sizes[2], strict=True)
+        height, width = ((side + 2 * p - d * (k - 1) - 1) // s + 1 for side, k, s, p, d in sides)
+        return torch.ops.muntin.packed_convolution(x, self._original.weight, self.number, height, width)
+
+
+# The weights are arguments for what counts operations and bytes; the product takes what was packed of them.
+_library = torch.library.Library("muntin", "FRAGMENT")
+_library.define("packed_linear(Tensor x, Tensor weight, int number) -> Tensor")
+_library.define("packed_convolution(Tensor x, Tensor weight, int number, SymInt height, SymInt width) -> Tensor")
+
+
+def _run_linear(x: Tensor, weight: Tensor, number: int) -> Tensor:
+    return PackedLinear._product(_layers[number], x)  # type: ignore[arg-type]
+
+
+def _run_convolution(x: Tensor, weight: Tensor, number: int, height: int, width: int) -> Tensor:
+    return _layers[number]._product(x).contiguous(memory_format=torch.channels_last)
+
+
+_library.impl("packed_linear", _run_linear, "CPU")
+_library.impl("packed_convolution", _run_convolution, "CPU")
+
+
+@torch.library.register_fake("muntin::packed_linear")
+def _(x: Tensor, weight: Tensor, number: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("muntin::packed_convolution")
+def _(x: Tensor, weight: Tensor, number: int, height: int, width: int) -> Tensor:
+    return x.new_empty(x.shape[0], height, width, weight.shape[0]).permute(0, 3, 1, 2)
 
 
 class PackedResidual(nn.Module):
