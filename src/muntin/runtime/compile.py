@@ -25,15 +25,16 @@ class Compiled(nn.Module):
         self._options = options
         backbone: Any = getattr(model, "backbone", model)
         self._least = backbone.stem.stride + 1
-        self._training = torch.compile(model, fullgraph=True, dynamic=False, **options)
-        self._copies: list[_Copy] = []  # none or one, out of sight of state_dict
+        # in lists, so that state_dict holds the model's weights once
+        self._training = [torch.compile(model, fullgraph=True, dynamic=False, **options)]
+        self._copies: list[_Copy] = []
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         if min(image.shape[-2:]) < self._least:
             return self.model(image)
         if torch.is_grad_enabled() or self.model.training:
             with torch._dynamo.config.patch(recompile_limit=RECOMPILES):
-                return self._training(image)
+                return self._training[0](image)
         image = image.view_as(image)  # the marks stay off the caller's tensor
         for axis in (0, 2, 3):
             if image.shape[axis] > 1:

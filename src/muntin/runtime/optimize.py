@@ -44,7 +44,7 @@ def optimize(model: nn.Module) -> nn.Module:
 
 
 def take_over(old: nn.Module, new: nn.Module) -> bool:
-    """Gives an optimised copy the weights of another, in place; False, and nothing is done, where they differ in more."""
+    """Gives an optimised copy the weights of another, in place; False, and nothing done, where more is different."""
     theirs = dict(new.named_modules())
     tensors: list[tuple[Tensor, Tensor]] = []
     for name, module in old.named_modules():

@@ -33,11 +33,11 @@ class Packed(nn.Module):
     """
 
     _packed: Any
-    _ready = True
 
     def __init__(self, layer: Any, act: str = "none") -> None:
         super().__init__()
         self._original = layer
+        self._ready = True
         self._enroll()
         self.act = act
         self._pack()
@@ -163,7 +163,6 @@ class PackedConv(Packed):
         return torch.ops.mkldnn._convolution_pointwise(
             x, self._weight(x), self._bias, *self._sizes, self.act, [], _ALGORITHM[self.act]
         )
-
 
     def _traced(self, x: Tensor) -> Tensor:
         sides = zip(x.shape[2:], self.kernel_size, self.stride, self._sizes[0], self._sizes[2], strict=True)
