@@ -17,8 +17,8 @@ from muntin.measure import energy, memory, peers, scaling
 from muntin.measure.command import numbers, words
 from muntin.measure.compare import compare, ratio
 from muntin.measure.results import BenchReport, Row
-from muntin.measure.runners import Graphed
 from muntin.measure.timing import Series, figures, timed
+from muntin.runtime.graphs import CudaGraphs
 
 MACHINE = {"cpu": "A", "cores": 2, "flags": ["avx2"], "system": "Linux"}
 ROW = Row(
@@ -328,13 +328,19 @@ def test_a_graph_is_captured_once_for_each_shape_and_replayed_on_new_images(monk
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: during("side"))
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: during("graph"))
-    graphed = Graphed(call)
+    graphed = CudaGraphs(call)
     for value in (1.0, 3.0, 5.0):
         given = torch.full((2, 3), value)
         assert torch.equal(graphed(given), 2 * given) and given[0, 0] == value
     assert log == ["wait", "side", "call", "call", "call", "end side", "wait", "graph", "call", "end graph"]
     graphed(torch.ones(4, 3))
     assert log.count("graph") == 2
+    for rows in range(5, 13):  # eight more shapes
+        graphed(torch.ones(rows, 3))
+    graphed(torch.ones(2, 3))
+    assert log.count("graph") == 11  # the first has been forgotten
+    first, second = (graphed(torch.full((2, 3), value)) for value in (1.0, 2.0))
+    assert torch.equal(first, torch.full((2, 3), 2.0)) and torch.equal(second, torch.full((2, 3), 4.0))
 
 
 def test_a_call_on_a_gpu_is_timed_between_events(monkeypatch):

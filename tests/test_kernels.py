@@ -171,3 +171,28 @@ def test_kernels_compile_for_gpus_that_are_not_here() -> None:
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {case["kernel"].partition(".")[0] for case in found} == {"window", "manhattan", "cascade"}
     assert max(case["shared"] for case in found) <= 99 << 10
+
+
+def test_a_cuda_graph_needs_a_gpu() -> None:
+    model = muntin.create_model("swin_t", 5, dim=16, depths=(1,), heads=(1,)).eval()
+    with pytest.raises(muntin.UserError, match="the model is on cpu; move it to a GPU"):
+        muntin.optimize(model, cuda_graph=True)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device here")
+@pytest.mark.parametrize("name", MODELS)
+def test_models_compute_the_same_on_a_gpu(name: str, randomise: Callable[..., nn.Module]) -> None:
+    """By kernels, without them, and replayed from CUDA graphs, in float32."""
+    options = dict(MODELS[name])
+    model = randomise(muntin.create_model(options.pop("name"), num_classes=5, **options)).eval()
+    wanted = [model(torch.randn(batch, 3, 50, 71, generator=torch.Generator().manual_seed(batch))) for batch in (1, 3)]
+    model.cuda()
+    fast = muntin.optimize(model, cuda_graph=True)
+    for _ in range(2):
+        for batch, expected in zip((1, 3), wanted, strict=True):
+            image = torch.randn(batch, 3, 50, 71, generator=torch.Generator().manual_seed(batch)).cuda()
+            with torch.no_grad():
+                close(model(image), expected.detach().double(), 1e-3)
+                close(fast(image), expected.detach().double(), 1e-3)
+                with kernels.use(False):
+                    close(model(image), expected.detach().double(), 1e-3)

@@ -20,6 +20,7 @@ from muntin.measure import peers
 from muntin.measure.targets import ENGINE_OF, Models, Size, Target
 from muntin.measure.timing import Call, interleaved
 from muntin.runtime.compile import RECOMPILES
+from muntin.runtime.graphs import CudaGraphs
 from muntin.runtime.precision import DTYPES
 
 ENGINES = {
@@ -146,7 +147,7 @@ class Workshop:
             call = muntin.compile(model) if own and not target.peer else Compiled(model)
         seconds = time.perf_counter() - start
         if self.cuda_graphs:
-            call, settings = Graphed(call), [*settings, "CUDA graph"]
+            call, settings = CudaGraphs(call), [*settings, "CUDA graph"]
         return Runner(target, engine, precision, call, dtype, settings, seconds)
 
     def _exported(self, target: Target, engine: str, precision: str, batch: int, size: Size) -> Runner:
@@ -200,36 +201,3 @@ class Compiled(nn.Module):
     def forward(self, images: Tensor) -> Any:
         with torch._dynamo.config.patch(recompile_limit=RECOMPILES):
             return self.call(images)
-
-
-class Graphed:
-    """A call captured once for each shape as a CUDA graph and replayed; its input is copied to where it was captured.
-
-    Follows PyTorch's documentation: a few calls on a side stream first, so that nothing is allocated or tuned while
-    the graph is captured.
-    """
-
-    def __init__(self, call: Call, warmups: int = 3) -> None:
-        self.call, self.warmups = call, warmups
-        self._captured: dict[tuple[Any, ...], tuple[Any, Tensor, Any]] = {}
-
-    def __call__(self, images: Tensor) -> Any:
-        key = (tuple(images.shape), images.dtype)
-        if key not in self._captured:
-            self._captured[key] = self._capture(images.clone())
-        graph, given, result = self._captured[key]
-        given.copy_(images)
-        graph.replay()
-        return result
-
-    def _capture(self, images: Tensor) -> tuple[Any, Tensor, Any]:
-        side = torch.cuda.Stream(images.device)
-        side.wait_stream(torch.cuda.current_stream(images.device))
-        with torch.cuda.stream(side):
-            for _ in range(self.warmups):
-                self.call(images)
-        torch.cuda.current_stream(images.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = self.call(images)
-        return graph, images, result

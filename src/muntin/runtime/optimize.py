@@ -13,11 +13,15 @@ from muntin import kernels
 from muntin.errors import UserError
 from muntin.layers.cascaded import CascadedAttention
 from muntin.layers.position import BiasCache
+from muntin.runtime.graphs import CudaGraphs
 from muntin.runtime.packed import Packed, pack
 
 
-def optimize(model: nn.Module) -> nn.Module:
+def optimize(model: nn.Module, cuda_graph: bool = False) -> nn.Module:
     """A copy for inference on the model's own device; the model itself is left as it is.
+
+    cuda_graph: on a GPU, capture each shape of input as a CUDA graph and replay it: what a batch of few images waits
+    for is the launching of hundreds of kernels. Each shape keeps the memory of a forward pass, eight at most.
 
     BatchNorms are folded into the linear layer or convolution beside them and attention's scale into the
     weights of q, x + DWConv(x) becomes one convolution; on a CPU the weights are packed for oneDNN, and activations
@@ -28,7 +32,7 @@ def optimize(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UserError(f"optimize takes a model, not a {type(model).__name__}: use muntin.create_model first")
     if getattr(model, "optimized", False):
-        return model
+        return _graphs(model) if cuda_graph else model
     fast = fold(model)
     module: Any
     for module in fast.modules():
@@ -40,7 +44,18 @@ def optimize(model: nn.Module) -> nn.Module:
             module.register_load_state_dict_post_hook(_stack)
     packed: Any = pack(fast)
     packed.optimized = True
-    return packed
+    return _graphs(packed) if cuda_graph else packed
+
+
+def _graphs(model: nn.Module) -> nn.Module:
+    if isinstance(model, CudaGraphs):
+        return model
+    device = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0)).device
+    if device.type != "cuda":
+        raise UserError(f"cuda_graph=True: the model is on {device}; move it to a GPU first, or leave cuda_graph out")
+    graphs: Any = CudaGraphs(model)
+    graphs.optimized = True
+    return graphs
 
 
 def take_over(old: nn.Module, new: nn.Module) -> bool:
