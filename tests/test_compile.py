@@ -123,3 +123,13 @@ def test_compiled_inference_follows_the_weights(family: Any, randomise: Any) -> 
         assert error() < 1e-4
         assert fast(image).shape == (2, 7)
     assert list(fast.state_dict()) == [f"model.{name}" for name in model.state_dict()]
+
+
+@pytest.mark.filterwarnings("default")
+@families()
+def test_inductor_takes_every_family(family: Any, randomise: Any) -> None:
+    """Operators that only a tracing backend can run would show here."""
+    model = settle(randomise(tiny(family))).eval()
+    image = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        assert error_of(muntin.compile(model)(image), muntin.runtime.fold(model)(image)) < 1e-4

@@ -130,7 +130,7 @@ class PackedPointwise(PackedLinear):
     def forward_tokens(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C'), the channels last as they are in memory."""
         if self._serves(x):
-            return super()._product(x)
+            return super()._traced(x) if torch.compiler.is_compiling() else super()._product(x)
         return _FUNCTIONS[self.act](F.linear(x, self._original.weight.flatten(1), self._original.bias))
 
 
