@@ -122,6 +122,8 @@ def test_compiled_inference_follows_the_weights(family: Any, randomise: Any) -> 
         model.head.reset(7)
         assert error() < 1e-4
         assert fast(image).shape == (2, 7)
+        fast.double()
+        assert error_of(fast(image.double()), model(image.double())) < 1e-9
     assert list(fast.state_dict()) == [f"model.{name}" for name in model.state_dict()]
 
 

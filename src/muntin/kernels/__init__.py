@@ -30,9 +30,14 @@ def use(choice: bool | None) -> Iterator[None]:
         _choice = before
 
 
-@lru_cache
+@torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether this machine has what the kernels need: Triton, and a CUDA device of compute capability 8.0 or later."""
+    return _available()
+
+
+@lru_cache
+def _available() -> bool:
     return (
         find_spec("triton") is not None and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
     )

@@ -14,9 +14,9 @@ class Compiled(nn.Module):
     """A compiled model for every batch and size: in inference one graph for batch 1 and one for all others.
 
     The parameters are the given model's own. In inference the graphs are of its `optimize`d copy, which follows when
-    weights are loaded, trained or replaced; only what is written through a parameter's `.data` goes unseen. An image no
-    higher or wider than the stem's stride, whose map would be a single row or column, runs uncompiled. With gradients
-    there is a graph for each shape: symbolic sizes in a backward pass take minutes to compile.
+    weights are loaded, trained, moved or replaced; only what is written in place through `.data` goes unseen. An
+    image no higher or wider than the stem's stride, whose map would be a single row or column, runs uncompiled. With
+    gradients there is a graph for each shape: symbolic sizes in a backward pass take minutes to compile.
     """
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
@@ -67,14 +67,17 @@ class _Copy:
             return take_over(self.fast, fresh)
 
 
-def _contents(model: nn.Module) -> list[tuple[dict[str, Any], str, Any, int]]:
-    """Every module, parameter and buffer: what holds it, under which name, and how often it was written to."""
+def _contents(model: nn.Module) -> list[tuple[dict[str, Any], str, Any, tuple[int, int]]]:
+    """Every module, parameter and buffer: what holds it, under which name, and its version."""
     held = [group for module in model.modules() for group in (module._modules, module._parameters, module._buffers)]
     return [(group, key, value, _version(value)) for group in held for key, value in group.items()]
 
 
-def _version(value: Any) -> int:
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+def _version(value: Any) -> tuple[int, int]:
+    """How often a tensor was written to, and where it is: a move to another type or device counts as no writing."""
+    if not isinstance(value, Tensor):
+        return 0, 0
+    return 0 if value.is_inference() else value._version, value.data_ptr()
 
 
 def compile(model: nn.Module, **options: Any) -> Compiled:

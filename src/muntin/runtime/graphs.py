@@ -30,6 +30,7 @@ class CudaGraphs(nn.Module):
         super().__init__()
         self.call, self.warmups = call, warmups
         self._captured: OrderedDict[tuple[Any, ...], _Captured] = OrderedDict()
+        self.register_load_state_dict_post_hook(_forget)
 
     def forward(self, images: Tensor) -> Any:
         if torch.is_grad_enabled() and images.requires_grad:
@@ -58,5 +59,14 @@ class CudaGraphs(nn.Module):
                 result = self.call(images)
         return _Captured(graph, images, result)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "CudaGraphs":
+        self._captured.clear()  # the graphs read where the weights were
+        return super()._apply(fn, recurse)
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_captured": OrderedDict()}  # a graph is of one process
+
+
+def _forget(graphs: Any, _: Any) -> None:
+    """What is derived from the weights may be made anew, elsewhere."""
+    graphs._captured.clear()

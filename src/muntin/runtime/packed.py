@@ -49,6 +49,10 @@ class Packed(nn.Module):
     def _product(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    @property
+    def bias(self) -> Tensor | None:
+        return self._original.bias
+
     def _enroll(self) -> None:
         self.number = next(_numbers)
         _layers[self.number] = self
