@@ -135,3 +135,12 @@ def test_inductor_takes_every_family(family: Any, randomise: Any) -> None:
     image = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         assert error_of(muntin.compile(model)(image), muntin.runtime.fold(model)(image)) < 1e-4
+
+
+@pytest.mark.filterwarnings("default")
+@families()
+def test_two_graphs_hold_the_operators_of_the_kernels(family: Any, randomise: Any) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    assert torch.compile(lambda x: x + muntin.kernels.available(), backend="eager", fullgraph=True)(torch.zeros(1)) == 0
+    with muntin.kernels.use(True):
+        check_two_graphs(settle(randomise(tiny(family))).eval(), "aot_eager")
