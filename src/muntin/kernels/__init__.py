@@ -13,6 +13,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+_TRITON = find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _choice: bool | None = False if os.environ.get("MUNTIN_KERNELS") == "0" else None
 
@@ -30,17 +31,12 @@ def use(choice: bool | None) -> Iterator[None]:
         _choice = before
 
 
-@torch.compiler.assume_constant_result
-def available() -> bool:
-    """Whether this machine has what the kernels need: Triton, and a CUDA device of compute capability 8.0 or later."""
-    return _available()
+def _supported(device: torch.device) -> bool:
+    """What the kernels need: Triton, and compute capability 8.0 or later."""
+    return _TRITON and torch.cuda.get_device_properties(device).major >= 8
 
 
-@lru_cache
-def _available() -> bool:
-    return (
-        find_spec("triton") is not None and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    )
+_supported_once = lru_cache(_supported)
 
 
 def serve(x: Tensor) -> bool:
@@ -49,4 +45,7 @@ def serve(x: Tensor) -> bool:
         return False
     if _choice:
         return True
-    return x.is_cuda and x.dtype in _DTYPES and available()
+    if not x.is_cuda or x.dtype not in _DTYPES:
+        return False
+    # The compiler folds the properties of a device into a constant, but does not look into caches.
+    return _supported(x.device) if torch.compiler.is_compiling() else _supported_once(x.device)
