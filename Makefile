@@ -34,7 +34,7 @@ run: .venv/ready  ## train, evaluate, export, predict, measure and report on han
 
 test: .venv/ready  ## tests that need no network and no GPU
 	@echo "Running the tests"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-coreml: .venv-coreml/ready  ## Core ML export, in an environment of its own: its converter fails with newer numpy
 	@echo "Running the tests of Core ML export"
