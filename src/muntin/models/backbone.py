@@ -46,6 +46,11 @@ class Backbone(nn.Module):
         return block(*args)
 
 
+def call_block(block: nn.Module, *args: Any) -> Tensor:
+    """What a stage calls its blocks by outside a backbone."""
+    return block(*args)
+
+
 def select_outputs(out_indices: tuple[int, ...] | None, stages: int) -> tuple[int, ...]:
     """Stage numbers to return, all by default; negative ones count from the end. UserError where none is."""
     if out_indices is None:

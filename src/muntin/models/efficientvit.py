@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from muntin.errors import UserError
 from muntin.layers.cascaded import CascadedAttention, MapAttention, PlainAttention
 from muntin.layers.conv import MAP_ACTIVATIONS, MAP_NORMS, ConvNorm, Residual, fold_before, renew, with_weights
+from muntin.layers.opaque import OpaqueStage
 from muntin.layers.patch import check_image
 from muntin.layers.tracing import symbolic
 from muntin.layers.window import SymbolicGrid, symbolic_grid
-from muntin.models.backbone import Backbone, select_outputs
+from muntin.models.backbone import Backbone, call_block, select_outputs
 
 ATTENTIONS = ("cascaded", "plain")
 
@@ -185,17 +186,19 @@ def _subsample(config: EfficientViT, stage: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(before=_unit(config, dim), reduce=reduce, after=_unit(config, out)))
 
 
-class EfficientViTStage(nn.Module):
+class EfficientViTStage(OpaqueStage):
     """Subsampling, but for the first stage, then blocks on maps of one size."""
 
     def __init__(self, config: EfficientViT, stage: int) -> None:
-        super().__init__()
+        super().__init__(config.dims[stage], stage > 0)
         self.window = config.windows[stage]
         self.subsample = _subsample(config, stage) if stage else None
         self.blocks = nn.ModuleList(EfficientViTBlock(config, stage) for _ in range(config.depths[stage]))
 
     def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
         """`run(block, ...)` calls a block."""
+        if self.opaque:
+            return self.by_operator(x, (x.shape[2], x.shape[3]))[0]
         if self.subsample is not None:
             x = renew(self.subsample(x))
         grid = None
@@ -205,6 +208,9 @@ class EfficientViTStage(nn.Module):
         for block in self.blocks:
             x = run(block, x, grid)
         return x
+
+    def whole(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        return self(x, call_block)
 
 
 class EfficientViTBackbone(Backbone):

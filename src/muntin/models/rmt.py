@@ -19,11 +19,12 @@ from muntin.layers.conv import ConvNorm, fold_after, with_weights
 from muntin.layers.drop import DropPath
 from muntin.layers.manhattan import DECAYS, ManhattanAttention
 from muntin.layers.mlp import Mlp, TokenBatchNorm
+from muntin.layers.opaque import OpaqueStage
 from muntin.layers.patch import PatchEmbed, PatchMerging, check_image
 from muntin.layers.tokens import after, on_map
 from muntin.layers.tracing import symbolic
 from muntin.layers.window import fresh
-from muntin.models.backbone import Backbone, select_outputs
+from muntin.models.backbone import Backbone, call_block, select_outputs
 
 SWITCHES = ("decomposed", "layer_scale", "patch_norm", "position_conv", "local_enhancement", "ffn_conv")
 PER_STAGE = ("dims", "depths", "heads", "mlp_ratios", "decay_range", "decomposed", "layer_scale")
@@ -279,11 +280,11 @@ def _scaled(linear: nn.Linear, scale: Tensor) -> nn.Linear:
     return with_weights(linear, linear.weight * factor[:, None], linear.bias * factor)
 
 
-class RmtStage(nn.Module):
+class RmtStage(OpaqueStage):
     """Downsampling, but for the first stage, then blocks on maps of one size."""
 
     def __init__(self, config: Rmt, stage: int, drop_paths: list[float]) -> None:
-        super().__init__()
+        super().__init__(config.dims[stage], stage > 0)
         self.merge: nn.Module | None = None
         if stage:
             before, dim = config.dims[stage - 1 : stage + 1]
@@ -292,11 +293,16 @@ class RmtStage(nn.Module):
 
     def forward(self, x: Tensor, height: int, width: int, run: Callable[..., Tensor]) -> tuple[Tensor, int, int]:
         """Tokens (B, N, C) and the map's sides -> the same after the stage. `run(block, ...)` calls a block."""
+        if self.opaque:
+            return self.by_operator(x, (height, width))
         if self.merge is not None:
             x, height, width = self.merge(x, (height, width))
         for block in self.blocks:
             x = run(block, x, (height, width))
         return x, height, width
+
+    def whole(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        return self(x, *size, call_block)[0]
 
 
 class RmtBackbone(Backbone):

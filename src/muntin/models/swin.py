@@ -208,8 +208,9 @@ class SwinBackbone(WindowBackbone):
         stem = PatchEmbed(config.dim, config.patch, config.norm)
         stages = []
         for s, rates in enumerate(drop_rates(config.depths, drop_path)):
-            merge = PatchMerging(config.dim * 2 ** (s - 1), config.norm) if s else None
-            stages.append(WindowStage(merge, [SwinBlock(config, s, b, rate) for b, rate in enumerate(rates)]))
+            dim = config.dim * 2**s
+            merge = PatchMerging(dim // 2, config.norm) if s else None
+            stages.append(WindowStage(dim, merge, [SwinBlock(config, s, b, rate) for b, rate in enumerate(rates)]))
         super().__init__(config, stem, stages, NORMS[config.norm], out_indices, out_norm)
         self.apply(initialise)
 

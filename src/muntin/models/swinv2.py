@@ -354,8 +354,9 @@ class SwinV2Backbone(WindowBackbone):
         stem = PatchEmbed(config.dim)
         stages = []
         for s, rates in enumerate(drop_rates(config.depths, drop_path)):
-            merge = PostNormMerging(config.dim * 2 ** (s - 1)) if s else None
-            stages.append(WindowStage(merge, [SwinV2Block(config, s, b, rate) for b, rate in enumerate(rates)]))
+            dim = config.dim * 2**s
+            merge = PostNormMerging(dim // 2) if s else None
+            stages.append(WindowStage(dim, merge, [SwinV2Block(config, s, b, rate) for b, rate in enumerate(rates)]))
         super().__init__(config, stem, stages, nn.LayerNorm, out_indices, out_norm)
         self.apply(initialise)
 

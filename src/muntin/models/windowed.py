@@ -16,17 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from muntin import kernels
+from muntin.layers.opaque import OpaqueStage
 from muntin.layers.patch import PatchEmbed
 from muntin.layers.tracing import symbolic
 from muntin.layers.window import Grid, SymbolicGrid, make_grid, reorder, symbolic_grid
-from muntin.models.backbone import Backbone, select_outputs
+from muntin.models.backbone import Backbone, call_block, select_outputs
 
 
-class WindowStage(nn.Module):
+class WindowStage(OpaqueStage):
     """Patch merging, but for the first stage, then blocks on maps of one size."""
 
-    def __init__(self, merge: nn.Module | None, blocks: Iterable[nn.Module]) -> None:
-        super().__init__()
+    def __init__(self, channels: int, merge: nn.Module | None, blocks: Iterable[nn.Module]) -> None:
+        super().__init__(channels, merge is not None)
         self.merge: Any = merge
         self.blocks = nn.ModuleList(blocks)
 
@@ -45,8 +46,14 @@ class WindowStage(nn.Module):
             source = block.order(source, size)
         return x, source, size
 
+    def whole(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        x, order, size = self(x[None], None, size, call_block)
+        return reorder(x, order, None, size)[0]
+
     def forward_raster(self, x: Tensor, height: int, width: int, run: Callable[..., Tensor]) -> tuple[Tensor, int, int]:
         """(B, N, C) in raster order and the map's sides -> the same after the stage."""
+        if self.opaque:
+            return self.by_operator(x, (height, width))
         by_kernels = kernels.serve(x)
         if self.merge is not None and by_kernels and not symbolic(height):
             x = self.merge(x[None], None, None, (height, width))[0]

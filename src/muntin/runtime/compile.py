@@ -1,10 +1,13 @@
 """torch.compile with batch, height and width dynamic."""
 
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from muntin.layers.opaque import OpaqueStage
 from muntin.runtime.optimize import optimize, take_over
 
 RECOMPILES = 256  # models and shapes in a process: all classifiers share the code of one forward, and torch allows it 8
@@ -53,31 +56,48 @@ class _Copy:
 
     def __init__(self, model: nn.Module, options: dict[str, Any]) -> None:
         self.model = model
-        self.seen = _contents(model)
+        self.seen = _Contents(model)
         self.fast = optimize(model)
+        for module in self.fast.modules():
+            if isinstance(module, OpaqueStage) and next(module.parameters()).device.type == "cpu":
+                module.enroll()
+        if "mode" not in options:  # guards on what nobody else holds, and what is watched here
+            unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+            options = options | {"options": unguarded | options.get("options", {})}
         self.compiled = torch.compile(self.fast, fullgraph=True, **options)
 
     def follows(self) -> bool:
         """Whether it computes what the model does now; where weights alone have changed it takes them over."""
-        if all(held.get(key) is value and _version(value) == version for held, key, value, version in self.seen):
+        if self.seen.unchanged():
             return True
         with torch.no_grad():
             fresh = optimize(self.model)
-            self.seen = _contents(self.model)
+            self.seen = _Contents(self.model)
             return take_over(self.fast, fresh)
 
 
-def _contents(model: nn.Module) -> list[tuple[dict[str, Any], str, Any, tuple[int, int]]]:
-    """Every module, parameter and buffer: what holds it, under which name, and its version."""
-    held = [group for module in model.modules() for group in (module._modules, module._parameters, module._buffers)]
-    return [(group, key, value, _version(value)) for group in held for key, value in group.items()]
+class _Contents:
+    """Every module, parameter and buffer of a model; of tensors how often they were written to, and where they are: a
+    move to another type or device counts as no writing. Asked before every call, so in loops that C runs.
+    """
 
+    def __init__(self, model: nn.Module) -> None:
+        self._groups: Any = [g for m in model.modules() for g in (m._modules, m._parameters, m._buffers)]
+        self._held = self._values()
+        self._tensors = [value for value in self._held if isinstance(value, Tensor)]
+        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._versions = self._numbers()
 
-def _version(value: Any) -> tuple[int, int]:
-    """How often a tensor was written to, and where it is: a move to another type or device counts as no writing."""
-    if not isinstance(value, Tensor):
-        return 0, 0
-    return 0 if value.is_inference() else value._version, value.data_ptr()
+    def unchanged(self) -> bool:
+        found = self._values()
+        same = len(found) == len(self._held) and all(map(is_, found, self._held))
+        return same and self._numbers() == self._versions
+
+    def _values(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._groups)))
+
+    def _numbers(self) -> tuple[list[int], list[int]]:
+        return [tensor._version for tensor in self._counted], [tensor.data_ptr() for tensor in self._tensors]
 
 
 def compile(model: nn.Module, **options: Any) -> Compiled:

@@ -1,0 +1,71 @@
+"""Stages that a compiled graph holds as one operator, which runs them as they run uncompiled.
+
+On a CPU packed products, attention in pieces and window order, with the sizes at hand, are faster than what a compiler
+makes of a stage whose sizes are symbols (docs/performance.md). The graph holds a number, so it serves any weights.
+
+Legend: B batch, H W map, N = H * W tokens in raster order, C channels. A stage takes tokens (B, N, C) or a map
+(B, C, H, W), and gives the same kind.
+"""
+
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from muntin.layers.window import fresh
+
+_numbers = count()
+_stages: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+
+class OpaqueStage(nn.Module):
+    """Base of stages that may be one operator of a compiled graph.
+
+    channels: of the output. halves: whether the output's map has half the sides, rounded up, or the input's.
+    """
+
+    def __init__(self, channels: int, halves: bool) -> None:
+        super().__init__()
+        self.channels, self.halves = channels, halves
+        self.number: int | None = None
+
+    def whole(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The stage, uncompiled: its input and the sides of that map -> its output."""
+        raise NotImplementedError
+
+    def enroll(self) -> None:
+        """From now on compiled graphs hold the operator. Not for a module that is copied later."""
+        self.number = next(_numbers)
+        _stages[self.number] = self
+
+    @property
+    def opaque(self) -> bool:
+        return self.number is not None and torch.compiler.is_compiling()
+
+    def by_operator(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, int, int]:
+        """The output, and the sides of its map."""
+        height, width = (fresh((side + 1) // 2) for side in size) if self.halves else size
+        out = torch.ops.muntin.stage(x, self.number, list(size), [height, width], self.channels)
+        return out, height, width
+
+
+_library = torch.library.Library("muntin", "FRAGMENT")
+_library.define("stage(Tensor x, int number, SymInt[] size, SymInt[] out, int channels) -> Tensor")
+
+
+def _run(x: Tensor, number: int, size: Sequence[int], out: Sequence[int], channels: int) -> Tensor:
+    y = _stages[number].whole(x, (size[0], size[1]))
+    return y.contiguous(memory_format=torch.channels_last if y.ndim == 4 else torch.contiguous_format)
+
+
+_library.impl("stage", _run, "CPU")
+
+
+@torch.library.register_fake("muntin::stage")
+def _(x: Tensor, number: int, size: Sequence[int], out: Sequence[int], channels: int) -> Tensor:
+    if x.ndim == 3:
+        return x.new_empty(x.shape[0], out[0] * out[1], channels)
+    return x.new_empty(x.shape[0], out[0], out[1], channels).permute(0, 3, 1, 2)
