@@ -61,9 +61,6 @@ class _Copy:
         for module in self.fast.modules():
             if isinstance(module, OpaqueStage) and next(module.parameters()).device.type == "cpu":
                 module.enroll()
-        if "mode" not in options:  # guards on what nobody else holds, and what is watched here
-            unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-            options = options | {"options": unguarded | options.get("options", {})}
         self.compiled = torch.compile(self.fast, fullgraph=True, **options)
 
     def follows(self) -> bool:
