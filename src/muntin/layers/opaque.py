@@ -56,12 +56,13 @@ _library = torch.library.Library("muntin", "FRAGMENT")
 _library.define("stage(Tensor x, int number, SymInt[] size, SymInt[] out, int channels) -> Tensor")
 
 
-def _run(x: Tensor, number: int, size: Sequence[int], out: Sequence[int], channels: int) -> Tensor:
+def run_stage(x: Tensor, number: int, size: Sequence[int], out: Sequence[int], channels: int) -> Tensor:
+    """What the operator runs."""
     y = _stages[number].whole(x, (size[0], size[1]))
     return y.contiguous(memory_format=torch.channels_last if y.ndim == 4 else torch.contiguous_format)
 
 
-_library.impl("stage", _run, "CPU")
+_library.impl("stage", run_stage, "CPU")
 
 
 @torch.library.register_fake("muntin::stage")

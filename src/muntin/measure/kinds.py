@@ -95,6 +95,8 @@ def plain_name(operator: str) -> str:
 
 def kind_of(operator: str) -> str:
     """The kind of an operator such as `aten::addmm`, by its name alone."""
+    if operator == "muntin::stage":  # the operators inside have times of their own; what is left is between them
+        return UNATTRIBUTED
     return _KIND_OF.get(plain_name(operator), "other")
 
 

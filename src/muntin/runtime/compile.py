@@ -45,6 +45,10 @@ class Compiled(nn.Module):
         with torch._dynamo.config.patch(capture_scalar_outputs=True, recompile_limit=RECOMPILES):
             return self._copy().compiled(image)
 
+    def optimized(self) -> nn.Module:
+        """The copy that the graphs of inference are of."""
+        return self._copy().fast
+
     def _copy(self) -> "_Copy":
         if not (self._copies and self._copies[0].follows()):
             self._copies = [_Copy(self.model, self._options)]

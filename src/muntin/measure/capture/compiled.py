@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from muntin.layers.opaque import OpaqueStage
 from muntin.measure.capture import Capture
 from muntin.measure.capture.eager import Recorder, Unit, attributed, timed
 from muntin.measure.capture.stages import Stages
@@ -178,6 +179,9 @@ def _explained(units: Sequence[Unit], calls: Sequence[_Call], stages: Stages) ->
         waiting[_base(call.label)].append(call)
     known = []
     for unit in units:
+        if unit.stage is not None:  # inside an operator that is a whole stage
+            known.append(unit)
+            continue
         queue = waiting[_base(unit.name)]
         call = queue.popleft() if queue else _Call(unit.name, ())
         places = Counter(stage for node in call.nodes if (stage := stages.of(node.path)) is not None)
@@ -223,6 +227,16 @@ def compiled(model: nn.Module) -> Callable[[Tensor], Any]:
     return muntin.compile(model) if is_ours(model) else torch.compile(model)
 
 
+def _opaque(call: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that run inside operators, with their paths."""
+    from muntin.runtime.compile import Compiled
+
+    if isinstance(call, Compiled):
+        for path, stage in call.optimized().named_modules():
+            if isinstance(stage, OpaqueStage) and stage.number is not None:
+                yield from stage.named_modules(prefix=path)
+
+
 def capture(model: nn.Module, x: Tensor, calls: int, warmup: int) -> Capture:
     """A pass of the compiled model; compiling takes its time."""
     import logging
@@ -242,7 +256,8 @@ def capture(model: nn.Module, x: Tensor, calls: int, warmup: int) -> Capture:
                 call = compiled(model)
                 call(x)
             seen.recorder = Recorder([x])
-            call(x)
+            with stages.tracked(_opaque(call), seen.recorder.enter):
+                call(x)
             units = _explained(seen.recorder.units, seen.calls, stages)
             seen.recorder = None
             plain, runs = timed(call, x, calls, warmup)

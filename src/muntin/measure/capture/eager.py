@@ -78,7 +78,7 @@ class Recorder(OperatorCounter):
 def recorded(call: Callable[[Tensor], Any], x: Tensor, model: nn.Module, stages: Stages) -> list[Unit]:
     """The operators of one pass."""
     recorder = Recorder([x])
-    with stages.tracked(model, recorder.enter), recorder:
+    with stages.tracked(model.named_modules(), recorder.enter), recorder:
         call(x)
     filled = stages.fill([unit.stage for unit in recorder.units])
     return [

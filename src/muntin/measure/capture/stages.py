@@ -5,7 +5,7 @@ before, and to the head after the last. A model in which no stages are found is 
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,8 +41,13 @@ class Stages:
         return filled
 
     @contextmanager
-    def tracked(self, model: nn.Module, enter: Callable[[str | None, nn.Module | None], None]) -> Iterator[None]:
-        """Tell `enter` the stage and the module when a module of the model begins, and when it ends those around it."""
+    def tracked(
+        self, modules: Iterable[tuple[str, nn.Module]], enter: Callable[[str | None, nn.Module | None], None]
+    ) -> Iterator[None]:
+        """Tell `enter` the stage and the module when one of the modules begins, and when it ends those around it.
+
+        modules: with their paths in the model.
+        """
         around: list[tuple[str | None, nn.Module | None]] = [(None, None)]
 
         def begin(path: str) -> Callable[..., None]:
@@ -57,7 +62,7 @@ class Stages:
             enter(*around[-1])
 
         hooks: list[Any] = []
-        for path, module in model.named_modules():
+        for path, module in modules:
             hooks += [module.register_forward_pre_hook(begin(path)), module.register_forward_hook(end)]
         try:
             yield
