@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import muntin
+import test_models
 from muntin.errors import UserError
 from muntin.measure import profile
 from muntin.measure.capture import Piece, median_pass
@@ -20,6 +21,7 @@ from muntin.measure.profile_text import beside
 from muntin.measure.profiles import check_files, numbers, profiles, words, write
 from muntin.measure.roofline import Peaks, bounds, peaks
 from muntin.measure.trace import trace
+from muntin.models import efficientvit, rmt, swin
 
 TINY: dict[str, Any] = {"dim": 16, "depths": (1, 1, 2, 1), "heads": (1, 2, 4, 8)}
 PEAKS = Peaks(gflops=100.0, gbps=10.0, cached=((1 << 20, 50.0),), precision="float32", threads=1, device="cpu")
@@ -178,6 +180,18 @@ def test_known_work_in_compiled_code():
     assert not found.notes
     eager = profile(Work("matrix product"), x, calls=1, roofline=False)
     assert sum(o.flops for o in found.operators) == sum(o.flops for o in eager.operators)
+
+
+@pytest.mark.filterwarnings("default")  # the compiler's own
+@pytest.mark.parametrize("family", [swin, efficientvit, rmt], ids=["swin", "efficientvit", "rmt"])
+def test_compiled_models_are_seen_through_the_operators_that_are_stages(family):
+    model = test_models.tiny(family).eval()
+    found = profile(model, torch.randn(1, 3, 64, 96), engine="compile", calls=1, roofline=False)
+    assert sum(o.flops for o in found.operators) == 2 * muntin.measure.cost(model, (64, 96)).macs
+    assert not found.notes
+    for stage, kinds in found.stages.items():
+        products = kinds.get("matrix product", 0) + kinds.get("convolution", 0)
+        assert products > 0 or stage == UNATTRIBUTED, stage
 
 
 def test_onnx_runtime_in_another_precision():

@@ -184,7 +184,8 @@ def _explained(units: Sequence[Unit], calls: Sequence[_Call], stages: Stages) ->
             continue
         queue = waiting[_base(unit.name)]
         call = queue.popleft() if queue else _Call(unit.name, ())
-        places = Counter(stage for node in call.nodes if (stage := stages.of(node.path)) is not None)
+        computing = [node for node in call.nodes if "scalar_tensor" not in node.operator]  # sizes are made ahead
+        places = Counter(stage for node in computing if (stage := stages.of(node.path)) is not None)
         stage = places.most_common(1)[0][0] if places else None
         fused = unit.name.startswith(("cpp_", "triton_"))
         kinds = tuple(dict.fromkeys(_kind(node) for node in call.nodes))
