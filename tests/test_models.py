@@ -16,6 +16,7 @@ from conftest import error_of, settle
 from muntin.layers.drop import DropPath
 from muntin.models import FAMILIES
 from muntin.models.classifier import Classifier
+from muntin.runtime.packed import Packed
 
 SIZES = ((64, 64), (61, 83), (9, 70), (5, 3), (1, 1))
 
@@ -112,12 +113,25 @@ def test_optimize_equals_the_model(family: Any, dtype: torch.dtype, bound: float
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         fast = muntin.optimize(model)
         twin = copy.deepcopy(fast)
-        for size in SIZES:
+        for size in (*SIZES, (224, 224)):
             image = torch.randn(2, 3, *size, dtype=dtype)
             with torch.inference_mode():
                 assert error_of(fast(image), model(image)) < bound, size
                 assert torch.equal(twin(image), fast(image))
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["swin_t", "swinv2_t", "swin_free_t_br", "efficientvit_m0", "rmt_t"])
+def test_an_optimised_copy_says_what_was_folded(name: str) -> None:
+    model = muntin.create_model(name)
+    fast: Any = muntin.optimize(model)
+    norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    folds = fast.folds
+    assert sum(count for what, count in folds.items() if what.startswith("BatchNorm")) == norms
+    packed = sum(isinstance(module, Packed) for module in fast.modules())
+    assert folds["weights packed for oneDNN"] == packed > 0
+    fused = sum(module.act != "none" for module in fast.modules() if isinstance(module, Packed))
+    assert folds["activation into the product before it"] == fused > 0
 
 
 @families()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muntin.layers.conv import fold_before, with_weights
+from muntin.layers.folding import SCALE, fold_before, note, with_weights
 from muntin.layers.position import BiasCache, bias_matrix, constant_relative_index, constants
 from muntin.layers.tracing import in_graph, symbolic
 from muntin.layers.window import Grid, Group, SymbolicGrid, kind_masks, move, window_masks, window_runs
@@ -50,6 +50,7 @@ class WindowAttention(nn.Module):
         """For inference: the scale in the weights of q, and the norm before it, where given, in q, k and v."""
         if not isinstance(self.qkv, nn.Linear):
             return self
+        note(SCALE)
         factor = torch.ones_like(self.qkv.bias)
         factor[: self.proj.in_features] = self.scale
         self.qkv = with_weights(self.qkv, self.qkv.weight * factor[:, None], self.qkv.bias * factor)

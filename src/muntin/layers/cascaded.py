@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muntin import kernels
-from muntin.layers.conv import MAP_ACTIVATIONS, ConvNorm, Residual, with_weights
+from muntin.layers.conv import MAP_ACTIVATIONS, ConvNorm, Residual
+from muntin.layers.folding import SCALE, note, with_weights
 from muntin.layers.position import BiasCache, bias_matrix, constants
 from muntin.layers.tracing import in_graph, symbolic
 from muntin.layers.window import SymbolicGrid
@@ -208,6 +209,7 @@ class CascadedAttention(MapAttention):
         """The scale joins the convolution of the queries."""
         convs: Any = [dw.folded() if isinstance(dw, ConvNorm) else dw for dw in self.dws]
         if all(isinstance(conv, nn.Conv2d) for conv in convs):
+            note(SCALE, len(convs))
             self.dws = nn.ModuleList(with_weights(c, c.weight * self.scale, c.bias * self.scale) for c in convs)
             self.scale = 1.0
         return self
@@ -232,6 +234,7 @@ class PlainAttention(MapAttention):
         """The scale joins the rows of the queries."""
         conv: Any = self.qkv.folded() if isinstance(self.qkv, ConvNorm) else self.qkv
         if isinstance(conv, nn.Conv2d):
+            note(SCALE)
             factor = torch.ones(conv.out_channels, dtype=torch.float64, device=conv.weight.device)
             factor[: self.heads * self.key_dim] = self.scale
             bias: Any = conv.bias

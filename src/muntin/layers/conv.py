@@ -1,11 +1,10 @@
-"""Convolution and norm on NCHW maps, residuals, and how such layers fold into one convolution for inference."""
-
-from typing import Any
+"""Convolution and norm on NCHW maps, and residuals."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from muntin.layers.folding import RESIDUAL, fold_after, note, with_weights
 from muntin.layers.mlp import recomputing
 from muntin.layers.tracing import symbolic
 from muntin.layers.window import fresh
@@ -104,6 +103,7 @@ class Residual(nn.Module):
             return self
         weight = conv.weight.double().clone()
         weight[:, 0, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] += 1
+        note(RESIDUAL)
         return with_weights(conv, weight, conv.bias)
 
 
@@ -127,46 +127,3 @@ def renew(x: Tensor) -> Tensor:
     height, width = fresh(x.shape[2]), fresh(x.shape[3])
     tokens = torch.arange(height * width, device=x.device)
     return x.flatten(2).index_select(2, tokens).view(x.shape[0], x.shape[1], height, width)
-
-
-def affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """The factor and summand that a BatchNorm is in evaluation mode, in float64."""
-    factor = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
-    return factor, norm.bias.double() - norm.running_mean.double() * factor
-
-
-def fold_after(norm: Any, layer: Any) -> Any:
-    """A convolution or linear layer with the BatchNorm that follows it."""
-    factor, summand = affine(norm)
-    weight = layer.weight.double() * factor.view(-1, *[1] * (layer.weight.ndim - 1))
-    return with_weights(layer, weight, summand if layer.bias is None else layer.bias.double() * factor + summand)
-
-
-def fold_before(norm: Any, linear: nn.Linear) -> Any:
-    """A linear layer with the BatchNorm that stands in front of it."""
-    factor, summand = affine(norm)
-    weight = linear.weight.double()
-    bias = weight @ summand
-    return with_weights(linear, weight * factor, bias if linear.bias is None else bias + linear.bias.double())
-
-
-def with_weights(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
-    """A layer like the given one, with these weights in its own dtype, for inference."""
-    if isinstance(layer, nn.Linear):
-        made: Any = nn.Linear(layer.in_features, layer.out_features, bias is not None, device="meta")
-    else:
-        made = nn.Conv2d(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-            bias is not None,
-            device="meta",
-        )
-    made.weight = nn.Parameter(weight.detach().to(layer.weight.dtype), requires_grad=False)
-    if bias is not None:
-        made.bias = nn.Parameter(bias.detach().to(layer.weight.dtype), requires_grad=False)
-    return made.eval()

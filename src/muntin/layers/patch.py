@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muntin.errors import UserError
-from muntin.layers.conv import fold_after, fold_before
+from muntin.layers.folding import fold_after, fold_before
 from muntin.layers.mlp import NORMS, TokenBatchNorm
 from muntin.layers.tracing import flat_rows, symbolic
 from muntin.layers.window import Grid, fresh, merge_move

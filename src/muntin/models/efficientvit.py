@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from muntin.errors import UserError
 from muntin.layers.cascaded import CascadedAttention, MapAttention, PlainAttention
-from muntin.layers.conv import MAP_ACTIVATIONS, MAP_NORMS, ConvNorm, Residual, fold_before, renew, with_weights
+from muntin.layers.conv import MAP_ACTIVATIONS, MAP_NORMS, ConvNorm, Residual, renew
+from muntin.layers.folding import fold_before, note, with_weights
 from muntin.layers.opaque import OpaqueStage
 from muntin.layers.patch import check_image
 from muntin.layers.tracing import symbolic
@@ -296,6 +297,7 @@ class EfficientViTHead(nn.Module):
         fc: Any = fold_before(self.norm, self.fc)
         if self.fc_distilled is not None:
             other = fold_before(self.norm_distilled, self.fc_distilled)
+            note("two heads into one")
             fc = with_weights(fc, (fc.weight + other.weight) / 2, (fc.bias + other.bias) / 2)
         return FoldedHead(fc)
 

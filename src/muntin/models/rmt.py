@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from muntin.errors import UserError
-from muntin.layers.conv import ConvNorm, fold_after, with_weights
+from muntin.layers.conv import ConvNorm
 from muntin.layers.drop import DropPath
+from muntin.layers.folding import RESIDUAL, fold_after, note, with_weights
 from muntin.layers.manhattan import DECAYS, ManhattanAttention
 from muntin.layers.mlp import Mlp, TokenBatchNorm
 from muntin.layers.opaque import OpaqueStage
@@ -215,6 +216,7 @@ class ResidualConv(nn.Module):
         """1 added to the centre tap in place of the residual."""
         weight = self.conv.weight.double().clone()
         weight[:, 0, 1, 1] += 1
+        note(RESIDUAL)
         self.conv, self.residual = with_weights(self.conv, weight, self.conv.bias), False
         return self
 
@@ -263,6 +265,7 @@ class RmtBlock(nn.Module):
             self.attention.proj = _scaled(self.attention.proj, self.scale1)
             self.mlp.fc2 = _scaled(self.mlp.fc2, self.scale2)
             self.scale1 = self.scale2 = None
+            note("layer scale into the product before it", 2)
         return self
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from muntin.errors import UserError
 from muntin.layers.attention import WindowAttention
-from muntin.layers.conv import fold_before
 from muntin.layers.drop import DropPath
+from muntin.layers.folding import fold_before
 from muntin.layers.mlp import ACTIVATIONS, NORMS, Mlp, TokenBatchNorm
 from muntin.layers.patch import PatchEmbed, PatchMerging
 from muntin.layers.tracing import flat_rows, in_graph

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from muntin.errors import UserError
 from muntin.layers.attention import WindowAttention
-from muntin.layers.conv import with_weights
 from muntin.layers.drop import DropPath
+from muntin.layers.folding import note, with_weights
 from muntin.layers.mlp import Mlp
 from muntin.layers.patch import PatchEmbed, neighbours, symbolic_neighbours
 from muntin.layers.position import BiasCache, bias_matrix, constant_relative_index, constants
@@ -170,6 +170,7 @@ class CosineAttention(WindowAttention):
         """For inference: the biases in one linear layer, the scales of the logits computed."""
         if self.qv_bias is not None:
             factors = self._factors()
+            note("biases of q and v into one product, its scales computed")
             self.qkv = with_weights(self.qkv, self.qkv.weight, self._qkv_bias(self.qv_bias))
             self.register_parameter("qv_bias", None)
             self.factors = factors

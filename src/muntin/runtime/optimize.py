@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from muntin import kernels
 from muntin.errors import UserError
 from muntin.layers.cascaded import CascadedAttention
+from muntin.layers.folding import noting
 from muntin.layers.position import BiasCache
 from muntin.runtime.graphs import CudaGraphs
 from muntin.runtime.packed import Packed, pack
@@ -27,12 +28,22 @@ def optimize(model: nn.Module, cuda_graph: bool = False) -> nn.Module:
     weights of q, x + DWConv(x) becomes one convolution; on a CPU the weights are packed for oneDNN, and activations
     and residuals join the product before them.
     Outputs are equal to 1e-5 of a standard deviation in float32. The copy has no gradients of its own; for
-    `muntin.export` give the model itself, and `muntin.compile` makes its own copy. A copy of a copy is that copy.
+    `muntin.export` give the model itself, and `muntin.compile` makes its own copy. A copy of a copy is that copy. Its
+    `folds` count what was folded and packed, by what it was.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"optimize takes a model, not a {type(model).__name__}: use muntin.create_model first")
     if getattr(model, "optimized", False):
         return _graphs(model) if cuda_graph else model
+    with noting() as folds:
+        packed = _prepared(model)
+    packed.folds = dict(folds)
+    packed.optimized = True
+    return _graphs(packed) if cuda_graph else packed
+
+
+def _prepared(model: nn.Module) -> Any:
+    """The copy, folded and packed."""
     fast = fold(model)
     module: Any
     for module in fast.modules():
@@ -42,9 +53,7 @@ def optimize(model: nn.Module, cuda_graph: bool = False) -> nn.Module:
         if isinstance(module, CascadedAttention) and kernels.serve(module.bias_table):
             module.stack()
             module.register_load_state_dict_post_hook(_stack)
-    packed: Any = pack(fast)
-    packed.optimized = True
-    return _graphs(packed) if cuda_graph else packed
+    return pack(fast)
 
 
 def _graphs(model: nn.Module) -> nn.Module:
@@ -54,7 +63,7 @@ def _graphs(model: nn.Module) -> nn.Module:
     if device.type != "cuda":
         raise UserError(f"cuda_graph=True: the model is on {device}; move it to a GPU first, or leave cuda_graph out")
     graphs: Any = CudaGraphs(model)
-    graphs.optimized = True
+    graphs.optimized, graphs.folds = True, model.folds
     return graphs
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muntin.layers.conv import Residual, crop
+from muntin.layers.folding import note
 from muntin.layers.mlp import Mlp
 from muntin.layers.position import constants
 
@@ -223,10 +224,10 @@ def pack(model: nn.Module) -> nn.Module:
     for name, child in list(model.named_children()):
         setattr(model, name, pack(child))
     if type(model) is nn.Linear:
-        return PackedLinear(model) if _packs(PackedLinear, model.weight, "none") else model
+        return _packed(PackedLinear, model)
     if isinstance(model, nn.Conv2d) and model.padding_mode == "zeros" and isinstance(model.padding, tuple):
         kind = PackedPointwise if _is_pointwise(model) else PackedConv
-        return kind(model) if _packs(kind, model.weight, "none") else model
+        return _packed(kind, model)
     if isinstance(model, Mlp):
         model.act = _fuse(model.fc1, model.act) or nn.Identity()
     if isinstance(model, nn.Sequential):
@@ -234,6 +235,13 @@ def pack(model: nn.Module) -> nn.Module:
     if isinstance(model, Residual):
         return _pack_residual(model)
     return model
+
+
+def _packed(kind: type[Packed], layer: Any) -> nn.Module:
+    if not _packs(kind, layer.weight, "none"):
+        return layer
+    note("weights packed for oneDNN")
+    return kind(layer)
 
 
 def _is_pointwise(conv: nn.Conv2d) -> bool:
@@ -249,6 +257,7 @@ def _fuse(layer: nn.Module, act: nn.Module) -> nn.Module | None:
     if not _packs(type(layer), layer._original.weight, kind):
         return act
     layer.act = kind
+    note("activation into the product before it")
     return None
 
 
@@ -271,6 +280,7 @@ def _pack_residual(residual: Residual) -> nn.Module:
         return residual
     if before is not None:
         delattr(before, name)
+    note("residual added in place to its product")
     return PackedResidual(before, last)
 
 
