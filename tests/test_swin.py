@@ -33,7 +33,7 @@ def test_optimize_equals_each_kind_of_model(
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     fast = muntin.optimize(model)
     twin = copy.deepcopy(fast)
-    for size in (*SIZES, (224, 224)):
+    for size in (*SIZES, (224, 224)) if dtype == torch.float64 else SIZES:
         image = torch.randn(2, 3, *size, dtype=dtype)
         with torch.inference_mode():
             assert error_of(fast(image), model(image)) < bound, size
