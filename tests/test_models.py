@@ -16,7 +16,7 @@ from conftest import error_of, settle
 from muntin.layers.drop import DropPath
 from muntin.models import FAMILIES
 from muntin.models.classifier import Classifier
-from muntin.runtime.packed import Packed
+from muntin.runtime.packed import Packed, pack
 
 SIZES = ((64, 64), (61, 83), (9, 70), (5, 3), (1, 1))
 
@@ -348,3 +348,15 @@ def test_a_gpu_computes_the_same(family: Any, size: tuple[int, int], randomise: 
     with torch.inference_mode():
         assert error_of(on_gpu.eval()(image.cuda()).cpu(), model.eval()(image)) < 1e-8
         assert error_of(on_gpu.float()(image.cuda().float()).cpu(), model(image)) < 1e-3
+
+
+def test_small_products_equal_large_ones() -> None:
+    """Below a number of operations a packed layer leaves oneDNN out: with the activation and the bias all the same."""
+    layer = nn.Sequential(nn.Linear(24, 16), nn.ReLU()).eval()
+    wide = pack(copy.deepcopy(layer))[0]
+    assert isinstance(wide, Packed) and wide.act == "relu"
+    tokens = torch.randn(4000, 24)  # times 24 x 16 more than a million
+    with torch.inference_mode():
+        whole, parts = wide(tokens), torch.cat([wide(part) for part in tokens.split(100)])
+        assert error_of(whole, layer(tokens)) < 1e-5
+        assert error_of(parts, layer(tokens)) < 1e-5

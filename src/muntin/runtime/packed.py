@@ -23,9 +23,16 @@ _FUNCTIONS = {"none": lambda y: y, "gelu": F.gelu, "relu": F.relu, "hardswish": 
 _ACTIVATION: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.ReLU: "relu", nn.Hardswish: "hardswish"}
 
 
+SMALL = 1 << 20
+"""Multiply-accumulates of a float32 product below which setting oneDNN up costs more than it saves."""
+
 _numbers = count()
 _layers: WeakValueDictionary[int, "Packed"] = WeakValueDictionary()
 """Packed layers by number: a compiled graph holds the number, and finds what is packed when it runs."""
+
+
+_MADE = ("_packed", "_plain", "_bias")
+"""Attributes that are made from the layer's weights."""
 
 
 class Packed(nn.Module):
@@ -39,6 +46,7 @@ class Packed(nn.Module):
         super().__init__()
         self._original = layer
         self._ready = True
+        self._dtype = layer.weight.dtype
         self._enroll()
         self.act = act
         self._pack()
@@ -68,12 +76,13 @@ class Packed(nn.Module):
         raise NotImplementedError
 
     def _serves(self, x: Tensor) -> bool:
-        if not self._ready or x.dtype != self._original.weight.dtype or torch.is_autocast_enabled("cpu"):
+        if not self._ready or x.dtype != self._dtype or torch.is_autocast_enabled("cpu"):
             return False
         return not (x.requires_grad and torch.is_grad_enabled())
 
     def repack(self) -> None:
         """To be called when the layer's weights have changed, or what may keep them from being packed."""
+        self._dtype = self._original.weight.dtype
         self._ready = _packs(type(self), self._original.weight, self.act)
         if self._ready:
             self._pack()
@@ -84,7 +93,7 @@ class Packed(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if not key.startswith("_packed")}
+        return {key: value for key, value in self.__dict__.items() if key not in _MADE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -108,8 +117,12 @@ class PackedLinear(Packed):
         with constants():
             self._packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().contiguous())
         self._bias = None if layer.bias is None else layer.bias.detach()
+        self._small = SMALL // self.out_features if layer.weight.dtype == torch.float32 else 0
+        self._plain = layer.weight.detach()
 
     def _product(self, x: Tensor) -> Tensor:
+        if x.numel() < self._small:
+            return _FUNCTIONS[self.act](F.linear(x, self._plain, self._bias))
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, self.act, [], _ALGORITHM[self.act])
 
     def _traced(self, x: Tensor) -> Tensor:
@@ -125,6 +138,8 @@ class PackedPointwise(PackedLinear):
         with constants():
             self._packed = torch.ops.mkldnn._reorder_linear_weight(conv.weight.detach().flatten(1).contiguous())
         self._bias = None if conv.bias is None else conv.bias.detach()
+        self._small = SMALL // self.out_channels if conv.weight.dtype == torch.float32 else 0
+        self._plain = conv.weight.detach().flatten(1)
 
     def _product(self, x: Tensor) -> Tensor:
         return super()._product(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -301,7 +316,9 @@ def _computes_the_same(kind: Any, dtype: torch.dtype, act: str) -> bool:
         layer, x = layer.to(dtype), x.to(dtype)
         expected = _FUNCTIONS[act](layer(x))
         try:
-            out = kind(layer, act)(x)
+            made = kind(layer, act)
+            made._small = 0
+            out = made(x)
         except (RuntimeError, AttributeError, NotImplementedError):  # AttributeError: no such operator
             return False
         return bool(torch.allclose(out, expected, atol=1e-5 if dtype == torch.float32 else 5e-2))
