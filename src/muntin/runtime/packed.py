@@ -118,11 +118,13 @@ class PackedLinear(Packed):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().contiguous())
         self._bias = None if layer.bias is None else layer.bias.detach()
         self._small = SMALL // self.out_features if layer.weight.dtype == torch.float32 else 0
-        self._plain = layer.weight.detach()
+        self._plain = layer.weight.detach().t()
 
     def _product(self, x: Tensor) -> Tensor:
         if x.numel() < self._small:
-            return _FUNCTIONS[self.act](F.linear(x, self._plain, self._bias))
+            rows = x.reshape(-1, x.shape[-1])
+            y = rows @ self._plain if self._bias is None else torch.addmm(self._bias, rows, self._plain)
+            return _FUNCTIONS[self.act](y.view(*x.shape[:-1], y.shape[1]))
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, self.act, [], _ALGORITHM[self.act])
 
     def _traced(self, x: Tensor) -> Tensor:
@@ -139,7 +141,7 @@ class PackedPointwise(PackedLinear):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(conv.weight.detach().flatten(1).contiguous())
         self._bias = None if conv.bias is None else conv.bias.detach()
         self._small = SMALL // self.out_channels if conv.weight.dtype == torch.float32 else 0
-        self._plain = conv.weight.detach().flatten(1)
+        self._plain = conv.weight.detach().flatten(1).t()
 
     def _product(self, x: Tensor) -> Tensor:
         return super()._product(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
