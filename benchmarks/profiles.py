@@ -1,7 +1,7 @@
 """Where the time of each family goes, beside its peer's: the figures and the picture of docs/profile.md.
 
     python benchmarks/profiles.py                    # all, under ten minutes on two quiet cores
-    python benchmarks/profiles.py --models efficientvit_m5 --engines eager,onnx
+    python benchmarks/profiles.py --models efficientvit_m5 --engines eager,onnx     # into what is there
     python benchmarks/profiles.py --tables           # profile nothing; write tables and picture of what is stored
     python benchmarks/profiles.py --example          # only swin_t in eager mode, into docs/profile.md
 
@@ -162,6 +162,18 @@ def example(threads: int | None, calls: int, docs: Path) -> None:
     atomic_write(docs, text.encode())
 
 
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """What is stored with what has been profiled anew in its place, and both commits."""
+
+    def key(entry: dict[str, Any]) -> tuple[str, str, int]:
+        return entry["name"], entry["engine"], entry["shape"][0]
+
+    fresh = {key(entry): entry for entry in new["profiles"]}
+    kept = [fresh.pop(key(entry), entry) for entry in old["profiles"]]
+    commits = dict.fromkeys([*str(old["commit"]).split(", "), str(new["commit"])] if kept else [str(new["commit"])])
+    return new | {"profiles": [*kept, *fresh.values()], "commit": ", ".join(commits)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME")
@@ -185,8 +197,10 @@ def main() -> None:
         found = measure(args.models, words(args.engines), args.calls, args.size)
     if not found:
         sys.exit("nothing could be profiled")
-    told = content(found)
-    atomic_write(out / "profiles.json", (json.dumps(told, separators=(",", ":")) + "\n").encode())
+    path, told = out / "profiles.json", content(found)
+    if path.exists():
+        told = merged(json.loads(path.read_text()), told)
+    atomic_write(path, (json.dumps(told, separators=(",", ":")) + "\n").encode())
     write(told, out, Path(args.plot))
     print((out / "profiles.md").read_text())
 
