@@ -43,7 +43,10 @@ class OpaqueStage(nn.Module):
 
     @property
     def opaque(self) -> bool:
-        return self.number is not None and torch.compiler.is_compiling()
+        """Whether the operator stands here. Not under autocast: a graph has its casts inside, an operator none."""
+        if self.number is None or not torch.compiler.is_compiling():
+            return False
+        return not torch.is_autocast_enabled("cpu")
 
     def by_operator(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, int, int]:
         """The output, and the sides of its map."""
