@@ -1,5 +1,6 @@
 """torch.compile with batch, height and width dynamic."""
 
+import copy
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -17,9 +18,10 @@ class Compiled(nn.Module):
     """A compiled model for every batch and size: in inference one graph for batch 1 and one for all others.
 
     The parameters are the given model's own. In inference the graphs are of its `optimize`d copy, which follows when
-    weights are loaded, trained, moved or replaced; only what is written in place through `.data` goes unseen. An
-    image no higher or wider than the stem's stride, whose map would be a single row or column, runs uncompiled. With
-    gradients there is a graph for each shape: symbolic sizes in a backward pass take minutes to compile.
+    weights are loaded, trained, moved or replaced; only what is written in place through `.data` goes unseen. On a CPU
+    each stage is one operator of these graphs (layers/opaque.py). An image no higher or wider than the stem's stride,
+    whose map would be a single row or column, runs uncompiled. With gradients there is a graph for each shape: symbolic
+    sizes in a backward pass take minutes to compile.
     """
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
@@ -45,6 +47,13 @@ class Compiled(nn.Module):
         with torch._dynamo.config.patch(capture_scalar_outputs=True, recompile_limit=RECOMPILES):
             return self._copy().compiled(image)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Compiled":
+        """A copy compiles anew: a graph is of one model's stages."""
+        return Compiled(copy.deepcopy(self.model, memo), **self._options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (self.model, self._options)
+
     def optimized(self) -> nn.Module:
         """The copy that the graphs of inference are of."""
         return self._copy().fast
@@ -53,6 +62,10 @@ class Compiled(nn.Module):
         if not (self._copies and self._copies[0].follows()):
             self._copies = [_Copy(self.model, self._options)]
         return self._copies[0]
+
+
+def _rebuilt(model: nn.Module, options: dict[str, Any]) -> Compiled:
+    return Compiled(model, **options)
 
 
 class _Copy:
