@@ -40,12 +40,12 @@ from muntin.measure.statistics import median_interval, rounded
 from muntin.run import atomic_write
 from muntin.runtime.graphs import CudaGraphs
 
-MODELS = {  # name: family and the peer that is timed beside it
-    "swin_t": ("swin", "timm (SDPA)"),
-    "swin_b": ("swin", "timm (SDPA)"),
-    "swinv2_t": ("swinv2", "timm"),
-    "efficientvit_m5": ("efficientvit", "timm (BN folded)"),
-    "rmt_s": ("rmt", "authors' form"),
+MODELS = {  # name: family and the peers that are timed beside it, the first the one that ratios are over
+    "swin_t": ("swin", ("timm (SDPA)", "transformers (SDPA)")),
+    "swin_b": ("swin", ("timm (SDPA)", "transformers (SDPA)")),
+    "swinv2_t": ("swinv2", ("timm",)),
+    "efficientvit_m5": ("efficientvit", ("timm (BN folded)", "timm (BN folded, channels last)")),
+    "rmt_s": ("rmt", ("authors' form",)),
 }
 TRAINED = {"swin_t": "timm (SDPA)", "efficientvit_m5": "timm", "rmt_s": "authors' form"}
 STAGES = ((56, 128, 4), (28, 256, 8), (14, 512, 16), (7, 1024, 32))  # Swin-B at 224: side, channels, heads
@@ -118,36 +118,37 @@ def rolled(qkv: Tensor, bias: Tensor, heads: int, grid: Grid) -> Tensor:
     return (torch.roll(y, (sh, sw), (1, 2)) if sh or sw else y).flatten(1, 2)
 
 
-def bias_of(table: Tensor, grid: Grid) -> Tensor:
-    """(h, A, A), or (n, h, A, A) with the masks of a shifted grid."""
-    bias = bias_matrix(table, relative_index(*grid.window, 7, table.device), grid.area)
-    return bias + window_masks(grid, table.device)[:, None].to(table.dtype) if any(grid.shift) else bias
+class Materialised:
+    """Manhattan attention by rotation, decay masks, explicit products and a softmax; angles and masks are made once."""
 
+    def __init__(self, slopes: Tensor, side: int, dim: int, decomposed: bool, dtype: torch.dtype) -> None:
+        angle = 1.0 / 10000 ** torch.linspace(0, 1, dim // 2, device=slopes.device)
+        turns = (torch.arange(side**2, device=slopes.device)[:, None] * angle).repeat_interleave(2, -1)
+        self.cos, self.sin = (t[:, None, None].to(dtype) for t in (turns.cos(), turns.sin()))  # (N, 1, 1, d)
+        x = torch.arange(side, device=slopes.device, dtype=torch.float32)
+        far = (x[:, None] - x).abs()
+        if not decomposed:
+            far = (far[:, None, :, None] + far[:, None, :]).reshape(side**2, side**2)
+        self.mask = (slopes[:, None, None] * far).to(dtype)
+        self.side, self.dim, self.decomposed = side, dim, decomposed
 
-def materialised(qk: Tensor, v: Tensor, slopes: Tensor, size: tuple[int, int], decomposed: bool) -> Tensor:
-    """Rotation, decay masks, explicit products and a softmax: (B, N, 2C) and (B, N, C) -> (B, N, C)."""
-    batch, tokens, channels = v.shape
-    heads, (height, width) = len(slopes), size
-    d = channels // heads
-    angle = 1.0 / 10000 ** torch.linspace(0, 1, d // 2, device=v.device)
-    turns = (torch.arange(tokens, device=v.device)[:, None] * angle).repeat_interleave(2, -1)[:, None]  # (N, 1, d)
-    parts = qk.float().view(batch, tokens, 2, heads, d)
-    partner = torch.stack((-parts[..., 1::2], parts[..., ::2]), -1).flatten(-2)
-    q, k = (parts * turns.cos()[:, None] + partner * turns.sin()[:, None]).to(v.dtype).unbind(2)
-    k, v = k * d**-0.5, v.view(batch, tokens, heads, d)
-    y, x = (torch.arange(side, device=v.device, dtype=torch.float32) for side in size)
-    if not decomposed:
-        far = (y[:, None, None, None] - y[:, None]).abs() + (x[:, None, None] - x).abs()  # (H, W, H, W)
-        mask = (slopes[:, None, None] * far.reshape(tokens, tokens)).to(v.dtype)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return (torch.softmax(q @ k.transpose(-1, -2) + mask, -1) @ v).transpose(1, 2).flatten(2)
-    q, k, v = (t.view(batch, height, width, heads, d) for t in (q, k, v))
-    for axis, side in ((2, x), (1, y)):
-        mask = (slopes[:, None, None] * (side[:, None] - side).abs()).to(v.dtype)
-        lines = [t.movedim((axis, 3), (3, 2)) for t in (q, k, v)]  # (B, other, h, L, d)
-        mixed = torch.softmax(lines[0] @ lines[1].transpose(-1, -2) + mask, -1) @ lines[2]
-        v = mixed.movedim((3, 2), (axis, 3))
-    return v.reshape(batch, tokens, channels)
+    def __call__(self, qk: Tensor, v: Tensor) -> Tensor:
+        """(B, N, 2C) and (B, N, C) -> (B, N, C)."""
+        batch, tokens, channels = v.shape
+        heads = channels // self.dim
+        parts = qk.view(batch, tokens, 2, heads, self.dim)
+        partner = torch.stack((-parts[..., 1::2], parts[..., ::2]), -1).flatten(-2)
+        q, k = (parts * self.cos + partner * self.sin).unbind(2)
+        k, v = k * self.dim**-0.5, v.view(batch, tokens, heads, self.dim)
+        if not self.decomposed:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            return (torch.softmax(q @ k.transpose(-1, -2) + self.mask, -1) @ v).transpose(1, 2).flatten(2)
+        q, k, v = (t.view(batch, self.side, self.side, heads, self.dim) for t in (q, k, v))
+        for axis in (2, 1):
+            lines = [t.movedim((axis, 3), (3, 2)) for t in (q, k, v)]  # (B, other, h, L, d)
+            mixed = torch.softmax(lines[0] @ lines[1].transpose(-1, -2) + self.mask, -1) @ lines[2]
+            v = mixed.movedim((3, 2), (axis, 3))
+        return v.reshape(batch, tokens, channels)
 
 
 def with_gradients(step: Callable[..., Tensor], *given: Tensor) -> Callable[[], Any]:
@@ -190,8 +191,20 @@ def operators(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                 def window(qkv: Tensor, table: Tensor, heads: int = heads, grid: Grid = grid) -> Tensor:
                     return window_attention(qkv, table, None, heads, grid, (7, 7), 32**-0.5)
 
-                def roll(qkv: Tensor, table: Tensor, heads: int = heads, grid: Grid = grid) -> Tensor:
-                    return rolled(qkv, bias_of(table, grid), heads, grid)
+                # as libraries do, the index and the masks are made once, the bias matrix at every call
+                index = relative_index(7, 7, 7, device)
+                masks = window_masks(grid, device)[:, None].to(qkv.dtype) if shift else None
+
+                def roll(
+                    qkv: Tensor,
+                    table: Tensor,
+                    heads: int = heads,
+                    grid: Grid = grid,
+                    index: Tensor = index,
+                    masks: Tensor | None = masks,
+                ) -> Tensor:
+                    bias = bias_matrix(table, index, grid.area)
+                    return rolled(qkv, bias if masks is None else bias + masks, heads, grid)
 
                 contest(f"window, {side}x{side}, {heads} heads, shift {shift}", window, roll, (qkv, table))
         for side, channels, heads, decomposed in RMT_STAGES[2:] if args.quick else RMT_STAGES:
@@ -203,10 +216,8 @@ def operators(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                     v = manhattan_attention(qk, v, slopes, side, side, lines)
                 return v
 
-            def full(qk: Tensor, v: Tensor, slopes: Tensor = slopes, side: int = side, d: bool = decomposed) -> Tensor:
-                return materialised(qk, v, slopes, (side, side), d)
-
             kind = "decomposed" if decomposed else "whole"
+            full = Materialised(slopes, side, channels // heads, decomposed, v.dtype)
             contest(f"Manhattan {kind}, {side}x{side}, {heads} heads", mix, full, (qk, v))
     return rows
 
@@ -231,9 +242,11 @@ def inference(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {}
     dtype = torch.float32 if args.quick else torch.bfloat16
     for name in args.models:
-        family, label = MODELS[name]
-        peers = dict(build(family, name)[0])
-        ours, theirs = (copy.deepcopy(peers[key]).to(device, dtype).eval() for key in ("muntin", label))
+        family, labels = MODELS[name]
+        built = dict(build(family, name)[0])
+        ours, *others = (copy.deepcopy(built[key]).to(device, dtype).eval() for key in ("muntin", *labels))
+        peers = dict(zip(labels, others, strict=True))
+        base = labels[0]
         side = SIZES.get(family, SIZE)
         for batch in (2,) if args.quick else (args.batch, 1):
             torch._dynamo.reset()
@@ -241,23 +254,25 @@ def inference(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                 ("muntin", ours),
                 ("muntin.optimize", muntin.optimize(ours)),
                 ("muntin.compile", muntin.compile(ours)),
-                (label, theirs),
-                (f"{label}, compiled", Called(torch.compile(theirs, dynamic=False))),
+                *peers.items(),
+                *((f"{key}, compiled", Called(torch.compile(peer, dynamic=False))) for key, peer in peers.items()),
             ]
             if device.type == "cuda" and batch == 1:
-                targets += [
-                    ("muntin.optimize, CUDA graph", muntin.optimize(ours, cuda_graph=True)),
-                    (f"{label}, CUDA graph", Called(CudaGraphs(theirs))),
-                    (f"{label}, reduce-overhead", Called(torch.compile(theirs, dynamic=False, mode="reduce-overhead"))),
-                ]
+                targets.append(("muntin.optimize, CUDA graph", muntin.optimize(ours, cuda_graph=True)))
+                for key, peer in peers.items():
+                    reduced = torch.compile(peer, dynamic=False, mode="reduce-overhead")
+                    targets += [
+                        (f"{key}, CUDA graph", Called(CudaGraphs(peer))),
+                        (f"{key}, reduce-overhead", Called(reduced)),
+                    ]
             images = torch.randn(batch, 3, side, side, device=device, dtype=dtype)
             with torch.inference_mode():
-                wanted = theirs(images).clone()
+                wanted = peers[base](images).clone()
                 off = {key: difference(model(images).clone(), wanted) for key, model in targets}
             if not max(off.values()) <= HALF:
                 sys.exit(f"{name}, batch {batch}: {off} standard deviations off; nothing was timed")
             report = bench(targets, [batch], side, precision=str(dtype).split(".")[1], device=str(device),
-                           rounds=args.rounds, seconds=args.seconds, base=label, progress=False)  # fmt: skip
+                           rounds=args.rounds, seconds=args.seconds, base=base, progress=False)  # fmt: skip
             print(f"{name}, batch {batch}\n{report.table()}\n", flush=True)
             found.setdefault(name, {})[str(batch)] = {"errors": off, "report": asdict(report)}
             del targets

@@ -75,3 +75,22 @@ def with_weights(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
     if bias is not None:
         made.bias = nn.Parameter(bias.detach().to(layer.weight.dtype), requires_grad=False)
     return made.eval()
+
+
+class FoldedHead(nn.Module):
+    """Mean over the map, linear: (B, C, H, W) -> (B, num_classes). A norm over channels is for `features` alone."""
+
+    def __init__(self, fc: nn.Module, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.fc, self.norm = fc, norm
+
+    def features(self, x: Tensor) -> Tensor:
+        """The last map, normalised where the model has a norm for it: (B, C, H, W) -> the same."""
+        return x if self.norm is None else self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """What `fc` takes: (B, C, H, W) -> (B, C)."""
+        return x.mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.pooled(x))

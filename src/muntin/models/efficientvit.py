@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from muntin.errors import UserError
 from muntin.layers.cascaded import CascadedAttention, MapAttention, PlainAttention
 from muntin.layers.conv import MAP_ACTIVATIONS, MAP_NORMS, ConvNorm, Residual, renew
-from muntin.layers.folding import fold_before, note, with_weights
+from muntin.layers.folding import FoldedHead, fold_before, note, with_weights
 from muntin.layers.opaque import OpaqueStage
 from muntin.layers.patch import check_image
 from muntin.layers.tracing import symbolic
@@ -300,23 +300,6 @@ class EfficientViTHead(nn.Module):
             note("two heads into one")
             fc = with_weights(fc, (fc.weight + other.weight) / 2, (fc.bias + other.bias) / 2)
         return FoldedHead(fc)
-
-
-class FoldedHead(nn.Module):
-    """Mean over the map, linear: (B, C, H, W) -> (B, num_classes)."""
-
-    def __init__(self, fc: nn.Module) -> None:
-        super().__init__()
-        self.fc = fc
-
-    def features(self, x: Tensor) -> Tensor:
-        return x
-
-    def pooled(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.pooled(x))
 
 
 def _linear(dim: int, num_classes: int) -> nn.Linear:

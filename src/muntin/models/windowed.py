@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin import kernels
-from muntin.layers.folding import fold_before
+from muntin.layers.folding import FoldedHead, fold_before
 from muntin.layers.mlp import TokenBatchNorm
 from muntin.layers.opaque import OpaqueStage
 from muntin.layers.patch import PatchEmbed
@@ -156,26 +156,7 @@ class MeanHead(nn.Module):
         """A BatchNorm in the linear layer: a mean of what it makes is what it makes of the mean."""
         if not (isinstance(self.norm, TokenBatchNorm) and isinstance(self.fc, nn.Linear)):
             return self
-        return FoldedHead(self.norm, fold_before(self.norm, self.fc))
-
-
-class FoldedHead(nn.Module):
-    """Mean over the map, linear: (B, C, H, W) -> (B, num_classes). The norm is for `features` alone."""
-
-    def __init__(self, norm: nn.Module, fc: nn.Module) -> None:
-        super().__init__()
-        self.norm, self.fc = norm, fc
-
-    def features(self, x: Tensor) -> Tensor:
-        """The last map, normalised: (B, C, H, W) -> the same."""
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    def pooled(self, x: Tensor) -> Tensor:
-        """What `fc` takes: (B, C, H, W) -> (B, C)."""
-        return x.flatten(2).mean(2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.pooled(x))
+        return FoldedHead(fold_before(self.norm, self.fc), self.norm)
 
 
 def drop_rates(depths: tuple[int, ...], drop_path: float) -> list[list[float]]:
