@@ -1,4 +1,4 @@
-"""Stages that a compiled graph holds as one operator, which runs them as they run uncompiled.
+"""Stages that run as one: as one operator of a compiled graph, as a program of compiled kernels, or both.
 
 On a CPU packed products, attention in pieces and window order, with the sizes at hand, are faster than what a compiler
 makes of a stage whose sizes are symbols (docs/performance.md). The graph holds a number, so it serves any weights.
@@ -15,13 +15,47 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from muntin.layers.folding import note
 from muntin.layers.window import fresh
+from muntin.native.program import Program, Unsuitable
 
 _numbers = count()
 _stages: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
-class OpaqueStage(nn.Module):
+class Programmed(nn.Module):
+    """Base of modules that may run as a program (muntin.native)."""
+
+    program: Program | None = None
+
+    def programmed(self) -> Program:
+        """The module, folded, as a program. Raises Unsuitable for what the kernels do not serve."""
+        raise NotImplementedError
+
+    def add_program(self) -> None:
+        """Run as a program from now on, where the kernels serve the module; not before its norms are folded."""
+        try:
+            self.program = self.programmed()
+        except Unsuitable:
+            return
+        note("layers into one program of compiled kernels")
+        for module in self.modules():
+            module.register_load_state_dict_post_hook(_Forgetting(self.program))
+
+    def serving(self, x: Tensor) -> Program | None:
+        """The program where it serves this input."""
+        if self.program is None or torch.compiler.is_compiling() or not self.program.serves(x):
+            return None
+        return self.program
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self.program is not None:
+            self.program.forget()
+        return self
+
+
+class OpaqueStage(Programmed):
     """Base of stages that may be one operator of a compiled graph.
 
     channels: of the output. halves: whether the output's map has half the sides, rounded up, or the input's.
@@ -31,6 +65,9 @@ class OpaqueStage(nn.Module):
         super().__init__()
         self.channels, self.halves = channels, halves
         self.number: int | None = None
+
+    def programmed(self) -> Program:
+        raise Unsuitable(type(self).__name__)
 
     def whole(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """The stage, uncompiled: its input and the sides of that map -> its output."""
@@ -53,6 +90,16 @@ class OpaqueStage(nn.Module):
         height, width = (fresh((side + 1) // 2) for side in size) if self.halves else size
         out = torch.ops.muntin.stage(x, self.number, list(size), [height, width], self.channels)
         return out, height, width
+
+
+class _Forgetting:
+    """A hook after weights are loaded."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def __call__(self, *_: Any) -> None:
+        self.program.forget()
 
 
 _library = torch.library.Library("muntin", "FRAGMENT")

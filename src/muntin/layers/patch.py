@@ -9,6 +9,7 @@ from muntin.layers.folding import fold_after, fold_before
 from muntin.layers.mlp import NORMS, TokenBatchNorm
 from muntin.layers.tracing import flat_rows, symbolic
 from muntin.layers.window import Grid, fresh, merge_move
+from muntin.native.program import Program, Value
 
 
 def check_image(image: Tensor) -> None:
@@ -79,6 +80,10 @@ class PatchMerging(nn.Module):
         """Stream (n, B, A, C) of a map of this size, in the source's order -> stream in the target's order."""
         x = neighbours(x, source, target, size)
         return self.reduction(self.norm(flat_rows(x))).view(*x.shape[:-1], -1)
+
+    def add_to(self, program: Program, x: Value) -> Value:
+        """Adds the folded layer to a program. Raises Unsuitable."""
+        return program.linear(program.norm(program.merge(x), self.norm), self.reduction)
 
     def forward_symbolic(self, x: Tensor, height: int, width: int) -> tuple[Tensor, int, int]:
         """(B, N, C) in raster order -> (B, N / 4, 2C), and the sides of the map."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muntin.layers.opaque import run_stage
+from muntin.native.program import program as native_program
 
 
 def _mm(a: Tensor, b: Tensor, *_: Any) -> int:
@@ -81,6 +82,7 @@ RULES: dict[str, Callable[..., int]] = {
     "muntin::packed_convolution": _opaque_convolution,
     "muntin::packed_linear": _linear_pointwise,
 }
+PROGRAM = "muntin::program"  # several layers in one: its own rule
 READS_OUTPUT = {"aten::convolution", "mkldnn::_convolution_pointwise", "mkldnn::_linear_pointwise"}
 READS_OUTPUT |= {name for name in RULES if name.startswith("muntin::")}
 FACTORS = {"aten::mm": (0, 1), "aten::bmm": (0, 1), "aten::addmm": (1, 2), "aten::baddbmm": (1, 2)}
@@ -187,7 +189,13 @@ class OperatorCounter(TorchDispatchMode):
     ) -> None:
         given, made = _tensors([args, kwargs]), _tensors(out)
         self.calls[name] += 1
-        if name in RULES:
+        if name == PROGRAM:
+            program = native_program(args[1])
+            kinds = program.macs(args[0].shape[0], *args[0].shape[2:])
+            self.kinds.update(kinds)
+            self.macs[name] += kinds.total()
+            self.bytes[name] += sum(map(_bytes, program.weights()))
+        elif name in RULES:
             macs = RULES[name](*args, **({"out": made[0]} if name in READS_OUTPUT else {}))
             self.macs[name] += macs
             self.kinds[self._kind(name, args)] += macs

@@ -18,11 +18,12 @@ from muntin.errors import UserError
 from muntin.layers.cascaded import CascadedAttention, MapAttention, PlainAttention
 from muntin.layers.conv import MAP_ACTIVATIONS, MAP_NORMS, ConvNorm, Residual, renew
 from muntin.layers.folding import FoldedHead, fold_before, note, with_weights
-from muntin.layers.opaque import OpaqueStage
+from muntin.layers.opaque import OpaqueStage, Programmed
 from muntin.layers.patch import check_image
 from muntin.layers.tracing import symbolic
 from muntin.layers.window import SymbolicGrid, symbolic_grid
 from muntin.models.backbone import Backbone, call_block, select_outputs
+from muntin.native.program import Program, Unsuitable, Value, activation, convolutions
 
 ATTENTIONS = ("cascaded", "plain")
 
@@ -110,7 +111,7 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-class Stem(nn.Sequential):
+class Stem(Programmed, nn.Sequential):
     """Four 3x3 convolutions of stride 2: image (B, 3, H, W) -> (B, C, ceil(H / 16), ceil(W / 16))."""
 
     stride = 16
@@ -121,6 +122,13 @@ class Stem(nn.Sequential):
         for width, out in zip(widths[:-1], widths[1:], strict=True):
             layers += [ConvNorm(width, out, 3, 2, norm=config.norm), MAP_ACTIVATIONS[config.act]()]
         super().__init__(*layers[:-1])
+
+    def forward(self, input: Tensor) -> Tensor:
+        program = self.serving(input)
+        return super().forward(input) if program is None else program(input)
+
+    def programmed(self) -> Program:
+        return convolutions(self)
 
 
 def _unit(config: EfficientViT, dim: int) -> nn.Sequential:
@@ -193,6 +201,7 @@ class EfficientViTStage(OpaqueStage):
     def __init__(self, config: EfficientViT, stage: int) -> None:
         super().__init__(config.dims[stage], stage > 0)
         self.window = config.windows[stage]
+        self.taken = config.dims[max(0, stage - 1)]  # channels of the input
         self.subsample = _subsample(config, stage) if stage else None
         self.blocks = nn.ModuleList(EfficientViTBlock(config, stage) for _ in range(config.depths[stage]))
 
@@ -200,6 +209,9 @@ class EfficientViTStage(OpaqueStage):
         """`run(block, ...)` calls a block."""
         if self.opaque:
             return self.by_operator(x, (x.shape[2], x.shape[3]))[0]
+        program = self.serving(x)
+        if program is not None:
+            return program(x)
         if self.subsample is not None:
             x = renew(self.subsample(x))
         grid = None
@@ -212,6 +224,40 @@ class EfficientViTStage(OpaqueStage):
 
     def whole(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return self(x, call_block)
+
+    def programmed(self) -> Program:
+        program = Program(self.taken)
+        x = program.input
+        subsample: Any = self.subsample
+        if subsample is not None:
+            reduce = subsample.reduce
+            x = _add_unit(program, x, subsample.before)
+            y = program.linear(x, reduce.expand, activation(reduce.act1))
+            y = program.depthwise(y, reduce.conv, activation(reduce.act2))
+            y = program.gated(y, reduce.gate.reduce, activation(reduce.gate.act), reduce.gate.expand)
+            x = _add_unit(program, program.linear(y, reduce.project), subsample.after)
+        for block in self.blocks:
+            x = self._add_block(program, x, block)
+        return program
+
+    def _add_block(self, program: Program, x: Value, block: Any) -> Value:
+        if not isinstance(block.attention, CascadedAttention):
+            raise Unsuitable(repr(block.attention))
+        for unit in block.before:
+            x = _add_unit(program, x, unit)
+        projection: Any = block.attention.proj.branch
+        act, project = projection
+        x = program.linear(program.cascade(x, block.attention, activation(act)), project, residual=x)
+        for unit in block.after:
+            x = _add_unit(program, x, unit)
+        return x
+
+
+def _add_unit(program: Program, x: Value, unit: Any) -> Value:
+    if "interaction" in unit._modules:
+        x = program.depthwise(x, unit.interaction)
+    expand, act, project = unit.ffn.branch
+    return program.linear(program.linear(x, expand, activation(act)), project, residual=x)
 
 
 class EfficientViTBackbone(Backbone):

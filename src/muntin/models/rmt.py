@@ -20,12 +20,13 @@ from muntin.layers.drop import DropPath
 from muntin.layers.folding import RESIDUAL, fold_after, note, with_weights
 from muntin.layers.manhattan import DECAYS, ManhattanAttention
 from muntin.layers.mlp import Mlp, TokenBatchNorm
-from muntin.layers.opaque import OpaqueStage
+from muntin.layers.opaque import OpaqueStage, Programmed
 from muntin.layers.patch import PatchEmbed, PatchMerging, check_image
 from muntin.layers.tokens import after, on_map
 from muntin.layers.tracing import symbolic
 from muntin.layers.window import fresh
 from muntin.models.backbone import Backbone, call_block, select_outputs
+from muntin.native.program import Program, Unsuitable, Value, activation, convolutions
 
 SWITCHES = ("decomposed", "layer_scale", "patch_norm", "position_conv", "local_enhancement", "ffn_conv")
 PER_STAGE = ("dims", "depths", "heads", "mlp_ratios", "decay_range", "decomposed", "layer_scale")
@@ -134,7 +135,7 @@ def _is_number(value: object, *kinds: type) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
-class ConvStem(nn.Module):
+class ConvStem(Programmed):
     """Four 3x3 convolutions with BatchNorm: image (B, 3, H, W) -> tokens (B, N, C), and the map's sides."""
 
     stride = 4
@@ -151,7 +152,8 @@ class ConvStem(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, int, int]:
         check_image(image)
         if not torch.compiler.is_compiling():
-            x = self.convs(image.contiguous(memory_format=torch.channels_last))
+            program = self.serving(image)
+            x = (program or self.convs)(image.contiguous(memory_format=torch.channels_last))
             return x.flatten(2).transpose(1, 2).contiguous(), x.shape[2], x.shape[3]
         size = fresh(image.shape[2]), fresh(image.shape[3])
         x = image.flatten(2).transpose(1, 2).contiguous()
@@ -165,6 +167,9 @@ class ConvStem(nn.Module):
             else:
                 x, size = _convolve(layer, x, size, next(strides))
         return x, *size
+
+    def programmed(self) -> Program:
+        return convolutions(self.convs)
 
 
 class Downsample(nn.Module):
@@ -288,6 +293,7 @@ class RmtStage(OpaqueStage):
 
     def __init__(self, config: Rmt, stage: int, drop_paths: list[float]) -> None:
         super().__init__(config.dims[stage], stage > 0)
+        self.taken = config.dims[max(0, stage - 1)]  # channels of the input
         self.merge: nn.Module | None = None
         if stage:
             before, dim = config.dims[stage - 1 : stage + 1]
@@ -298,6 +304,10 @@ class RmtStage(OpaqueStage):
         """Tokens (B, N, C) and the map's sides -> the same after the stage. `run(block, ...)` calls a block."""
         if self.opaque:
             return self.by_operator(x, (height, width))
+        program = self.serving(x)
+        if program is not None:
+            x = program(x.unflatten(1, (height, width)).permute(0, 3, 1, 2))
+            return x.flatten(2).transpose(1, 2), x.shape[2], x.shape[3]
         if self.merge is not None:
             x, height, width = self.merge(x, (height, width))
         for block in self.blocks:
@@ -306,6 +316,34 @@ class RmtStage(OpaqueStage):
 
     def whole(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return self(x, *size, call_block)[0]
+
+    def programmed(self) -> Program:
+        program = Program(self.taken)
+        x = program.input
+        if self.merge is not None:
+            if not isinstance(self.merge, Downsample):
+                raise Unsuitable(repr(self.merge))
+            x = program.conv(x, self.merge.conv)
+        for block in self.blocks:
+            x = _add_block(program, x, block)
+        return program
+
+
+def _add_block(program: Program, x: Value, block: Any) -> Value:
+    """A block whose layer scales are folded."""
+    attention, mlp = block.attention, block.mlp
+    if block.position is not None:
+        x = program.depthwise(x, block.position.conv)
+    y = program.norm(x, block.norm1)
+    v = program.linear(y, attention.v)
+    mixed = program.mix(program.linear(y, attention.qk), v, attention)
+    if attention.local is not None:
+        mixed = program.depthwise(v, attention.local, residual=mixed)
+    x = program.linear(mixed, attention.proj, residual=x)
+    y = program.linear(program.norm(x, block.norm2), mlp.fc1, activation(mlp.act))
+    if mlp.mix is not None:
+        y = program.depthwise(y, mlp.mix.conv)
+    return program.linear(y, mlp.fc2, residual=x)
 
 
 class RmtBackbone(Backbone):

@@ -33,6 +33,7 @@ from muntin.layers.window import (
     same_order,
 )
 from muntin.models.windowed import MeanHead, WindowBackbone, WindowStage, drop_rates, initialise
+from muntin.native.program import Program, Value, activation
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,15 @@ class SwinBlock(nn.Module):
             y = self.attention.forward_raster(y, grid) if isinstance(grid, Grid) else self._by_gathers(y, grid)
             x = x + self.drop_path(y)
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def add_to(self, program: Program, x: Value) -> Value:
+        """Adds the folded block to a program. Raises Unsuitable."""
+        if self.norm1 is not None and self.attention is not None:
+            qkv = program.linear(program.norm(x, self.norm1), self.attention.qkv)
+            y = program.window(qkv, self.attention, (self.window, self.shifted, self.small_maps))
+            x = program.linear(y, self.attention.proj, residual=x)
+        y = program.linear(program.norm(x, self.norm2), self.mlp.fc1, activation(self.mlp.act))
+        return program.linear(y, self.mlp.fc2, residual=x)
 
     def _by_gathers(self, x: Tensor, grid: SymbolicGrid) -> Tensor:
         """Attention on (B, N, C) in raster order -> the same."""

@@ -25,6 +25,7 @@ from muntin.layers.position import BiasCache, bias_matrix, constant_relative_ind
 from muntin.layers.tracing import flat_rows, in_graph, symbolic
 from muntin.layers.window import Grid, SymbolicGrid, make_grid, move, pieces, reorder, same_order
 from muntin.models.windowed import MeanHead, WindowBackbone, WindowStage, drop_rates, initialise
+from muntin.native.program import Program, Value, activation
 
 
 @dataclass(frozen=True)
@@ -306,6 +307,14 @@ class SwinV2Block(nn.Module):
             y.add_(self.norm2(self.mlp(y)))
         return out.view(-1, batch, grid.area, channels)
 
+    def add_to(self, program: Program, x: Value) -> Value:
+        """Adds the folded block to a program. Raises Unsuitable."""
+        qkv = program.linear(x, self.attention.qkv)
+        y = program.window(qkv, self.attention, (self.window, self.shifted, self.small_maps))
+        x = program.norm(program.linear(y, self.attention.proj), self.norm1, residual=x)
+        y = program.linear(x, self.mlp.fc1, activation(self.mlp.act))
+        return program.norm(program.linear(y, self.mlp.fc2), self.norm2, residual=x)
+
     def forward_raster(self, x: Tensor, grid: SymbolicGrid | Grid) -> Tensor:
         """(B, N, C) in raster order -> the same, for sizes that may be symbols; a `Grid` where kernels serve."""
         if isinstance(grid, Grid):
@@ -327,6 +336,10 @@ class PostNormMerging(nn.Module):
         super().__init__()
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(2 * dim)
+
+    def add_to(self, program: Program, x: Value) -> Value:
+        """Adds the layer to a program. Raises Unsuitable."""
+        return program.norm(program.linear(program.merge(x), self.reduction), self.norm)
 
     def forward(self, x: Tensor, source: Grid | None, target: Grid | None, size: tuple[int, int]) -> Tensor:
         """Stream (n, B, A, C) of a map of this size, in the source's order -> stream in the target's order."""

@@ -1,7 +1,8 @@
 """What Swin and SwinV2 have in common: stages of windowed blocks, their order of tokens, and the head.
 
 A block has `window`, `shifted`, `small_maps`, `order(source, size)`, `forward(x, source, size)` and
-`forward_raster(x, grid)`; a merging layer `forward(x, source, target, size)` and `forward_symbolic(x, H, W)`.
+`forward_raster(x, grid)`; a merging layer `forward(x, source, target, size)` and `forward_symbolic(x, H, W)`. Both add
+themselves to a program of compiled kernels (`add_to`).
 
 Legend: B batch, H W map, N = H * W tokens, C channels, A tokens of a window, n windows. Between blocks the tokens are
 a stream (n, B, A, C) in the order of the last block's windows; raster order, the single window that is the map,
@@ -23,6 +24,7 @@ from muntin.layers.patch import PatchEmbed
 from muntin.layers.tracing import symbolic
 from muntin.layers.window import Grid, SymbolicGrid, make_grid, reorder, symbolic_grid
 from muntin.models.backbone import Backbone, call_block, select_outputs
+from muntin.native.program import Program
 
 
 class WindowStage(OpaqueStage):
@@ -37,6 +39,10 @@ class WindowStage(OpaqueStage):
         self, x: Tensor, source: Grid | None, size: tuple[int, int], run: Callable[..., Tensor]
     ) -> tuple[Tensor, Grid | None, tuple[int, int]]:
         """Stream, its order and its map's sides -> the same after the stage. `run(block, ...)` calls a block."""
+        program = self.serving(x) if source is None else None
+        if program is not None:
+            y = program(x[0].unflatten(1, size).permute(0, 3, 1, 2))
+            return y.flatten(2).transpose(1, 2)[None], None, (y.shape[2], y.shape[3])
         if self.merge is not None:
             half = (size[0] + 1) // 2, (size[1] + 1) // 2
             first: Any = self.blocks[0]
@@ -47,6 +53,14 @@ class WindowStage(OpaqueStage):
             x = run(block, x, source, size)
             source = block.order(source, size)
         return x, source, size
+
+    def programmed(self) -> Program:
+        program = Program(self.channels // 2 if self.merge else self.channels)
+        x = program.input if self.merge is None else self.merge.add_to(program, program.input)
+        block: Any
+        for block in self.blocks:
+            x = block.add_to(program, x)
+        return program
 
     def whole(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         x, order, size = self(x[None], None, size, call_block)

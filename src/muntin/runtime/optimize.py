@@ -13,6 +13,7 @@ from muntin import kernels
 from muntin.errors import UserError
 from muntin.layers.cascaded import CascadedAttention
 from muntin.layers.folding import noting
+from muntin.layers.opaque import Programmed
 from muntin.layers.position import BiasCache
 from muntin.runtime.graphs import CudaGraphs
 from muntin.runtime.packed import Packed, pack
@@ -53,6 +54,8 @@ def _prepared(model: nn.Module) -> Any:
         if isinstance(module, CascadedAttention) and kernels.serve(module.bias_table):
             module.stack()
             module.register_load_state_dict_post_hook(_stack)
+        if isinstance(module, Programmed) and all(p.device.type == "cpu" for p in module.parameters()):
+            module.add_program()
     return pack(fast)
 
 
@@ -84,6 +87,8 @@ def take_over(old: nn.Module, new: nn.Module) -> bool:
     for module in old.modules():
         if isinstance(module, Packed):
             module.repack()
+        if isinstance(module, Programmed) and module.program is not None:
+            module.program.forget()
         if isinstance(getattr(module, "_cache", None), BiasCache):
             _forget(module, None)
     return True

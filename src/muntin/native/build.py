@@ -1,0 +1,65 @@
+"""Compiling kernels.cpp for the machine that runs it, once."""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC"]
+SECONDS = 120  # a compiler that takes longer has hung
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: $MUNTIN_CACHE, $XDG_CACHE_HOME/muntin or ~/.cache/muntin."""
+    if "MUNTIN_CACHE" in os.environ:
+        return Path(os.environ["MUNTIN_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "muntin"
+
+
+@lru_cache(maxsize=1)
+def library() -> Any:
+    """The compiled kernels, or None where MUNTIN_NATIVE=0 is set or no compiler is at hand that makes them."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if os.environ.get("MUNTIN_NATIVE") == "0" or compiler is None or os.name == "nt":
+        return None
+    try:
+        return _opened(_built(compiler))
+    except (OSError, subprocess.SubprocessError, RuntimeError):  # RuntimeError: no home folder
+        return None
+
+
+def _built(compiler: str) -> Path:
+    """The compiled file, from the cache where it is there. It is named by all that it is made from: the source, the
+    flags, and the macros by which the compiler describes itself and this machine.
+    """
+    macros = _run(compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), macros])).hexdigest()[:24]
+    path = cache_folder() / f"kernels-{key}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
+            _run(compiler, *FLAGS, "-c", str(SOURCE), "-o", str(made))
+            # without a library for threads: torch's own is there already, and two would fight for the cores
+            _run(compiler, "-shared", str(made), "-o", str(linked))
+            os.replace(linked, path)
+    return path
+
+
+def _run(*command: str) -> bytes:
+    return subprocess.run(command, check=True, capture_output=True, timeout=SECONDS).stdout
+
+
+def _opened(path: Path) -> Any:
+    found = ctypes.CDLL(str(path), mode=os.RTLD_NOW)
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    long = ctypes.c_int64
+    found.muntin_run.argtypes = [pointer, number, pointer, *[number] * 4, long, long, pointer, long, number]
+    found.muntin_run.restype = None
+    return found

@@ -1,0 +1,643 @@
+// Programs of small layers on the CPU: linear layers, convolutions, norms, cascaded group attention, Manhattan
+// attention, means and gates, run one after the other in a single parallel region. What such layers take in a
+// framework is mostly the calling of them.
+//
+// Legend: B images, N = H * W tokens of a map in raster order, rows = B * N (or B), C channels, last in memory
+// ("channels last"); A tokens of a window, L of a line, h heads, K channels of a query or key, V of a value. float32.
+// Weights of products stand in panels of PANEL output channels, each a (C, panel) matrix (_arrange in program.py).
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#else
+static int omp_get_thread_num() { return 0; }
+static int omp_get_num_threads() { return 1; }
+#endif
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, WIDE = 4;
+#elif defined(__AVX__)
+constexpr int LANES = 8, WIDE = 2;
+#else
+constexpr int LANES = 4, WIDE = 4;
+#endif
+constexpr int ROWS = 6;               // of a tile: ROWS * WIDE accumulators stay in registers
+constexpr int PANEL = LANES * WIDE;   // columns of a tile
+constexpr int PATCHES = 4 * ROWS;     // of a convolution, put side by side
+constexpr int MOST = 1024;            // values of a program
+constexpr int TOGETHER = 4;           // columns of a depthwise convolution whose sums are in registers
+
+typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t ivec __attribute__((vector_size(LANES * sizeof(float))));
+
+static inline int least(int a, int b) { return a < b ? a : b; }
+
+static inline vec load(const float* p) {
+    vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+static inline vec spread(float x) { return x - vec{}; }
+static inline vec larger(vec a, vec b) { return a > b ? a : b; }
+static inline vec smaller(vec a, vec b) { return a < b ? a : b; }
+
+// exp to 2 units in the last place; 0 below -87
+static inline vec exponential(vec x) {
+    const vec low = spread(-87.0f);
+    const vec clamped = larger(x, low);
+    const vec turns = clamped * 1.44269504088896341f;
+    const ivec n = __builtin_convertvector(turns + (turns < 0 ? spread(-0.5f) : spread(0.5f)), ivec);
+    const vec whole = __builtin_convertvector(n, vec);
+    const vec r = clamped - whole * 0.693359375f + whole * 2.12194440e-4f;
+    vec y = spread(1.9875691500e-4f);
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    const ivec power = (n + 127) << 23;
+    vec scale;
+    std::memcpy(&scale, &power, sizeof scale);
+    return x < low ? vec{} : y * scale;
+}
+
+// The rational approximation of single precision that Eigen and XLA use
+static inline vec error_function(vec x) {
+    x = smaller(larger(x, spread(-4.0f)), spread(4.0f));
+    const vec s = x * x;
+    vec p = spread(-2.72614225801306e-10f);
+    for (const float c : {2.77068142495902e-08f, -2.10102402082508e-06f, -5.69250639462346e-05f, -7.34990630326855e-04f,
+                          -2.95459980854025e-03f, -1.60960333262415e-02f})
+        p = p * s + c;
+    vec q = spread(-1.45660718464996e-05f);
+    for (const float c : {-2.13374055278905e-04f, -1.68282697438203e-03f, -7.37332916720468e-03f,
+                          -1.42647390514189e-02f})
+        q = q * s + c;
+    return x * p / q;
+}
+
+// Neighbours change places
+static inline vec swapped(vec x) {
+#if defined(__AVX512F__)
+    return __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif defined(__AVX__)
+    return __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+    return __builtin_shufflevector(x, x, 1, 0, 3, 2);
+#endif
+}
+
+static inline float total(vec x) {
+    float sum = 0.0f;
+    for (int c = 0; c < LANES; ++c) sum += x[c];
+    return sum;
+}
+
+enum Act { NONE = 0, RELU = 1, HARDSWISH = 2, SIGMOID = 3, GELU = 4 };
+
+static inline vec activated(vec x, int act) {
+    switch (act) {
+        case RELU: return larger(x, vec{});
+        case HARDSWISH: return x * smaller(larger(x + 3.0f, vec{}), spread(6.0f)) * (1.0f / 6.0f);
+        case SIGMOID: return 1.0f / (1.0f + exponential(-x));
+        case GELU: return x * 0.5f * (1.0f + error_function(x * 0.70710678118654752f));
+        default: return x;
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------- products
+
+// Where a product goes: act(a @ b + bias) + residual. `columns` of the panel are real.
+struct Out {
+    float* y;
+    int64_t stride;
+    const float* bias;      // of the panel, or null
+    const float* residual;  // laid out as y, or null
+    int act;
+    int columns;
+};
+
+template <int R, int W>
+static void tile(const float* a, int64_t lda, int depth, const float* b, int64_t ldb, const Out& out) {
+    vec sums[R][W];
+    for (int i = 0; i < R; ++i)
+        for (int j = 0; j < W; ++j) sums[i][j] = out.bias ? load(out.bias + j * LANES) : vec{};
+    for (int k = 0; k < depth; ++k, b += ldb) {
+        vec columns[W];
+        for (int j = 0; j < W; ++j) columns[j] = load(b + j * LANES);
+        for (int i = 0; i < R; ++i)
+            for (int j = 0; j < W; ++j) sums[i][j] += a[i * lda + k] * columns[j];
+    }
+    for (int i = 0; i < R; ++i) {
+        float* y = out.y + i * out.stride;
+        const float* residual = out.residual ? out.residual + i * out.stride : nullptr;
+        for (int j = 0; j < W; ++j) {
+            vec v = activated(sums[i][j], out.act);
+            const int left = out.columns - j * LANES;
+            if (left >= LANES) {
+                if (residual) v += load(residual + j * LANES);
+                store(y + j * LANES, v);
+            } else {
+                for (int c = 0; c < left; ++c) y[j * LANES + c] = v[c] + (residual ? residual[j * LANES + c] : 0.0f);
+            }
+        }
+    }
+}
+
+template <int W>
+static void tile_rows(int rows, const float* a, int64_t lda, int depth, const float* b, int64_t ldb, const Out& out) {
+    switch (rows) {
+        case 1: return tile<1, W>(a, lda, depth, b, ldb, out);
+        case 2: return tile<2, W>(a, lda, depth, b, ldb, out);
+        case 3: return tile<3, W>(a, lda, depth, b, ldb, out);
+        case 4: return tile<4, W>(a, lda, depth, b, ldb, out);
+        case 5: return tile<5, W>(a, lda, depth, b, ldb, out);
+        default: return tile<6, W>(a, lda, depth, b, ldb, out);
+    }
+}
+
+// (rows <= ROWS, depth) @ (depth, columns <= PANEL); b may be read up to the next multiple of LANES columns
+static void block(int rows, const float* a, int64_t lda, int depth, const float* b, int64_t ldb, const Out& out) {
+    switch ((out.columns + LANES - 1) / LANES) {
+        case 1: return tile_rows<1>(rows, a, lda, depth, b, ldb, out);
+        case 2: return tile_rows<2>(rows, a, lda, depth, b, ldb, out);
+#if !defined(__AVX__) || defined(__AVX512F__)
+        case 3: return tile_rows<3>(rows, a, lda, depth, b, ldb, out);
+        default: return tile_rows<4>(rows, a, lda, depth, b, ldb, out);
+#else
+        default: return tile_rows<2>(rows, a, lda, depth, b, ldb, out);
+#endif
+    }
+}
+
+// Rows from `first` to `last` of x @ w + bias, panel by panel
+static void linear(const float* x, int64_t ldx, int in, const float* w, const float* bias, int columns, int act,
+                   const float* residual, float* y, int64_t ldy, int first, int last, int from, int to) {
+    for (int p = from; p < to; ++p) {
+        const int width = least(PANEL, columns - p * PANEL), padded = (width + LANES - 1) / LANES * LANES;
+        const float* panel = w + (int64_t)p * PANEL * in;
+        for (int r = first; r < last; r += ROWS) {
+            const Out out{y + r * ldy + p * PANEL, ldy, bias ? bias + p * PANEL : nullptr,
+                          residual ? residual + r * ldy + p * PANEL : nullptr, act, width};
+            block(least(ROWS, last - r), x + r * ldx, ldx, in, panel, padded, out);
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------- depthwise convolution
+
+// Some columns of a row, none of whose taps lies beside the map
+template <int COLUMNS>
+static void depthwise_columns(const float* x, int64_t pixel, int64_t line, int channels, int k, int stride, int first,
+                              int last, const float* taps, const float* bias, int act, const float* residual, float* y,
+                              int64_t out_pixel) {
+    for (int c = 0; c < channels; c += LANES) {
+        vec sums[COLUMNS];
+        for (int p = 0; p < COLUMNS; ++p) sums[p] = load(bias + c);
+        for (int i = first; i < last; ++i)
+            for (int j = 0; j < k; ++j) {
+                const vec tap = load(taps + (int64_t)(i * k + j) * channels + c);
+                for (int p = 0; p < COLUMNS; ++p) sums[p] += load(x + i * line + (p * stride + j) * pixel + c) * tap;
+            }
+        for (int p = 0; p < COLUMNS; ++p) {
+            vec sum = activated(sums[p], act);
+            if (residual) sum += load(residual + p * out_pixel + c);
+            store(y + p * out_pixel + c, sum);
+        }
+    }
+}
+
+// One row of act(convolution) + residual, `channels` a multiple of LANES: taps (k * k, channels), zeros around the map
+static void depthwise_row(const float* x, int64_t pixel, int height, int width, int channels, int k, int stride,
+                          const float* taps, const float* bias, int act, const float* residual, float* y,
+                          int64_t out_pixel, int out_width, int row) {
+    const int pad = k / 2, top = row * stride - pad;
+    const int first = top < 0 ? -top : 0, last = least(k, height - top);
+    for (int column = 0; column < out_width; ++column) {
+        const int left = column * stride - pad;
+        const int begin = left < 0 ? -left : 0, end = least(k, width - left);
+        const bool inside = begin == 0 && column + TOGETHER <= out_width && left + (TOGETHER - 1) * stride + k <= width;
+        if (inside) {
+            depthwise_columns<TOGETHER>(x + ((int64_t)top * width + left) * pixel, pixel, (int64_t)width * pixel, channels,
+                                        k, stride, first, last, taps, bias, act,
+                                        residual ? residual + column * out_pixel : nullptr, y + column * out_pixel,
+                                        out_pixel);
+            column += TOGETHER - 1;
+            continue;
+        }
+        for (int c = 0; c < channels; c += LANES) {
+            vec sum = load(bias + c);
+            for (int i = first; i < last; ++i) {
+                const float* line = x + ((int64_t)(top + i) * width + left) * pixel + c;
+                for (int j = begin; j < end; ++j)
+                    sum += load(line + j * pixel) * load(taps + (int64_t)(i * k + j) * channels + c);
+            }
+            sum = activated(sum, act);
+            if (residual) sum += load(residual + column * out_pixel + c);
+            store(y + column * out_pixel + c, sum);
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------- attention
+
+// softmax(change(q keys)) values for at most ROWS queries. keys: (depth, padded), padded the tokens up to a multiple of
+// LANES; change(i, c, logits) gives the logits of query i from column c on, -inf beyond the tokens.
+template <typename Change>
+static void attend(int rows, const float* q, int64_t ldq, int depth, const float* keys, int tokens,
+                   const float* values, int64_t ldv, int dim, float* y, int64_t ldy, float* weights, Change change) {
+    const int padded = (tokens + LANES - 1) / LANES * LANES;
+    for (int c = 0; c < padded; c += PANEL) {
+        const Out out{weights + c, padded, nullptr, nullptr, NONE, least(PANEL, padded - c)};
+        block(rows, q, ldq, depth, keys + c, padded, out);
+    }
+    for (int i = 0; i < rows; ++i) {
+        float* line = weights + (int64_t)i * padded;
+        vec most = spread(-INFINITY);
+        for (int c = 0; c < padded; c += LANES) {
+            const vec logits = change(i, c, load(line + c));
+            store(line + c, logits);
+            most = larger(most, logits);
+        }
+        float top = most[0];
+        for (int c = 1; c < LANES; ++c) top = most[c] > top ? most[c] : top;
+        vec sum = vec{};
+        for (int c = 0; c < padded; c += LANES) {
+            const vec e = exponential(load(line + c) - top);
+            sum += e;
+            store(line + c, e);
+        }
+        const vec inverse = spread(1.0f / total(sum));
+        for (int c = 0; c < padded; c += LANES) store(line + c, load(line + c) * inverse);
+    }
+    for (int c = 0; c < dim; c += PANEL) {
+        const Out out{y + c, ldy, nullptr, nullptr, NONE, least(PANEL, dim - c)};
+        block(rows, weights, padded, tokens, values + c, ldv, out);
+    }
+}
+
+// (tokens, depth) -> (depth, padded)
+static void transpose(const float* x, int64_t ldx, int tokens, int depth, float* y) {
+    const int padded = (tokens + LANES - 1) / LANES * LANES;
+    for (int k = 0; k < depth; ++k) {
+        for (int t = 0; t < tokens; ++t) y[(int64_t)k * padded + t] = x[(int64_t)t * ldx + k];
+        for (int t = tokens; t < padded; ++t) y[(int64_t)k * padded + t] = 0.0f;
+    }
+}
+
+// -------------------------------------------------------------------------------------------------------- programs
+
+enum Kind { LINEAR = 0, DEPTHWISE = 1, CASCADE = 2, MEAN = 3, SCALE = 4, CONV = 5, NORM = 6, ROTATE = 7, MIX = 8,
+    MERGE = 9, WINDOW = 10 };
+enum Lines { HORIZONTAL = 0, VERTICAL = 1, WHOLE = 2 };
+
+struct Head {
+    const float *qkv, *qkv_bias, *taps, *tap_bias;
+    int32_t kernel;
+};
+
+// One layer. Buffers are numbers into the program's table; -1: none.
+struct Layer {
+    int32_t kind, act;
+    int32_t from, to, residual;
+    int32_t rows, inputs, outputs;               // LINEAR, NORM: rows of all images; otherwise of one
+    int32_t height, width, kernel, stride;       // of the input map; MIX: `kernel` is its Lines
+    int32_t window_height, window_width, shift_height, shift_width, heads, key;
+    const float *weight, *bias;    // of attention: `bias` is (h, A, A up to a multiple of LANES), -inf beyond
+    const float* factors;          // WINDOW: of unit vectors q, or null where q and k are taken as they are
+    const Head* head;
+    float epsilon;
+};
+
+static void run_cascade(const Layer& l, const float* x, float* y, int batch, float* scratch) {
+    const int height = l.height, width = l.width, channels = l.inputs, value = channels / l.heads;
+    const int wh = l.window_height, ww = l.window_width, area = wh * ww;
+    const int padded = (area + LANES - 1) / LANES * LANES, wide = 2 * l.key + value;
+    const int down = (height + wh - 1) / wh, across = (width + ww - 1) / ww;
+    float* group = scratch;                               // (A, V): what the head sees
+    float* qkv = group + (int64_t)area * value;           // (A, 2K + V), and room to read beyond
+    float* query = qkv + (int64_t)area * wide + PANEL;    // (A, K)
+    float* keys = query + (int64_t)area * l.key;          // (K, A up to a multiple of LANES)
+    float* weights = keys + (int64_t)l.key * padded + PANEL;  // (ROWS, the same)
+    float* given = weights + (int64_t)ROWS * padded + PANEL;  // (A, V): what the head before has given
+    const int panels = (wide + PANEL - 1) / PANEL;
+#pragma omp for schedule(static)
+    for (int task = 0; task < batch * down * across; ++task) {
+        const int image = task / (down * across), place = task % (down * across);
+        const int y0 = place / across * wh, x0 = place % across * ww;
+        for (int h = 0; h < l.heads; ++h) {
+            for (int t = 0; t < area; ++t) {
+                const int row = y0 + t / ww, column = x0 + t % ww;
+                float* to = group + (int64_t)t * value;
+                const float* before = given + (int64_t)t * value;
+                const bool real = row < height && column < width;
+                const float* from = x + (((int64_t)image * height + row) * width + column) * channels + h * value;
+                if (real && h)
+                    for (int c = 0; c < value; ++c) to[c] = from[c] + before[c];
+                else if (real)
+                    std::memcpy(to, from, value * sizeof(float));
+                else if (h)
+                    std::memcpy(to, before, value * sizeof(float));
+                else
+                    std::memset(to, 0, value * sizeof(float));
+            }
+            const Head& head = l.head[h];
+            linear(group, value, value, head.qkv, head.qkv_bias, wide, NONE, nullptr, qkv, wide, 0, area, 0, panels);
+            for (int row = 0; row < wh; ++row)
+                depthwise_row(qkv, wide, wh, ww, l.key, head.kernel, 1, head.taps, head.tap_bias, NONE,
+                              nullptr, query + (int64_t)row * ww * l.key, l.key, ww, row);
+            transpose(qkv + l.key, wide, area, l.key, keys);
+            for (int r = 0; r < area; r += ROWS) {
+                const float* bias = l.bias + ((int64_t)h * area + r) * padded;
+                attend(least(ROWS, area - r), query + (int64_t)r * l.key, l.key, l.key, keys, area, qkv + 2 * l.key,
+                       wide, value, given + (int64_t)r * value, value, weights,
+                       [=](int i, int c, vec logits) { return logits + load(bias + (int64_t)i * padded + c); });
+            }
+            for (int t = 0; t < area; ++t) {
+                const int row = y0 + t / ww, column = x0 + t % ww;
+                if (row >= height || column >= width) continue;
+                float* to = y + (((int64_t)image * height + row) * width + column) * channels + h * value;
+                const float* from = given + (int64_t)t * value;
+                for (int c = 0; c < value; c += LANES) store(to + c, activated(load(from + c), l.act));
+            }
+        }
+    }
+}
+
+// Manhattan attention along the rows or the columns of a map, or between all its tokens. x: q and k side by side,
+// (N, 2C); `weight` holds ln(gamma) of each head, `bias` each token's row and then each token's column.
+static void run_mix(const Layer& l, const float* x, const float* v, float* y, int batch, float* scratch) {
+    const int height = l.height, width = l.width, tokens = height * width, channels = l.outputs, dim = l.key;
+    const bool rows = l.kernel == HORIZONTAL, whole = l.kernel == WHOLE;
+    const int length = whole ? tokens : rows ? width : height, lines = whole ? 1 : rows ? height : width;
+    const int step = rows || whole ? 1 : width;  // tokens from one to the next
+    const int padded = (length + LANES - 1) / LANES * LANES, tiles = (length + ROWS - 1) / ROWS;
+    const float scale = 1.0f / std::sqrt((float)dim);
+    float* keys = scratch;                           // (K, L up to a multiple of LANES), and room to read beyond
+    float* weights = keys + (int64_t)dim * padded + PANEL;    // (ROWS, the same)
+    float* places = weights + (int64_t)ROWS * padded + PANEL;  // of the tokens of a line: rows, then columns
+    for (int t = 0; t < padded; ++t) {
+        places[t] = t >= length ? 1e30f : whole ? t / width : rows ? 0 : t;
+        places[padded + t] = t >= length ? 1e30f : whole ? t % width : rows ? t : 0;
+    }
+    // few lines are shared out in chunks of their queries
+    const int whole_tasks = batch * lines * l.heads, wanted = 4 * omp_get_num_threads();
+    const int chunks = least(tiles, (wanted + whole_tasks - 1) / whole_tasks);
+#pragma omp for schedule(static)
+    for (int task = 0; task < whole_tasks * chunks; ++task) {
+        const int chunk = task % chunks, head = task / chunks % l.heads, line = task / chunks / l.heads % lines;
+        const int image = task / chunks / l.heads / lines;
+        const int64_t first = (int64_t)image * tokens + (rows ? (int64_t)line * width : whole ? 0 : line);
+        const float* q = x + first * 2 * channels + head * dim;
+        const int64_t ldq = (int64_t)step * 2 * channels, ldv = (int64_t)step * channels;
+        const float slope = l.weight[head];
+        transpose(q + channels, ldq, length, dim, keys);
+        const int last = least(length, tiles * (chunk + 1) / chunks * ROWS);
+        for (int r = tiles * chunk / chunks * ROWS; r < last; r += ROWS) {
+            attend(least(ROWS, last - r), q + r * ldq, ldq, dim, keys, length, v + first * channels + head * dim, ldv,
+                   dim, y + first * channels + head * dim + r * ldv, ldv, weights, [=](int i, int c, vec logits) {
+                       const vec dy = load(places + c) - places[r + i];
+                       const vec dx = load(places + padded + c) - places[padded + r + i];
+                       return logits * scale + slope * (larger(dy, -dy) + larger(dx, -dx));
+                   });
+        }
+    }
+}
+
+// A convolution of a k x k kernel: patches side by side, and their product with the weights (k * k * C, columns)
+static void run_conv(const Layer& l, const float* x, float* y, int batch, float* scratch) {
+    const int out_height = (l.height - 1) / l.stride + 1, out_width = (l.width - 1) / l.stride + 1;
+    const int depth = l.kernel * l.kernel * l.inputs, line = l.kernel * l.inputs, pad = l.kernel % 2 ? l.kernel / 2 : 0;
+    const int panels = (l.outputs + PANEL - 1) / PANEL;
+#pragma omp for schedule(static)
+    for (int task = 0; task < batch * out_height; ++task) {
+        const int image = task / out_height, top = task % out_height * l.stride - pad;
+        for (int start = 0; start < out_width; start += PATCHES) {
+            const int count = least(PATCHES, out_width - start);
+            for (int p = 0; p < count; ++p) {
+                const int left = (start + p) * l.stride - pad;
+                const int begin = left < 0 ? -left : 0, end = least(l.kernel, l.width - left);
+                for (int i = 0; i < l.kernel; ++i) {
+                    float* to = scratch + (int64_t)p * depth + i * line;
+                    const int row = top + i;
+                    if (row < 0 || row >= l.height) {
+                        std::memset(to, 0, line * sizeof(float));
+                        continue;
+                    }
+                    const float* from = x + (((int64_t)image * l.height + row) * l.width + left) * l.inputs;
+                    std::memset(to, 0, begin * l.inputs * sizeof(float));
+                    std::memcpy(to + begin * l.inputs, from + begin * l.inputs,
+                                (end - begin) * l.inputs * sizeof(float));
+                    std::memset(to + end * l.inputs, 0, (l.kernel - end) * l.inputs * sizeof(float));
+                }
+            }
+            linear(scratch, depth, depth, l.weight, l.bias, l.outputs, l.act, nullptr,
+                   y + ((int64_t)task * out_width + start) * l.outputs, l.outputs, 0, count, 0, panels);
+        }
+    }
+}
+
+// x scaled to unit length times `factor`; a zero vector stays zero
+static inline void unit(float* x, int dim, int step, float factor) {
+    float squares = 0.0f;
+    for (int c = 0; c < dim; ++c) squares += x[(int64_t)c * step] * x[(int64_t)c * step];
+    const float length = std::sqrt(squares), scale = length > 1e-12f ? factor / length : 0.0f;
+    for (int c = 0; c < dim; ++c) x[(int64_t)c * step] *= scale;
+}
+
+// Attention in windows of a map that is shifted. x: q, k and v side by side, (N, 3C); `weight` is what stands there for
+// a token beside the map; `bias` has a matrix for each kind of window where there is a shift: 1 at the right end, 2 at
+// the bottom, 3 at both.
+static void run_window(const Layer& l, const float* x, float* y, int batch, float* scratch) {
+    const int height = l.height, width = l.width, channels = l.outputs, dim = l.key;
+    const int wh = l.window_height, ww = l.window_width, area = wh * ww;
+    const int padded = (area + LANES - 1) / LANES * LANES;
+    const int down = (height + wh - 1) / wh, across = (width + ww - 1) / ww;
+    float* query = scratch;                                   // (A, K)
+    float* values = query + (int64_t)area * dim;              // (A, K)
+    float* made = values + (int64_t)area * dim;               // (A, K)
+    float* keys = made + (int64_t)area * dim;                 // (K, A up to a multiple of LANES), room to read beyond
+    float* weights = keys + (int64_t)dim * padded + PANEL;    // (ROWS, the same)
+    for (int c = 0; c < dim; ++c)
+        for (int t = area; t < padded; ++t) keys[(int64_t)c * padded + t] = 0.0f;
+#pragma omp for schedule(static)
+    for (int task = 0; task < batch * down * across * l.heads; ++task) {
+        const int head = task % l.heads, place = task / l.heads % (down * across);
+        const int image = task / l.heads / (down * across), down_at = place / across, across_at = place % across;
+        const int kind = (l.shift_height && down_at == down - 1 ? 2 : 0) + (l.shift_width && across_at == across - 1);
+        for (int t = 0; t < area; ++t) {
+            const int row = (down_at * wh + t / ww + l.shift_height) % (down * wh);
+            const int column = (across_at * ww + t % ww + l.shift_width) % (across * ww);
+            const bool real = row < height && column < width;
+            const float* from = (real ? x + (((int64_t)image * height + row) * width + column) * 3 * channels : l.weight) +
+                                head * dim;
+            std::memcpy(query + (int64_t)t * dim, from, dim * sizeof(float));
+            for (int c = 0; c < dim; ++c) keys[(int64_t)c * padded + t] = from[channels + c];
+            std::memcpy(values + (int64_t)t * dim, from + 2 * channels, dim * sizeof(float));
+            if (l.factors) {
+                unit(query + (int64_t)t * dim, dim, 1, l.factors[head]);
+                unit(keys + t, dim, padded, 1.0f);
+            }
+        }
+        const float* all = l.bias + ((int64_t)kind * l.heads + head) * area * padded;
+        for (int r = 0; r < area; r += ROWS) {
+            const float* bias = all + (int64_t)r * padded;
+            attend(least(ROWS, area - r), query + (int64_t)r * dim, dim, dim, keys, area, values, dim, dim,
+                   made + (int64_t)r * dim, dim, weights,
+                   [=](int i, int c, vec logits) { return logits + load(bias + (int64_t)i * padded + c); });
+        }
+        for (int t = 0; t < area; ++t) {
+            const int row = (down_at * wh + t / ww + l.shift_height) % (down * wh);
+            const int column = (across_at * ww + t % ww + l.shift_width) % (across * ww);
+            if (row < height && column < width)
+                std::memcpy(y + (((int64_t)image * height + row) * width + column) * channels + head * dim,
+                            made + (int64_t)t * dim, dim * sizeof(float));
+        }
+    }
+}
+
+// 2x2 neighbours side by side, from top to bottom and then from left to right; zeros beside the map
+static void run_merge(const Layer& l, const float* x, float* y, int batch) {
+    const int out_height = (l.height + 1) / 2, out_width = (l.width + 1) / 2;
+#pragma omp for schedule(static)
+    for (int task = 0; task < batch * out_height; ++task) {
+        const int image = task / out_height, top = task % out_height * 2;
+        for (int column = 0; column < out_width; ++column)
+            for (int part = 0; part < 4; ++part) {
+                const int row = top + part % 2, at = 2 * column + part / 2;
+                float* to = y + (((int64_t)task * out_width + column) * 4 + part) * l.inputs;
+                if (row < l.height && at < l.width)
+                    std::memcpy(to, x + (((int64_t)image * l.height + row) * l.width + at) * l.inputs,
+                                l.inputs * sizeof(float));
+                else
+                    std::memset(to, 0, l.inputs * sizeof(float));
+            }
+    }
+}
+
+static void run_norm(const Layer& l, const float* x, const float* residual, float* y) {
+    const int channels = l.inputs;
+#pragma omp for schedule(static)
+    for (int row = 0; row < l.rows; ++row) {
+        const float* from = x + (int64_t)row * channels;
+        float* to = y + (int64_t)row * channels;
+        vec sum = vec{}, squares = vec{};
+        for (int c = 0; c < channels; c += LANES) sum += load(from + c);
+        const float mean = total(sum) / channels;
+        for (int c = 0; c < channels; c += LANES) {
+            const vec d = load(from + c) - mean;
+            squares += d * d;
+        }
+        const float inverse = 1.0f / std::sqrt(total(squares) / channels + l.epsilon);
+        for (int c = 0; c < channels; c += LANES) {
+            vec v = (load(from + c) - mean) * inverse * load(l.weight + c) + load(l.bias + c);
+            if (residual) v += load(residual + (int64_t)row * channels + c);
+            store(to + c, v);
+        }
+    }
+}
+
+// Pairs of channels of each head turned: `weight` has, for each token, the cosines and the signed sines of a head
+static void run_rotate(const Layer& l, float* x, int batch) {
+    const int dim = l.key, tokens = l.rows;
+#pragma omp for schedule(static)
+    for (int task = 0; task < batch * tokens; ++task) {
+        const float* turn = l.weight + (int64_t)(task % tokens) * 2 * dim;
+        float* row = x + (int64_t)task * l.inputs;
+        for (int start = 0; start < l.inputs; start += dim)
+            for (int c = 0; c < dim; c += LANES) {
+                const vec v = load(row + start + c);
+                store(row + start + c, v * load(turn + c) + swapped(v) * load(turn + dim + c));
+            }
+    }
+}
+
+static void run_layer(const Layer& l, float* const* buffers, int batch, float* scratch) {
+    const float* x = buffers[l.from];
+    float* y = buffers[l.to];
+    if (l.kind == LINEAR) {
+        const int panels = (l.outputs + PANEL - 1) / PANEL, threads = omp_get_num_threads();
+        const float* residual = l.residual < 0 ? nullptr : buffers[l.residual];
+        // rows are shared out in tiles; where there are too few of them, panels are too
+        const int tiles = (l.rows + ROWS - 1) / ROWS;
+        const int parts = least(panels, tiles >= 4 * threads ? 1 : panels);
+        const int chunks = tiles >= 4 * threads ? threads : least(tiles, threads);
+#pragma omp for schedule(static)
+        for (int task = 0; task < chunks * parts; ++task) {
+            const int chunk = task % chunks, part = task / chunks;
+            const int first = (int)((int64_t)tiles * chunk / chunks) * ROWS;
+            const int last = least(l.rows, (int)((int64_t)tiles * (chunk + 1) / chunks) * ROWS);
+            linear(x, l.inputs, l.inputs, l.weight, l.bias, l.outputs, l.act, residual, y, l.outputs, first, last,
+                   panels * part / parts, panels * (part + 1) / parts);
+        }
+    } else if (l.kind == DEPTHWISE) {
+        const int out_height = (l.height - 1) / l.stride + 1, out_width = (l.width - 1) / l.stride + 1;
+#pragma omp for schedule(static)
+        for (int task = 0; task < batch * out_height; ++task) {
+            const int image = task / out_height, row = task % out_height;
+            depthwise_row(x + (int64_t)image * l.height * l.width * l.inputs, l.inputs, l.height, l.width, l.inputs, l.kernel,
+                          l.stride, l.weight, l.bias, l.act,
+                          l.residual < 0 ? nullptr : buffers[l.residual] + (int64_t)task * out_width * l.inputs,
+                          y + (int64_t)task * out_width * l.inputs, l.inputs, out_width,
+                          row);
+        }
+    } else if (l.kind == CASCADE) {
+        run_cascade(l, x, y, batch, scratch);
+    } else if (l.kind == MIX) {
+        run_mix(l, x, buffers[l.residual], y, batch, scratch);
+    } else if (l.kind == CONV) {
+        run_conv(l, x, y, batch, scratch);
+    } else if (l.kind == NORM) {
+        run_norm(l, x, l.residual < 0 ? nullptr : buffers[l.residual], y);
+    } else if (l.kind == MERGE) {
+        run_merge(l, x, y, batch);
+    } else if (l.kind == WINDOW) {
+        run_window(l, x, y, batch, scratch);
+    } else if (l.kind == ROTATE) {
+        run_rotate(l, y, batch);
+    } else if (l.kind == MEAN) {
+        const int groups = l.inputs / LANES;
+#pragma omp for schedule(static)
+        for (int task = 0; task < batch * groups; ++task) {
+            const int image = task / groups, c = task % groups * LANES;
+            vec sum = vec{};
+            for (int t = 0; t < l.rows; ++t) sum += load(x + ((int64_t)image * l.rows + t) * l.inputs + c);
+            store(y + (int64_t)image * l.inputs + c, sum * (1.0f / l.rows));
+        }
+    } else {  // SCALE: a map by a factor for each image and channel
+        const float* factor = buffers[l.residual];
+#pragma omp for schedule(static)
+        for (int task = 0; task < batch * l.rows; ++task)
+            for (int c = 0; c < l.inputs; c += LANES)
+                store(y + (int64_t)task * l.inputs + c,
+                      load(x + (int64_t)task * l.inputs + c) * load(factor + (int64_t)(task / l.rows) * l.inputs + c));
+    }
+}
+
+extern "C" int muntin_lanes() { return LANES; }
+extern "C" int muntin_panel() { return PANEL; }
+extern "C" int muntin_rows() { return ROWS; }
+extern "C" int muntin_values() { return MOST; }
+extern "C" int muntin_patches() { return PATCHES; }
+extern "C" int muntin_layer_bytes() { return sizeof(Layer); }
+
+// `batch` images at a time, `times` times, so that what is between the layers stays in cache. `buffers` has a place for
+// each of `values` values; the first is the input and the one called `last` the output, which move on by so many floats.
+// `scratch` has `each` floats for every thread.
+extern "C" void muntin_run(const Layer* layers, int count, float* const* buffers, int values, int last, int batch,
+                           int times, int64_t input, int64_t output, float* scratch, int64_t each, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        float* own = scratch + each * omp_get_thread_num();
+        float* mine[MOST];
+        std::memcpy(mine, buffers, values * sizeof(float*));
+        for (int t = 0; t < times; ++t, mine[0] += input, mine[last] += output)
+            for (int i = 0; i < count; ++i) run_layer(layers[i], mine, batch, own);
+    }
+}

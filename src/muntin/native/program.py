@@ -1,0 +1,508 @@
+"""Programs: a few dozen small layers that run as one call on the CPU, see kernels.cpp.
+
+Legend: B batch, H W map, C channels, A tokens of a window.
+"""
+
+import ctypes
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from muntin.layers.manhattan import log_gamma, rotation
+from muntin.layers.position import constants
+from muntin.layers.window import Grid, make_grid
+from muntin.native.build import library
+
+LINEAR, DEPTHWISE, CASCADE, MEAN, SCALE, CONV, NORM, ROTATE, MIX, MERGE, WINDOW = range(11)
+WITH_WEIGHTS = (LINEAR, DEPTHWISE, CONV, NORM)
+HORIZONTAL, VERTICAL, WHOLE = range(3)
+ACTS = {"none": 0, "relu": 1, "hardswish": 2, "sigmoid": 3, "gelu": 4}
+ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Hardswish: "hardswish", nn.GELU: "gelu"}
+SHAPES = 8  # prepared at once
+ALIGNED = 16  # floats of a cache line
+CACHED = 1 << 20
+"""Floats of the largest value: as many images run at a time as stay below, so that caches hold them."""
+_INT, _POINTER = ctypes.c_int32, ctypes.c_void_p
+
+
+class _Head(ctypes.Structure):
+    _fields_ = [(name, _POINTER) for name in ("qkv", "qkv_bias", "taps", "tap_bias")] + [("kernel", _INT)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _INT) for name in ("kind", "act", "source", "to", "residual", "rows", "inputs", "outputs")),
+        *((name, _INT) for name in ("height", "width", "kernel", "stride")),
+        *((name, _INT) for name in ("window_height", "window_width", "shift_height", "shift_width", "heads", "key")),
+        *((name, _POINTER) for name in ("weight", "bias", "factors", "head")),
+        ("epsilon", ctypes.c_float),
+    ]
+
+
+@lru_cache(maxsize=1)
+def available() -> bool:
+    """Whether the kernels are there and agree with this file about the layout of a layer."""
+    kernels = library()
+    return kernels is not None and kernels.muntin_layer_bytes() == ctypes.sizeof(_Layer)
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a layer makes: a map of so many channels, its sides halved so many times (rounded up), or a vector for each
+    image (`halved` is None).
+    """
+
+    number: int
+    channels: int
+    halved: int | None
+
+    def sides(self, height: int, width: int) -> tuple[int, int]:
+        if self.halved is None:
+            return 1, 1
+        for _ in range(self.halved):
+            height, width = (height + 1) // 2, (width + 1) // 2
+        return height, width
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A layer of a program.
+
+    other: the residual, of SCALE the factors, of MIX the values. layer: of CASCADE, ROTATE, MIX and WINDOW the
+    attention. heads: the convolutions of a cascade's heads, as they are before they are packed. rule: how windows are
+    cut.
+    """
+
+    kind: int
+    source: Value
+    to: Value
+    other: Value | None = None
+    act: str = "none"
+    layer: Any = None
+    heads: tuple[tuple[Any, Any], ...] = ()
+    lines: int = 0
+    rule: tuple[int, bool, str] = (0, False, "")
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A program for one shape. offsets: of each value in a buffer of `floats`, which ends with each thread's own part;
+    kept: what the layers point to.
+    """
+
+    layers: Any
+    offsets: list[int]
+    floats: int
+    own: int
+    kept: list[Any]
+
+
+class Unsuitable(Exception):
+    """A layer that the kernels do not serve."""
+
+
+_numbers = count()
+_programs: WeakValueDictionary[int, "Program"] = WeakValueDictionary()
+
+
+class Program:
+    """Layers in the order in which they were added, from a map (B, C, H, W) in channels-last memory to another.
+
+    The layers are modules, whose weights are arranged for the kernels when they are first needed; `forget` when they
+    have changed. Adding a layer raises Unsuitable where the kernels do not serve it.
+    """
+
+    def __init__(self, channels: int) -> None:
+        if not available():
+            raise Unsuitable("no kernels")
+        self._steps: list[_Step] = []
+        self._values: list[Value] = []
+        self._start()
+        self.input = self._value(channels, 0)
+
+    def _start(self) -> None:
+        kernels = library()
+        self._lanes, self._panel = kernels.muntin_lanes(), kernels.muntin_panel()
+        self._rows, self._patches = kernels.muntin_rows(), kernels.muntin_patches()
+        self._most = kernels.muntin_values()
+        self._run = kernels.muntin_run
+        self.number = next(_numbers)
+        _programs[self.number] = self
+        self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("_steps", "_values", "input")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    def forget(self) -> None:
+        """The layers' weights are others now."""
+        self._arranged: dict[int, tuple[Tensor, Tensor]] = {}
+        self._prepared: dict[tuple[int, ...], _Prepared] = {}
+
+    # ------------------------------------------------------------------------------------------- adding layers
+
+    def _value(self, channels: int, halved: int | None) -> Value:
+        self._values.append(Value(len(self._values), channels, halved))
+        return self._values[-1]
+
+    def _add(self, kind: int, source: Value, to: Value, *rest: Any, **named: Any) -> Value:
+        if kind not in (LINEAR, CONV) and to.channels % self._lanes:  # of these the weights are padded
+            raise Unsuitable(f"{to.channels} channels")
+        if len(self._values) > self._most:
+            raise Unsuitable(f"more than {self._most} values")
+        self._steps.append(_Step(kind, source, to, *rest, **named))
+        return to
+
+    def _sum(self, residual: Value | None, channels: int, halved: int | None) -> Value:
+        """Where a sum goes: in the residual's place, unless that is the input."""
+        if residual is None or residual is self.input:
+            return self._value(channels, halved)
+        return residual
+
+    def linear(self, x: Value, layer: nn.Module, act: str = "none", residual: Value | None = None) -> Value:
+        """act(layer(x)) + residual, of a linear layer or a 1x1 convolution. The residual is not to be used again."""
+        if not (isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and _is_pointwise(layer))):
+            raise Unsuitable(repr(layer))
+        return self._add(LINEAR, x, self._sum(residual, len(layer.weight), x.halved), residual, act, layer)
+
+    def depthwise(self, x: Value, conv: nn.Module, act: str = "none", residual: Value | None = None) -> Value:
+        """act(conv(x)) + residual, with as many zeros around as keep the map's size at stride 1. The residual is not to
+        be used again.
+        """
+        halved = (x.halved or 0) + _stride(conv, depthwise=True) - 1
+        return self._add(DEPTHWISE, x, self._sum(residual, x.channels, halved), residual, act, conv)
+
+    def conv(self, x: Value, conv: Any, act: str = "none") -> Value:
+        """act(conv(x)), as for `depthwise`, each output of all channels."""
+        halved = (x.halved or 0) + _stride(conv, depthwise=False) - 1
+        return self._add(CONV, x, self._value(conv.out_channels, halved), None, act, conv)
+
+    def norm(self, x: Value, norm: nn.Module, residual: Value | None = None) -> Value:
+        """LayerNorm over the channels, plus a residual, which is not to be used again. An identity is left out."""
+        if isinstance(norm, nn.Identity) and residual is None:
+            return x
+        if type(norm) is not nn.LayerNorm or norm.normalized_shape != (x.channels,) or norm.bias is None:
+            raise Unsuitable(repr(norm))
+        return self._add(NORM, x, self._sum(residual, x.channels, x.halved), residual, layer=norm)
+
+    def merge(self, x: Value) -> Value:
+        """2x2 neighbours side by side, as in `neighbours`."""
+        return self._add(MERGE, x, self._value(4 * x.channels, (x.halved or 0) + 1))
+
+    def window(self, qkv: Value, attention: Any, rule: tuple[int, bool, str]) -> Value:
+        """Attention in windows, between its projections. rule: window, whether it is shifted, and `small_maps`."""
+        channels = qkv.channels // 3
+        if attention.scale != 1.0 or channels // attention.heads % self._lanes:
+            raise Unsuitable(repr(attention))
+        return self._add(WINDOW, qkv, self._value(channels, qkv.halved), layer=attention, rule=rule)
+
+    def mix(self, qk: Value, v: Value, attention: Any) -> Value:
+        """Manhattan attention without its projections and local enhancement. q and k are turned in place."""
+        if attention.width % self._lanes or attention.decay != "softmax":
+            raise Unsuitable(repr(attention))
+        self._add(ROTATE, qk, qk, layer=attention)
+        for lines in (HORIZONTAL, VERTICAL) if attention.decomposed else (WHOLE,):
+            v = self._add(MIX, qk, self._value(v.channels, v.halved), v, layer=attention, lines=lines)
+        return v
+
+    def cascade(self, x: Value, attention: Any, act: str) -> Value:
+        """act(attention(x)) of a CascadedAttention, without its projection."""
+        key, value = attention.key_dim, attention.value_dim
+        suits = attention.cascade and attention.scale == 1.0 and not (key % self._lanes or value % self._lanes)
+        if not suits or value * len(attention.qkvs) != x.channels:
+            raise Unsuitable(repr(attention))
+        heads = tuple(zip(attention.qkvs, attention.dws, strict=True))
+        for qkv, conv in heads:
+            if _stride(conv, depthwise=True) != 1 or not isinstance(qkv, nn.Conv2d):
+                raise Unsuitable(repr(attention))
+        return self._add(CASCADE, x, self._value(x.channels, x.halved), None, act, attention, heads)
+
+    def gated(self, x: Value, reduce: nn.Module, act: str, expand: nn.Module) -> Value:
+        """x * sigmoid(expand(act(reduce(mean(x)))))"""
+        mean = self._add(MEAN, x, self._value(x.channels, None))
+        factors = self.linear(self.linear(mean, reduce, act), expand, "sigmoid")
+        return self._add(SCALE, x, self._value(x.channels, x.halved), factors)
+
+    # ------------------------------------------------------------------------------------------------- running
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether this input can be run: on the CPU in float32, without gradients, autocast or a graph being made."""
+        if type(x) is not Tensor or x.dtype != torch.float32 or x.device.type != "cpu":
+            return False
+        if torch.is_autocast_enabled("cpu") or not x.numel() or (x.requires_grad and torch.is_grad_enabled()):
+            return False
+        weight: Tensor = next(step.layer.weight for step in self._steps if step.kind in WITH_WEIGHTS)
+        return weight.dtype == x.dtype and weight.device == x.device
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> a map in channels-last memory."""
+        return torch.ops.muntin.program(x.contiguous(memory_format=torch.channels_last), self.number)
+
+    def run(self, x: Tensor) -> Tensor:
+        """What the operator runs."""
+        batch, _, height, width = x.shape
+        last = self._steps[-1].to
+        out = torch.empty((batch, *last.sides(height, width), last.channels))
+        each = min(batch, self._together(height, width))
+        times, rest = divmod(batch, each)
+        self._run_images(x, out, 0, each, times)
+        if rest:
+            self._run_images(x, out, times * each, rest, 1)
+        return out.permute(0, 3, 1, 2)
+
+    def _run_images(self, x: Tensor, out: Tensor, first: int, batch: int, times: int) -> None:
+        """So many images so many times, from the first on."""
+        threads = torch.get_num_threads()
+        key = (batch, x.shape[2], x.shape[3], threads)
+        made = self._prepared.get(key)
+        if made is None:
+            if len(self._prepared) >= SHAPES:
+                self._prepared.clear()
+            made = self._prepared[key] = self._prepare(*key)
+        held = torch.empty(made.floats)
+        base, last = held.data_ptr(), self._steps[-1].to.number
+        addresses = [base + 4 * offset for offset in made.offsets]
+        sizes = x[0].numel(), out[0].numel()
+        addresses[0], addresses[last] = x.data_ptr() + 4 * first * sizes[0], out.data_ptr() + 4 * first * sizes[1]
+        table = (_POINTER * len(addresses))(*addresses)
+        scratch = base + 4 * (made.floats - threads * made.own)
+        moves = batch * sizes[0], batch * sizes[1]
+        count = len(made.layers)
+        self._run(made.layers, count, table, len(table), last, batch, times, *moves, scratch, made.own, threads)
+
+    def _together(self, height: int, width: int) -> int:
+        """How many images run at a time."""
+        most = max(math.prod(step.to.sides(height, width)) * step.to.channels for step in self._steps)
+        return max(1, CACHED // most)
+
+    def macs(self, batch: int, height: int, width: int) -> Counter[str]:
+        """Multiply-accumulates for a map of this size, by the kinds of `measure.counter`."""
+        found: Counter[str] = Counter()
+        for step in self._steps:
+            rows, columns = step.to.sides(height, width)
+            if step.kind == LINEAR:
+                found["linear"] += batch * rows * columns * step.layer.weight.numel()
+            elif step.kind in (DEPTHWISE, CONV):
+                found["convolution"] += batch * rows * columns * step.layer.weight.numel()
+            elif step.kind == MIX:
+                length = (columns, rows, rows * columns)[step.lines]
+                found["attention"] += 2 * batch * rows * columns * length * step.to.channels
+            elif step.kind == WINDOW:
+                grid = make_grid(rows, columns, *step.rule)
+                found["attention"] += 2 * batch * math.prod(grid.counts) * grid.area**2 * step.to.channels
+            elif step.kind == CASCADE:
+                tall, wide = _window(step.layer, rows, columns)
+                area, windows = tall * wide, batch * -(-rows // tall) * -(-columns // wide)
+                found["linear"] += windows * area * sum(qkv.weight.numel() for qkv, _ in step.heads)
+                found["convolution"] += windows * area * sum(conv.weight.numel() for _, conv in step.heads)
+                channels = step.layer.key_dim + step.layer.value_dim
+                found["attention"] += windows * area * area * channels * len(step.heads)
+        return found
+
+    def weights(self) -> list[Tensor]:
+        """Of all layers."""
+        products = [step.layer for step in self._steps if step.kind in WITH_WEIGHTS]
+        products += [layer for step in self._steps for pair in step.heads for layer in pair]
+        found = [tensor for layer in products for tensor in (layer.weight, layer.bias) if tensor is not None]
+        return found + [step.layer.bias_table for step in self._steps if step.heads]
+
+    # ----------------------------------------------------------------------------------------------- preparing
+
+    def _prepare(self, batch: int, height: int, width: int, threads: int) -> _Prepared:
+        layers = (_Layer * len(self._steps))()
+        kept: list[Any] = []
+        own = 0
+        for layer, step in zip(layers, self._steps, strict=True):
+            rows, columns = step.source.sides(height, width)
+            layer.kind, layer.act = step.kind, ACTS[step.act]
+            layer.source, layer.to = step.source.number, step.to.number
+            layer.residual = -1 if step.other is None else step.other.number
+            layer.rows = rows * columns * (batch if step.kind in (LINEAR, NORM) else 1)
+            layer.inputs, layer.outputs = step.source.channels, step.to.channels
+            layer.height, layer.width = rows, columns
+            if step.kind == CASCADE:
+                kept += self._prepare_window(layer, step, *_window(step.layer, rows, columns))
+            elif step.kind == WINDOW:
+                kept += self._prepare_windows(layer, step, make_grid(rows, columns, *step.rule))
+            elif step.kind in (ROTATE, MIX):
+                kept.append(self._prepare_mix(layer, step))
+            elif step.kind in WITH_WEIGHTS:
+                weight, bias = self._arrange(step.layer)
+                layer.weight, layer.bias = weight.data_ptr(), bias.data_ptr()
+                if step.kind in (DEPTHWISE, CONV):
+                    layer.kernel, layer.stride = step.layer.kernel_size[0], step.layer.stride[0]
+                elif step.kind == NORM:
+                    layer.epsilon = step.layer.eps
+            own = max(own, self._own(layer))
+        offsets, floats = self._places(batch, height, width)
+        return _Prepared(layers, offsets, floats + threads * own, own, kept)
+
+    def _arrange(self, layer: Any) -> tuple[Tensor, Tensor]:
+        """Weights and bias as the kernels read them. A product's: columns in panels side by side, (in, panel) each, the
+        last as wide as whole vectors. A depthwise convolution's: (k * k, C). A norm's: as they are.
+        """
+        found = self._arranged.get(id(layer))
+        if found is None:
+            with constants():
+                weight, out = layer.weight.detach(), len(layer.weight)
+                if isinstance(layer, nn.LayerNorm):
+                    weight = weight.contiguous()
+                elif getattr(layer, "groups", 1) > 1:
+                    weight = weight.flatten(1).t().contiguous()
+                else:
+                    rows = weight.permute(0, 2, 3, 1).flatten(1) if weight.ndim == 4 else weight
+                    padded = F.pad(rows, (0, 0, 0, -out % self._lanes)).t()
+                    weight = torch.cat([part.reshape(-1) for part in padded.split(self._panel, 1)])
+                bias = torch.zeros(out) if layer.bias is None else layer.bias.detach()
+                bias = F.pad(bias, (0, -out % self._lanes)).contiguous()
+            found = self._arranged[id(layer)] = weight, bias
+        return found
+
+    def _prepare_window(self, layer: Any, step: _Step, height: int, width: int) -> list[Any]:
+        """What an attention in such windows points to."""
+        with constants():
+            bias = step.layer._bias(height, width, torch.float32)
+            bias = F.pad(bias, (0, -height * width % self._lanes), value=-torch.inf).contiguous()
+        heads = (_Head * len(step.heads))()
+        for head, pair in zip(heads, step.heads, strict=True):
+            pointers = (tensor.data_ptr() for part in pair for tensor in self._arrange(part))
+            head.qkv, head.qkv_bias, head.taps, head.tap_bias = pointers
+            head.kernel = pair[1].kernel_size[0]
+        layer.window_height, layer.window_width = height, width
+        layer.heads, layer.key = len(heads), step.layer.key_dim
+        layer.bias, layer.head = bias.data_ptr(), ctypes.addressof(heads)
+        return [bias, heads]
+
+    def _prepare_windows(self, layer: Any, step: _Step, grid: Grid) -> list[Any]:
+        """What a window attention's layer points to."""
+        attention = step.layer
+        (layer.window_height, layer.window_width), (layer.shift_height, layer.shift_width) = grid.window, grid.shift
+        layer.heads, layer.key = attention.heads, step.to.channels // attention.heads
+        with constants():
+            bias = attention.kind_biases(grid, torch.float32)
+            bias = F.pad(bias, (0, -grid.area % self._lanes), value=-torch.inf).contiguous()
+            kept = [bias, attention.padded().detach().contiguous()]
+            factors = getattr(attention, "factors", None)
+            if factors is not None:
+                kept.append(factors[0, :, 0].contiguous())
+                layer.factors = kept[-1].data_ptr()
+        layer.bias, layer.weight = kept[0].data_ptr(), kept[1].data_ptr()
+        return kept
+
+    def _prepare_mix(self, layer: Any, step: _Step) -> Tensor:
+        """What a Manhattan attention's layer points to."""
+        attention = step.layer
+        layer.key, layer.heads, layer.kernel = attention.width, attention.heads, step.lines
+        with constants():
+            if step.kind == MIX:
+                found = log_gamma(attention.heads, attention.least, attention.reach, torch.float32)
+            else:
+                turns = rotation(layer.rows, attention.width, torch.float64, torch.device("cpu"))[:, 0, 0]  # (N, d / 2)
+                cosines, sines = (part.repeat_interleave(2, 1) for part in (turns.real, turns.imag))
+                sines[:, ::2] *= -1
+                found = torch.cat([cosines, sines], 1).float()
+        layer.weight = found.data_ptr()
+        return found
+
+    def _own(self, layer: Any) -> int:
+        """Floats that a thread needs for a layer, as the kernels lay them out."""
+        floats = 0
+        if layer.kind == CASCADE:
+            area, value = layer.window_height * layer.window_width, layer.inputs // layer.heads
+            padded = area + -area % self._lanes
+            floats = area * 3 * (value + layer.key) + (layer.key + self._rows) * padded + 3 * self._panel
+        elif layer.kind == MIX:
+            length = (layer.width, layer.height, layer.rows)[layer.kernel]
+            floats = (layer.key + self._rows + 2) * (length + -length % self._lanes) + 2 * self._panel
+        elif layer.kind == WINDOW:
+            area = layer.window_height * layer.window_width
+            floats = 3 * area * layer.key + (layer.key + self._rows) * (area + -area % self._lanes) + 2 * self._panel
+        elif layer.kind == CONV:
+            floats = self._patches * layer.kernel**2 * layer.inputs
+        return floats + -floats % ALIGNED
+
+    def _places(self, batch: int, height: int, width: int) -> tuple[list[int], int]:
+        """Where each value stands, and how many floats that takes; one that is not needed any more makes room."""
+        last = {value.number: i for i, step in enumerate(self._steps) for value in _read(step)}
+        offsets, total = [0] * len(self._values), 0
+        taken: dict[int, tuple[int, int]] = {}  # size and offset
+        free: list[tuple[int, int]] = []
+        for i, step in enumerate(self._steps):
+            number = step.to.number
+            if number not in taken:
+                rows, columns = step.to.sides(height, width)
+                size = batch * rows * columns * step.to.channels
+                size += -size % ALIGNED
+                place = min((place for place in free if place[0] >= size), default=None)
+                if place is None:
+                    place, total = (size, total), total + size
+                else:
+                    free.remove(place)
+                taken[number], offsets[number] = place, place[1]
+            free += [taken.pop(other) for other in list(taken) if other != number and last[other] <= i]
+        return offsets, total
+
+
+def activation(module: nn.Module) -> str:
+    """Its name here. Raises Unsuitable."""
+    name = ACTIVATIONS.get(type(module))
+    if name is None or getattr(module, "approximate", "none") != "none":
+        raise Unsuitable(repr(module))
+    return name
+
+
+def convolutions(layers: nn.Sequential) -> Program:
+    """A stem of folded convolutions and activations in turns. Raises Unsuitable."""
+    program = Program(3)
+    x = program.input
+    modules = [*layers, None]
+    for conv, act in zip(modules[::2], modules[1::2], strict=True):
+        x = program.conv(x, conv, "none" if act is None else activation(act))
+    return program
+
+
+def _read(step: _Step) -> list[Value]:
+    return [value for value in (step.source, step.other, step.to) if value is not None]
+
+
+def _window(attention: Any, height: int, width: int) -> tuple[int, int]:
+    """A map that fits the window is one."""
+    fits = height <= attention.window and width <= attention.window
+    return (height, width) if fits else (attention.window, attention.window)
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+
+
+def _stride(conv: Any, depthwise: bool) -> int:
+    """Of a convolution of an odd, square kernel, with zeros around. Raises Unsuitable for any other."""
+    if not isinstance(conv, nn.Conv2d) or conv.padding_mode != "zeros":
+        raise Unsuitable(repr(conv))
+    side = conv.kernel_size[0]
+    as_ours = conv.kernel_size == (side, side) and conv.padding == (side // 2, side // 2) and conv.dilation == (1, 1)
+    groups = conv.groups == conv.in_channels == conv.out_channels if depthwise else conv.groups == 1
+    if not (as_ours and groups and side % 2 and conv.stride in ((1, 1), (2, 2))):
+        raise Unsuitable(repr(conv))
+    return conv.stride[0]
+
+
+_library = torch.library.Library("muntin", "FRAGMENT")
+_library.define("program(Tensor x, int number) -> Tensor")
+_library.impl("program", lambda x, number: _programs[number].run(x), "CPU")
+
+
+def program(number: int) -> Program:
+    """The program that an operator names."""
+    return _programs[number]

@@ -1,0 +1,255 @@
+"""Programs of compiled kernels: equal to the folded model at every shape and width of vectors, and kept current."""
+
+import copy
+import io
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import muntin
+from conftest import error_of, settle
+from muntin.layers.opaque import Programmed
+from muntin.measure.counter import OperatorCounter
+from muntin.models import efficientvit, rmt, swin, swinv2
+from muntin.native import build, program
+from test_models import tiny
+
+SHAPES = [(2, 64, 64), (1, 224, 224), (3, 61, 83), (1, 250, 33), (5, 1, 1), (1, 112, 130)]
+WIDTHS = {"vectors of 4": "x86-64", "vectors of 8": "haswell", "vectors of 16": "skylake-avx512"}
+
+pytestmark = pytest.mark.skipif(
+    not program.available(), reason="programs need g++ with OpenMP, and MUNTIN_NATIVE is not to be 0"
+)
+
+
+EFFICIENTVIT: dict[str, Any] = {
+    "key_dim": 16,
+    "dims": (32, 64, 96),
+    "heads": (2, 4, 3),
+    "depths": (1, 1, 2),
+    "windows": (7, 7, 4),
+    "kernels": (7, 5, 3, 3),
+}
+SWIN: dict[str, Any] = {"dim": 32, "depths": (2, 2), "heads": (2, 2), "window": (7, 4)}
+RMT: dict[str, Any] = {"dims": (32, 64, 64, 64), "heads": (2, 4, 2, 4)}
+CASES: dict[str, tuple[Any, dict[str, Any], int]] = {  # family, changes, programs of an optimised copy
+    "efficientvit": (efficientvit, EFFICIENTVIT, 4),
+    "efficientvit, hardswish": (efficientvit, EFFICIENTVIT | {"act": "hardswish"}, 4),
+    "efficientvit, two units": (efficientvit, EFFICIENTVIT | {"ffns": 2}, 4),
+    "swin": (swin, SWIN, 2),
+    "swin, padded maps": (swin, SWIN | {"small_maps": "pad"}, 2),
+    "swin, BR without shift": (swin, SWIN | {"norm": "batch", "act": "relu", "shift": False}, 2),
+    "swin, BR": (swin, SWIN | {"norm": "batch", "act": "relu"}, 2),
+    "swin, blocks without attention": (swin, SWIN | {"attend": (0, 3)}, 2),
+    "swinv2": (swinv2, SWIN | {"pretrained_window": (0, 6)}, 2),
+    "swinv2, padded maps": (swinv2, SWIN | {"pretrained_window": (0, 6), "small_maps": "pad"}, 2),
+    "rmt": (rmt, RMT, 5),
+    "rmt, all decomposed": (rmt, RMT | {"decomposed": (True,) * 4}, 5),
+    "rmt, whole": (rmt, RMT | {"decomposed": (False,) * 4}, 5),
+    "rmt, patches": (rmt, {**RMT, "stem": "patch", "position_conv": False, "ffn_conv": False}, 4),
+}
+
+
+def model_of(randomise: Any, name: str = "efficientvit", **changes: Any) -> Any:
+    """One that all kernels serve, at every width of vectors."""
+    family, fields, _ = CASES[name]
+    model = randomise(tiny(family, **fields | changes))
+    for key, parameter in model.named_parameters():
+        if family is efficientvit and key.endswith("norm.weight"):  # harsher ones amplify the rounding of any form
+            parameter.data.mul_(0.5)
+    return settle(model).eval()
+
+
+def programs(model: torch.nn.Module) -> list[Any]:
+    return [m.program for m in model.modules() if isinstance(m, Programmed) and m.program is not None]
+
+
+def check(randomise: Any, name: str = "efficientvit") -> None:
+    model = model_of(randomise, name)
+    fast, exact = muntin.optimize(model), muntin.runtime.fold(model).double()
+    assert len(programs(fast)) == CASES[name][2]
+    with torch.no_grad():
+        for batch, height, width in SHAPES:
+            image = torch.randn(batch, 3, height, width)
+            assert error_of(fast(image), exact(image.double())) < 1e-5, (batch, height, width)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_programs_equal_the_model_in_float64(name: str, randomise: Any) -> None:
+    check(randomise, name)
+
+
+@pytest.fixture(params=WIDTHS, ids=str)
+def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[int]:
+    """Kernels compiled for another machine, which this one can run."""
+    name = WIDTHS[request.param]
+    needed = {"x86-64": "", "haswell": "avx2", "skylake-avx512": "avx512f"}[name]
+    if platform.machine() not in ("x86_64", "AMD64") or needed not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this machine does not run code for {name}")
+    monkeypatch.setattr(build, "FLAGS", [f.replace("=native", f"={name}") for f in build.FLAGS])
+    monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path))
+    for cached in (build.library, program.available):
+        cached.cache_clear()
+    yield int(request.param.split()[-1])
+    for cached in (build.library, program.available):
+        cached.cache_clear()
+
+
+def test_every_width_of_vectors_computes_the_same(width: int, randomise: Any, tmp_path: Path) -> None:
+    assert build.library().muntin_lanes() == width
+    for name in ("efficientvit", "swin", "swinv2", "rmt"):
+        check(randomise, name)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
+
+
+@pytest.mark.parametrize("cached", [1, 600, 1200])
+def test_a_batch_in_several_passes(cached: int, randomise: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "CACHED", cached)
+    model = model_of(randomise)
+    fast, exact = muntin.optimize(model), muntin.runtime.fold(model).double()
+    together = {p._together(1, 1) for p in programs(fast)}
+    assert max(together) == cached // 256 or cached == 1  # passes of 2, 2 and 1 image, and of 4 and 1
+    with torch.no_grad():
+        for shape in ((5, 3, 1, 1), (3, 3, 61, 83)):
+            image = torch.randn(shape)
+            assert error_of(fast(image), exact(image.double())) < 1e-5, shape
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads(threads: int, randomise: Any) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for name in ("efficientvit", "swin", "rmt"):
+            check(randomise, name)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention": "plain"},
+        {"norm": "layer"},
+        {"interaction": False},
+        {"ffns": 0},
+        {"value_ratio": 2.0},
+        {"cascade": False},
+        {"dims": (24, 40, 56), "heads": (1, 1, 1)},
+    ],
+    ids=str,
+)
+def test_what_the_kernels_do_not_serve_runs_as_before(changes: dict[str, Any], randomise: Any) -> None:
+    model = model_of(randomise, **changes)
+    image = torch.randn(2, 3, 96, 64)
+    with torch.no_grad():
+        assert error_of(muntin.optimize(model)(image), muntin.runtime.fold(model)(image)) < 1e-5
+
+
+def test_other_types_gradients_and_autocast_take_the_layers(randomise: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = muntin.optimize(model_of(randomise))
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        wanted = fast(image)
+
+        def refuse(*_: Any) -> Any:
+            raise AssertionError("a program ran")
+
+        monkeypatch.setattr(program.Program, "run", refuse)
+        half = copy.deepcopy(fast).bfloat16()
+        assert error_of(half(image.bfloat16()).float(), wanted) < 0.3
+        with torch.autocast("cpu", torch.bfloat16):
+            assert error_of(fast(image).float(), wanted) < 0.3
+    leaf = image.clone().requires_grad_()
+    fast(leaf).sum().backward()
+    assert leaf.grad is not None and leaf.grad.isfinite().all() and leaf.grad.abs().sum() > 0
+
+
+def test_copies_pickles_and_loaded_weights_are_current(randomise: Any) -> None:
+    model = model_of(randomise)
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.data.mul_(1 + 0.5 * torch.rand_like(parameter))
+    fast, image = muntin.optimize(model), torch.randn(2, 3, 64, 64)
+    buffer = io.BytesIO()
+    with torch.no_grad():
+        wanted, others = fast(image), muntin.optimize(other)(image)
+        assert error_of(others, wanted) > 0.1
+        twin = copy.deepcopy(fast)
+        torch.save(fast, buffer)
+        buffer.seek(0)
+        saved = torch.load(buffer, weights_only=False)
+        fast.load_state_dict(muntin.optimize(other).state_dict())
+        assert torch.equal(fast(image), others)
+        for kept in (twin, saved):
+            assert len(programs(kept)) == 4
+            assert torch.equal(kept(image), wanted)
+        block, theirs = (m.backbone.stages[1].blocks[0] for m in (twin, muntin.optimize(other)))
+        block.load_state_dict(theirs.state_dict())  # a part alone
+        assert error_of(twin(image), wanted) > 1e-3
+        back = copy.deepcopy(fast).bfloat16().float()
+        assert 1e-5 < error_of(back(image), others) < 2  # as bfloat16 left the weights
+
+
+def test_the_input_is_left_alone_and_outputs_are_their_own(randomise: Any) -> None:
+    backbone = model_of(randomise).backbone
+    fast = muntin.optimize(backbone)
+    image = torch.randn(2, 3, 96, 64)
+    before = image.clone()
+    with torch.no_grad():
+        maps, wanted = fast(image), muntin.runtime.fold(backbone)(image)
+        kept = [m.clone() for m in maps]
+        fast(torch.randn(2, 3, 96, 64))
+    assert torch.equal(image, before)
+    for found, again, expected in zip(maps, kept, wanted, strict=True):
+        assert torch.equal(found, again)
+        assert error_of(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(224, 224), (61, 83)])
+def test_a_program_counts_what_its_layers_count(size: tuple[int, int], randomise: Any) -> None:
+    model = model_of(randomise)
+    counters = []
+    for form in (muntin.optimize(model), muntin.runtime.fold(model)):
+        with torch.no_grad(), OperatorCounter() as counter:
+            form(torch.randn(2, 3, *size))
+        counters.append(counter)
+    found, wanted = counters
+    assert found.macs["muntin::program"] > 0
+    assert found.macs.total() == wanted.macs.total()
+
+
+def run_python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+TELL = (
+    "import muntin, torch; m = muntin.optimize(muntin.create_model('efficientvit_m0').eval()); "
+    "print('layers into one program of compiled kernels' in m.folds, m(torch.randn(1, 3, 64, 64)).shape[1])"
+)
+
+
+def test_a_switch_and_a_broken_compiler_leave_the_layers(tmp_path: Path) -> None:
+    assert run_python(TELL, MUNTIN_NATIVE="0") == "False 1000"
+    assert run_python(TELL, CXX=shutil.which("false") or "false", MUNTIN_CACHE=str(tmp_path)) == "False 1000"
+    file = tmp_path / "file"
+    file.touch()
+    assert run_python(TELL, MUNTIN_CACHE=str(file / "below")) == "False 1000"  # a cache that cannot be written
+
+
+def test_threads_are_torchs_own(tmp_path: Path) -> None:
+    """Two OpenMP libraries in a process fight for the cores."""
+    code = TELL + "; print(sum('libgomp' in line and 'r-xp' in line for line in open('/proc/self/maps')))"
+    assert run_python(code, MUNTIN_CACHE=str(tmp_path)).splitlines() == ["True 1000", "1"]
