@@ -252,6 +252,31 @@ def test_a_switch_and_a_broken_compiler_leave_the_layers(tmp_path: Path) -> None
     assert run_python(TELL, MUNTIN_CACHE=str(file / "below")) == "False 1000"  # a cache that cannot be written
 
 
+def test_a_damaged_file_is_built_again(tmp_path: Path) -> None:
+    assert run_python(TELL, MUNTIN_CACHE=str(tmp_path)) == "True 1000"
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(b"no library")
+    assert run_python(TELL, MUNTIN_CACHE=str(tmp_path)) == "True 1000"
+
+
+@pytest.mark.parametrize("name", ["efficientvit", "swin", "swinv2", "rmt"])
+def test_what_is_not_a_number_is_not_hidden(name: str, randomise: Any) -> None:
+    fast = muntin.optimize(model_of(randomise, name))
+    image = torch.randn(2, 3, 64, 64)
+    image[1, :, 20:30, 20:30] = torch.nan
+    with torch.no_grad():
+        found = fast(image)
+    assert found[0].isfinite().all() and found[1].isnan().all()
+
+
+def test_an_image_alone_and_in_a_batch_gives_the_same_bits(randomise: Any) -> None:
+    for name in ("efficientvit", "swin", "swinv2", "rmt"):
+        for stage in muntin.optimize(model_of(randomise, name)).backbone.stages:
+            x = torch.randn(5, stage.program.input.channels, 13, 17)
+            with torch.no_grad():
+                assert torch.equal(stage.program(x)[3:4], stage.program(x[3:4]))
+
+
 def test_threads_are_torchs_own(tmp_path: Path) -> None:
     """Two OpenMP libraries in a process fight for the cores."""
     code = TELL + "; print(sum('libgomp' in line and 'r-xp' in line for line in open('/proc/self/maps')))"

@@ -29,27 +29,35 @@ def library() -> Any:
     if os.environ.get("MUNTIN_NATIVE") == "0" or compiler is None or os.name == "nt":
         return None
     try:
-        return _opened(_built(compiler))
+        path = _path(compiler)
+        if not path.exists():
+            _build(compiler, path)
+        try:
+            return _opened(path)
+        except OSError:  # a damaged file
+            _build(compiler, path)
+            return _opened(path)
     except (OSError, subprocess.SubprocessError, RuntimeError):  # RuntimeError: no home folder
         return None
 
 
-def _built(compiler: str) -> Path:
-    """The compiled file, from the cache where it is there. It is named by all that it is made from: the source, the
-    flags, and the macros by which the compiler describes itself and this machine.
+def _path(compiler: str) -> Path:
+    """Of the compiled file. It is named by all that it is made from: the source, the flags, and the macros by which the
+    compiler describes itself and this machine.
     """
     macros = _run(compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), macros])).hexdigest()[:24]
-    path = cache_folder() / f"kernels-{key}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
-            _run(compiler, *FLAGS, "-c", str(SOURCE), "-o", str(made))
-            # without a library for threads: torch's own is there already, and two would fight for the cores
-            _run(compiler, "-shared", str(made), "-o", str(linked))
-            os.replace(linked, path)
-    return path
+    return cache_folder() / f"kernels-{key}.so"
+
+
+def _build(compiler: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
+        _run(compiler, *FLAGS, "-c", str(SOURCE), "-o", str(made))
+        # without a library for threads: torch's own is there already, and two would fight for the cores
+        _run(compiler, "-shared", str(made), "-o", str(linked))
+        os.replace(linked, path)
 
 
 def _run(*command: str) -> bytes:

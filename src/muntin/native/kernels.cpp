@@ -43,13 +43,14 @@ static inline vec load(const float* p) {
 }
 static inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 static inline vec spread(float x) { return x - vec{}; }
-static inline vec larger(vec a, vec b) { return a > b ? a : b; }
-static inline vec smaller(vec a, vec b) { return a < b ? a : b; }
+// Of a bound and x; NaN stays NaN
+static inline vec larger(vec bound, vec x) { return bound > x ? bound : x; }
+static inline vec smaller(vec bound, vec x) { return bound < x ? bound : x; }
 
 // exp to 2 units in the last place; 0 below -87
 static inline vec exponential(vec x) {
     const vec low = spread(-87.0f);
-    const vec clamped = larger(x, low);
+    const vec clamped = larger(low, x);
     const vec turns = clamped * 1.44269504088896341f;
     const ivec n = __builtin_convertvector(turns + (turns < 0 ? spread(-0.5f) : spread(0.5f)), ivec);
     const vec whole = __builtin_convertvector(n, vec);
@@ -69,7 +70,7 @@ static inline vec exponential(vec x) {
 
 // The rational approximation of single precision that Eigen and XLA use
 static inline vec error_function(vec x) {
-    x = smaller(larger(x, spread(-4.0f)), spread(4.0f));
+    x = smaller(spread(4.0f), larger(spread(-4.0f), x));
     const vec s = x * x;
     vec p = spread(-2.72614225801306e-10f);
     for (const float c : {2.77068142495902e-08f, -2.10102402082508e-06f, -5.69250639462346e-05f, -7.34990630326855e-04f,
@@ -103,8 +104,8 @@ enum Act { NONE = 0, RELU = 1, HARDSWISH = 2, SIGMOID = 3, GELU = 4 };
 
 static inline vec activated(vec x, int act) {
     switch (act) {
-        case RELU: return larger(x, vec{});
-        case HARDSWISH: return x * smaller(larger(x + 3.0f, vec{}), spread(6.0f)) * (1.0f / 6.0f);
+        case RELU: return larger(vec{}, x);
+        case HARDSWISH: return x * smaller(spread(6.0f), larger(vec{}, x + 3.0f)) * (1.0f / 6.0f);
         case SIGMOID: return 1.0f / (1.0f + exponential(-x));
         case GELU: return x * 0.5f * (1.0f + error_function(x * 0.70710678118654752f));
         default: return x;
