@@ -218,8 +218,9 @@ def test_the_input_is_left_alone_and_outputs_are_their_own(randomise: Any) -> No
 
 
 @pytest.mark.parametrize("size", [(224, 224), (61, 83)])
-def test_a_program_counts_what_its_layers_count(size: tuple[int, int], randomise: Any) -> None:
-    model = model_of(randomise)
+@pytest.mark.parametrize("name", ["efficientvit", "swin", "swin, padded maps", "swinv2", "rmt"])
+def test_a_program_counts_what_its_layers_count(name: str, size: tuple[int, int], randomise: Any) -> None:
+    model = model_of(randomise, name)
     counters = []
     for form in (muntin.optimize(model), muntin.runtime.fold(model)):
         with torch.no_grad(), OperatorCounter() as counter:

@@ -18,15 +18,16 @@ _OPERATORS = {
     "convolution": "convolution conv1d conv2d conv3d _convolution mkldnn_convolution cudnn_convolution thnn_conv2d "
     "_slow_conv2d_forward _conv_depthwise2d conv_transpose2d _convolution_pointwise convolution_overrideable "
     "miopen_convolution miopen_depthwise_convolution cudnn_convolution_relu token_convolution "
-    "packed_convolution",
+    "packed_convolution depthwise conv",
     "attention": "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu "
     "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
     "_scaled_dot_product_attention_math _flash_attention_forward _efficient_attention_forward "
-    "_cudnn_attention_forward _fused_sdp_choice _scaled_dot_product_fused_attention_overrideable",
+    "_cudnn_attention_forward _fused_sdp_choice _scaled_dot_product_fused_attention_overrideable "
+    "cascade window mix",
     "softmax": "softmax _softmax _safe_softmax log_softmax _log_softmax",
     "normalisation": "layer_norm native_layer_norm batch_norm native_batch_norm _batch_norm_impl_index "
     "cudnn_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training group_norm native_group_norm "
-    "miopen_batch_norm linalg_vector_norm normalize rms_norm _fused_rms_norm var_mean",
+    "miopen_batch_norm linalg_vector_norm normalize rms_norm _fused_rms_norm var_mean norm",
     "activation": "gelu relu relu6 silu hardswish hardsigmoid sigmoid hardtanh leaky_relu elu tanh mish clamp_min erf",
     "window shifting": "roll index index_select gather take take_along_dim index_put",
     "copy and reshape": "copy clone contiguous cat concat stack pad constant_pad_nd _pad_enum reshape view permute "
@@ -34,10 +35,10 @@ _OPERATORS = {
     "empty_like empty_strided new_empty new_zeros zeros zeros_like ones full fill zero resize _unsafe_view view_as "
     "_reshape_alias split split_with_sizes chunk narrow unfold im2col resolve_conj resolve_neg alias detach movedim "
     "numpy_T swapaxes repeat tile type_as lift_fresh set embedding arange iota scalar_tensor view_as_complex "
-    "view_as_real linspace _to_dense _local_scalar_dense item full_like new_full ones_like _conj",
+    "view_as_real linspace _to_dense _local_scalar_dense item full_like new_full ones_like _conj merge",
     "element-wise": "add sub mul div neg exp log sqrt rsqrt pow abs clamp maximum minimum where masked_fill dropout "
     "native_dropout eq ne lt le gt ge logical_and logical_or logical_not bitwise_and bitwise_or addcmul addcdiv sin "
-    "cos floor remainder floor_divide reciprocal square feature_dropout true_divide rsub fmod",
+    "cos floor remainder floor_divide reciprocal square feature_dropout true_divide rsub fmod rotate scale",
 }
 KINDS = (*_OPERATORS, "other", UNATTRIBUTED)
 _KIND_OF = {name: kind for kind, names in _OPERATORS.items() for name in names.split()}

@@ -68,6 +68,6 @@ def _opened(path: Path) -> Any:
     found = ctypes.CDLL(str(path), mode=os.RTLD_NOW)
     pointer, number = ctypes.c_void_p, ctypes.c_int
     long = ctypes.c_int64
-    found.muntin_run.argtypes = [pointer, number, pointer, *[number] * 4, long, long, pointer, long, number]
+    found.muntin_run.argtypes = [pointer, number, pointer, *[number] * 4, long, long, pointer, long, number, pointer]
     found.muntin_run.restype = None
     return found

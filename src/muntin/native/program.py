@@ -22,6 +22,7 @@ from muntin.layers.window import Grid, make_grid
 from muntin.native.build import library
 
 LINEAR, DEPTHWISE, CASCADE, MEAN, SCALE, CONV, NORM, ROTATE, MIX, MERGE, WINDOW = range(11)
+NAMES = ("linear", "depthwise", "cascade", "mean", "scale", "conv", "norm", "rotate", "mix", "merge", "window")
 WITH_WEIGHTS = (LINEAR, DEPTHWISE, CONV, NORM)
 HORIZONTAL, VERTICAL, WHOLE = range(3)
 ACTS = {"none": 0, "relu": 1, "hardswish": 2, "sigmoid": 3, "gelu": 4}
@@ -90,6 +91,16 @@ class _Step:
     heads: tuple[tuple[Any, Any], ...] = ()
     lines: int = 0
     rule: tuple[int, bool, str] = (0, False, "")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a layer of a program did: `ms` is the median over several runs, `bytes` counts operands and result once."""
+
+    name: str
+    macs: int
+    bytes: int
+    ms: float
 
 
 @dataclass(frozen=True)
@@ -251,17 +262,34 @@ class Program:
 
     def run(self, x: Tensor) -> Tensor:
         """What the operator runs."""
+        return self._run_all(x, None)
+
+    def timed(self, x: Tensor, calls: int = 5) -> list[Part]:
+        """What each layer does for this input, and how long it takes."""
+        clocks = torch.zeros(calls, len(self._steps), dtype=torch.float64)
+        for clock in clocks:
+            self._run_all(x, clock.data_ptr())
+        batch, _, height, width = x.shape
+        parts = []
+        for step, seconds in zip(self._steps, clocks.median(0).values.tolist(), strict=True):
+            moved = [batch * math.prod(v.sides(height, width)) * v.channels for v in _read(step)]
+            moved += [weight.numel() for weight in _weights(step)]
+            macs = _macs(step, batch, height, width).total()
+            parts.append(Part(f"muntin::{NAMES[step.kind]}", macs, 4 * sum(moved), 1000 * seconds))
+        return parts
+
+    def _run_all(self, x: Tensor, clock: int | None) -> Tensor:
         batch, _, height, width = x.shape
         last = self._steps[-1].to
         out = torch.empty((batch, *last.sides(height, width), last.channels))
         each = min(batch, self._together(height, width))
         times, rest = divmod(batch, each)
-        self._run_images(x, out, 0, each, times)
+        self._run_images(x, out, 0, each, times, clock)
         if rest:
-            self._run_images(x, out, times * each, rest, 1)
+            self._run_images(x, out, times * each, rest, 1, clock)
         return out.permute(0, 3, 1, 2)
 
-    def _run_images(self, x: Tensor, out: Tensor, first: int, batch: int, times: int) -> None:
+    def _run_images(self, x: Tensor, out: Tensor, first: int, batch: int, times: int, clock: int | None) -> None:
         """So many images so many times, from the first on."""
         threads = torch.get_num_threads()
         key = (batch, x.shape[2], x.shape[3], threads)
@@ -279,7 +307,7 @@ class Program:
         scratch = base + 4 * (made.floats - threads * made.own)
         moves = batch * sizes[0], batch * sizes[1]
         count = len(made.layers)
-        self._run(made.layers, count, table, len(table), last, batch, times, *moves, scratch, made.own, threads)
+        self._run(made.layers, count, table, len(table), last, batch, times, *moves, scratch, made.own, threads, clock)
 
     def _together(self, height: int, width: int) -> int:
         """How many images run at a time."""
@@ -288,34 +316,11 @@ class Program:
 
     def macs(self, batch: int, height: int, width: int) -> Counter[str]:
         """Multiply-accumulates for a map of this size, by the kinds of `measure.counter`."""
-        found: Counter[str] = Counter()
-        for step in self._steps:
-            rows, columns = step.to.sides(height, width)
-            if step.kind == LINEAR:
-                found["linear"] += batch * rows * columns * step.layer.weight.numel()
-            elif step.kind in (DEPTHWISE, CONV):
-                found["convolution"] += batch * rows * columns * step.layer.weight.numel()
-            elif step.kind == MIX:
-                length = (columns, rows, rows * columns)[step.lines]
-                found["attention"] += 2 * batch * rows * columns * length * step.to.channels
-            elif step.kind == WINDOW:
-                grid = make_grid(rows, columns, *step.rule)
-                found["attention"] += 2 * batch * math.prod(grid.counts) * grid.area**2 * step.to.channels
-            elif step.kind == CASCADE:
-                tall, wide = _window(step.layer, rows, columns)
-                area, windows = tall * wide, batch * -(-rows // tall) * -(-columns // wide)
-                found["linear"] += windows * area * sum(qkv.weight.numel() for qkv, _ in step.heads)
-                found["convolution"] += windows * area * sum(conv.weight.numel() for _, conv in step.heads)
-                channels = step.layer.key_dim + step.layer.value_dim
-                found["attention"] += windows * area * area * channels * len(step.heads)
-        return found
+        return sum((_macs(step, batch, height, width) for step in self._steps), Counter[str]())
 
     def weights(self) -> list[Tensor]:
         """Of all layers."""
-        products = [step.layer for step in self._steps if step.kind in WITH_WEIGHTS]
-        products += [layer for step in self._steps for pair in step.heads for layer in pair]
-        found = [tensor for layer in products for tensor in (layer.weight, layer.bias) if tensor is not None]
-        return found + [step.layer.bias_table for step in self._steps if step.heads]
+        return [weight for step in self._steps for weight in _weights(step)]
 
     # ----------------------------------------------------------------------------------------------- preparing
 
@@ -470,6 +475,36 @@ def convolutions(layers: nn.Sequential) -> Program:
     for conv, act in zip(modules[::2], modules[1::2], strict=True):
         x = program.conv(x, conv, "none" if act is None else activation(act))
     return program
+
+
+def _macs(step: _Step, batch: int, height: int, width: int) -> Counter[str]:
+    """Multiply-accumulates of a layer by the kinds of `measure.counter`, for sides of the program's input."""
+    found: Counter[str] = Counter()
+    rows, columns = step.to.sides(height, width)
+    if step.kind == LINEAR:
+        found["linear"] += batch * rows * columns * step.layer.weight.numel()
+    elif step.kind in (DEPTHWISE, CONV):
+        found["convolution"] += batch * rows * columns * step.layer.weight.numel()
+    elif step.kind == MIX:
+        length = (columns, rows, rows * columns)[step.lines]
+        found["attention"] += 2 * batch * rows * columns * length * step.to.channels
+    elif step.kind == WINDOW:
+        grid = make_grid(rows, columns, *step.rule)
+        found["attention"] += 2 * batch * math.prod(grid.counts) * grid.area**2 * step.to.channels
+    elif step.kind == CASCADE:
+        tall, wide = _window(step.layer, rows, columns)
+        area, windows = tall * wide, batch * -(-rows // tall) * -(-columns // wide)
+        found["linear"] += windows * area * sum(qkv.weight.numel() for qkv, _ in step.heads)
+        found["convolution"] += windows * area * sum(conv.weight.numel() for _, conv in step.heads)
+        channels = step.layer.key_dim + step.layer.value_dim
+        found["attention"] += windows * area * area * channels * len(step.heads)
+    return found
+
+
+def _weights(step: _Step) -> list[Tensor]:
+    layers = [step.layer] if step.kind in WITH_WEIGHTS else [layer for pair in step.heads for layer in pair]
+    found = [tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
+    return [*found, step.layer.bias_table] if step.heads else found
 
 
 def _read(step: _Step) -> list[Value]:

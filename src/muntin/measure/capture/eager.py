@@ -10,16 +10,18 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from muntin.measure.capture import Capture, Piece, median_pass
 from muntin.measure.capture.stages import Stages
-from muntin.measure.counter import OperatorCounter
+from muntin.measure.counter import PROGRAM, OperatorCounter
 from muntin.measure.kinds import UNATTRIBUTED, group_of, kind_of, kind_of_call, plain_name
+from muntin.native.program import program
 
 _ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty")
 AHEAD = 8  # operators that are looked through for an event that is not the next one
@@ -32,7 +34,9 @@ HOW = (
 
 @dataclass(frozen=True)
 class Unit:
-    """An operator as the dispatcher saw it."""
+    """An operator as the dispatcher saw it. `parts` are the layers of a program (muntin.native), with the share of its
+    time that each takes.
+    """
 
     name: str
     kind: str
@@ -40,6 +44,7 @@ class Unit:
     flops: int
     bytes: int
     holds: tuple[str, ...] = ()
+    parts: tuple[tuple[float, "Unit"], ...] = ()
 
 
 class Recorder(OperatorCounter):
@@ -71,8 +76,19 @@ class Recorder(OperatorCounter):
             of_weights = not any(tensor in self.held for tensor in tensors)
             kind = kind_of_call(name, tensors, of_weights, self._merges)
             flops, moved = 2 * (self.macs[name] - before[1]), self.bytes[name] - before[2]
-            self.units.append(Unit(name, kind, self._stage, flops, moved))
+            parts = self._parts(*args) if name == PROGRAM else ()
+            self.units.append(Unit(name, kind, self._stage, flops, moved, parts=parts))
         return out
+
+    def _parts(self, x: Tensor, number: int) -> tuple[tuple[float, Unit], ...]:
+        """The layers of a program, timed one by one."""
+        with _disable_current_modes():
+            parts = program(number).timed(x)
+        total = sum(part.ms for part in parts)
+        return tuple(
+            (part.ms / total, Unit(part.name, kind_of(part.name), self._stage, 2 * part.macs, part.bytes))
+            for part in parts
+        )
 
 
 def recorded(call: Callable[[Tensor], Any], x: Tensor, model: nn.Module, stages: Stages) -> list[Unit]:
@@ -81,10 +97,7 @@ def recorded(call: Callable[[Tensor], Any], x: Tensor, model: nn.Module, stages:
     with stages.tracked(model.named_modules(), recorder.enter), recorder:
         call(x)
     filled = stages.fill([unit.stage for unit in recorder.units])
-    return [
-        Unit(unit.name, unit.kind, stage, unit.flops, unit.bytes)
-        for unit, stage in zip(recorder.units, filled, strict=True)
-    ]
+    return [replace(unit, stage=stage) for unit, stage in zip(recorder.units, filled, strict=True)]
 
 
 def wall(call: Callable[[Tensor], Any], x: Tensor) -> float:
@@ -135,7 +148,10 @@ def pieces(events: Any, units: Sequence[Unit], on_gpu: bool) -> tuple[list[Piece
     found: list[Piece] = []
     place = missed = 0
 
-    def add(event: Any, name: str, kind: str, whole: bool, unit: Unit | None = None) -> None:
+    def add(
+        event: Any, name: str, kind: str, whole: bool, unit: Unit | None = None, share: float = 1.0, before: float = 0.0
+    ) -> None:
+        """share: of the event's time that is this piece's, after another share `before`."""
         near = unit or (units[min(place, len(units) - 1)] if units else None)  # a wrapper precedes what it wraps
         if on_gpu:
             own = event.device_time_total if whole else event.self_device_time_total
@@ -147,9 +163,9 @@ def pieces(events: Any, units: Sequence[Unit], on_gpu: bool) -> tuple[list[Piece
                 kind=kind,
                 group=group_of(name, kind) if kind != UNATTRIBUTED else UNATTRIBUTED,
                 stage=(near.stage if near and kind != UNATTRIBUTED else None) or UNATTRIBUTED,
-                ms=own / 1000,
-                start_ms=(event.time_range.start - origin) / 1000,
-                span_ms=event.time_range.elapsed_us() / 1000,
+                ms=share * own / 1000,
+                start_ms=(event.time_range.start - origin + before * event.time_range.elapsed_us()) / 1000,
+                span_ms=share * event.time_range.elapsed_us() / 1000,
                 flops=unit.flops if unit else 0,
                 bytes=unit.bytes if unit else 0,
                 holds=unit.holds if unit else (),
@@ -164,7 +180,10 @@ def pieces(events: Any, units: Sequence[Unit], on_gpu: bool) -> tuple[list[Piece
             unit = units[ahead]
             missed += ahead - place
             place = ahead + 1
-            add(event, name, unit.kind, True, unit)
+            before = 0.0
+            for share, part in unit.parts or ((1.0, unit),):
+                add(event, part.name, part.kind, True, replace(part, stage=unit.stage), share, before)
+                before += share
             return
         # calls into the driver and the compiler's own marks are no operators: their time is launching
         add(event, name, kind_of(name) if "::" in name else UNATTRIBUTED, False)
