@@ -4,7 +4,7 @@ On a CPU packed products, attention in pieces and window order, with the sizes a
 makes of a stage whose sizes are symbols (docs/performance.md). The graph holds a number, so it serves any weights.
 
 Legend: B batch, H W map, N = H * W tokens in raster order, C channels. A stage takes tokens (B, N, C) or a map
-(B, C, H, W), and gives the same kind.
+(B, C, H, W), and gives the same kind. A stem is a stage that takes an image.
 """
 
 from collections.abc import Sequence
@@ -58,19 +58,19 @@ class Programmed(nn.Module):
 class OpaqueStage(Programmed):
     """Base of stages that may be one operator of a compiled graph.
 
-    channels: of the output. halves: whether the output's map has half the sides, rounded up, or the input's.
+    channels: of the output. stride: what the sides of its map are divided by, rounded up.
     """
 
-    def __init__(self, channels: int, halves: bool) -> None:
-        super().__init__()
-        self.channels, self.halves = channels, halves
+    def __init__(self, channels: int, stride: int, *layers: Any) -> None:
+        super().__init__(*layers)
+        self.channels, self.stride = channels, stride
         self.number: int | None = None
 
     def programmed(self) -> Program:
         raise Unsuitable(type(self).__name__)
 
     def whole(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """The stage, uncompiled: its input and the sides of that map -> its output."""
+        """The stage, uncompiled: its input and the sides of that map -> its output, of the same kind."""
         raise NotImplementedError
 
     def enroll(self) -> None:
@@ -87,7 +87,7 @@ class OpaqueStage(Programmed):
 
     def by_operator(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, int, int]:
         """The output, and the sides of its map."""
-        height, width = (fresh((side + 1) // 2) for side in size) if self.halves else size
+        height, width = (fresh(-(-side // self.stride)) for side in size) if self.stride > 1 else size
         out = torch.ops.muntin.stage(x, self.number, list(size), [height, width], self.channels)
         return out, height, width
 

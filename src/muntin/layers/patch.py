@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from muntin.errors import UserError
 from muntin.layers.folding import fold_after, fold_before
 from muntin.layers.mlp import NORMS, TokenBatchNorm
+from muntin.layers.opaque import OpaqueStage
 from muntin.layers.tracing import flat_rows, symbolic
 from muntin.layers.window import Grid, fresh, merge_move
 from muntin.native.program import Program, Value
@@ -18,20 +19,16 @@ def check_image(image: Tensor) -> None:
         raise UserError(f"image of shape {tuple(image.shape)}: give a batch (B, 3, height, width), none of them 0")
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(OpaqueStage):
     """Image (B, 3, H, W) -> tokens (B, N, C) and the map's sides, ceil(H / patch) and ceil(W / patch).
 
     An image that the patch does not divide is padded with zeros at the bottom and right.
     """
 
     def __init__(self, dim: int, patch: int = 4, norm: str = "layer") -> None:
-        super().__init__()
+        super().__init__(dim, patch)
         self.proj = nn.Conv2d(3, dim, patch, patch)
         self.norm: nn.Module = NORMS[norm](dim)
-
-    @property
-    def stride(self) -> int:
-        return self.proj.kernel_size[0]
 
     def folded(self) -> nn.Module:
         if isinstance(self.norm, TokenBatchNorm):
@@ -42,6 +39,13 @@ class PatchEmbed(nn.Module):
         patch = self.stride
         check_image(image)
         height, width = image.shape[-2:]
+        if self.opaque:
+            x, height, width = self.by_operator(image, (height, width))
+            return x.flatten(2).transpose(1, 2), height, width
+        program = self.serving(image)
+        if program is not None:
+            x = program(image)
+            return x.flatten(2).transpose(1, 2), x.shape[2], x.shape[3]
         renewed = torch.compiler.is_exporting() and symbolic(height)
         if renewed:
             # a convolution specialises sizes: give it symbols of their own
@@ -53,6 +57,15 @@ class PatchEmbed(nn.Module):
         if not renewed:
             height, width = fresh(x.shape[2]), fresh(x.shape[3])
         return self.norm(x.flatten(2).transpose(1, 2).contiguous()), height, width
+
+    def whole(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        tokens, height, width = self(x)
+        return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+    def programmed(self) -> Program:
+        program = Program(3, planes=True)
+        program.norm(program.conv(program.input, self.proj), self.norm)
+        return program
 
 
 def _pad_by_gather(image: Tensor, axis: int, size: int) -> Tensor:

@@ -18,7 +18,7 @@ from muntin.errors import UserError
 from muntin.layers.cascaded import CascadedAttention, MapAttention, PlainAttention
 from muntin.layers.conv import MAP_ACTIVATIONS, MAP_NORMS, ConvNorm, Residual, renew
 from muntin.layers.folding import FoldedHead, fold_before, note, with_weights
-from muntin.layers.opaque import OpaqueStage, Programmed
+from muntin.layers.opaque import OpaqueStage
 from muntin.layers.patch import check_image
 from muntin.layers.tracing import symbolic
 from muntin.layers.window import SymbolicGrid, symbolic_grid
@@ -111,21 +111,27 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-class Stem(Programmed, nn.Sequential):
+class Stem(OpaqueStage, nn.Sequential):
     """Four 3x3 convolutions of stride 2: image (B, 3, H, W) -> (B, C, ceil(H / 16), ceil(W / 16))."""
-
-    stride = 16
 
     def __init__(self, config: EfficientViT) -> None:
         widths = 3, *(config.dims[0] // part for part in (8, 4, 2, 1))
         layers: list[nn.Module] = []
         for width, out in zip(widths[:-1], widths[1:], strict=True):
             layers += [ConvNorm(width, out, 3, 2, norm=config.norm), MAP_ACTIVATIONS[config.act]()]
-        super().__init__(*layers[:-1])
+        super().__init__(config.dims[0], 16, *layers[:-1])
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.opaque:
+            return self.by_operator(input, (input.shape[2], input.shape[3]))[0]
         program = self.serving(input)
-        return super().forward(input) if program is None else program(input)
+        if program is not None:
+            return program(input)
+        # under export and compile: a convolution guards on sizes that it has hints of
+        return renew(nn.Sequential.forward(self, renew(input).contiguous(memory_format=torch.channels_last)))
+
+    def whole(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        return self(x)
 
     def programmed(self) -> Program:
         return convolutions(self)
@@ -199,7 +205,7 @@ class EfficientViTStage(OpaqueStage):
     """Subsampling, but for the first stage, then blocks on maps of one size."""
 
     def __init__(self, config: EfficientViT, stage: int) -> None:
-        super().__init__(config.dims[stage], stage > 0)
+        super().__init__(config.dims[stage], 2 if stage else 1)
         self.window = config.windows[stage]
         self.taken = config.dims[max(0, stage - 1)]  # channels of the input
         self.subsample = _subsample(config, stage) if stage else None
@@ -279,8 +285,8 @@ class EfficientViTBackbone(Backbone):
         self.config = config
         self.out_indices = select_outputs(out_indices, len(config.dims))
         self.channels = tuple(config.dims[s] for s in self.out_indices)
-        self.strides = tuple(Stem.stride * 2**s for s in self.out_indices)
         self.stem = Stem(config)
+        self.strides = tuple(self.stem.stride * 2**s for s in self.out_indices)
         self.stages = nn.ModuleList(EfficientViTStage(config, s) for s in range(len(config.dims)))
         self.norms = nn.ModuleDict()
         if out_norm:
@@ -288,9 +294,7 @@ class EfficientViTBackbone(Backbone):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         check_image(image)
-        # under export and compile: a convolution guards on sizes that it has hints of
-        image = renew(image).contiguous(memory_format=torch.channels_last)
-        x = renew(self.stem(image))
+        x = self.stem(image)
         maps = []
         for number, stage in enumerate(self.stages[: self.out_indices[-1] + 1]):
             x = stage(x, self.run_block)

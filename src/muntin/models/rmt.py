@@ -20,7 +20,7 @@ from muntin.layers.drop import DropPath
 from muntin.layers.folding import RESIDUAL, fold_after, note, with_weights
 from muntin.layers.manhattan import DECAYS, ManhattanAttention
 from muntin.layers.mlp import Mlp, TokenBatchNorm
-from muntin.layers.opaque import OpaqueStage, Programmed
+from muntin.layers.opaque import OpaqueStage
 from muntin.layers.patch import PatchEmbed, PatchMerging, check_image
 from muntin.layers.tokens import after, on_map
 from muntin.layers.tracing import symbolic
@@ -135,14 +135,13 @@ def _is_number(value: object, *kinds: type) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
-class ConvStem(Programmed):
+class ConvStem(OpaqueStage):
     """Four 3x3 convolutions with BatchNorm: image (B, 3, H, W) -> tokens (B, N, C), and the map's sides."""
 
-    stride = 4
     strides = (2, 1, 2, 1)
 
     def __init__(self, dim: int) -> None:
-        super().__init__()
+        super().__init__(dim, 4)
         widths = (3, dim // 2, dim // 2, dim, dim)
         layers: list[nn.Module] = []
         for i, stride in enumerate(self.strides):
@@ -151,9 +150,11 @@ class ConvStem(Programmed):
 
     def forward(self, image: Tensor) -> tuple[Tensor, int, int]:
         check_image(image)
+        if self.opaque:
+            x, height, width = self.by_operator(image, (image.shape[2], image.shape[3]))
+            return x.flatten(2).transpose(1, 2), height, width
         if not torch.compiler.is_compiling():
-            program = self.serving(image)
-            x = (program or self.convs)(image.contiguous(memory_format=torch.channels_last))
+            x = self.whole(image, (image.shape[2], image.shape[3]))
             return x.flatten(2).transpose(1, 2).contiguous(), x.shape[2], x.shape[3]
         size = fresh(image.shape[2]), fresh(image.shape[3])
         x = image.flatten(2).transpose(1, 2).contiguous()
@@ -167,6 +168,10 @@ class ConvStem(Programmed):
             else:
                 x, size = _convolve(layer, x, size, next(strides))
         return x, *size
+
+    def whole(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        program = self.serving(x)
+        return self.convs(x.contiguous(memory_format=torch.channels_last)) if program is None else program(x)
 
     def programmed(self) -> Program:
         return convolutions(self.convs)
@@ -292,7 +297,7 @@ class RmtStage(OpaqueStage):
     """Downsampling, but for the first stage, then blocks on maps of one size."""
 
     def __init__(self, config: Rmt, stage: int, drop_paths: list[float]) -> None:
-        super().__init__(config.dims[stage], stage > 0)
+        super().__init__(config.dims[stage], 2 if stage else 1)
         self.taken = config.dims[max(0, stage - 1)]  # channels of the input
         self.merge: nn.Module | None = None
         if stage:

@@ -31,7 +31,7 @@ class WindowStage(OpaqueStage):
     """Patch merging, but for the first stage, then blocks on maps of one size."""
 
     def __init__(self, channels: int, merge: nn.Module | None, blocks: Iterable[nn.Module]) -> None:
-        super().__init__(channels, merge is not None)
+        super().__init__(channels, 1 if merge is None else 2)
         self.merge: Any = merge
         self.blocks = nn.ModuleList(blocks)
 

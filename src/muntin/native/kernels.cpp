@@ -304,6 +304,7 @@ struct Layer {
     int32_t from, to, residual;
     int32_t rows, inputs, outputs;               // LINEAR, NORM: rows of all images; otherwise of one
     int32_t height, width, kernel, stride;       // of the input map; MIX: `kernel` is its Lines
+    int32_t planes;                              // CONV: the input is (C, H, W), and so is a patch
     int32_t window_height, window_width, shift_height, shift_width, heads, key;
     const float *weight, *bias;    // of attention: `bias` is (h, A, A up to a multiple of LANES), -inf beyond
     const float* factors;          // WINDOW: of unit vectors q, or null where q and k are taken as they are
@@ -406,32 +407,58 @@ static void run_mix(const Layer& l, const float* x, const float* v, float* y, in
     }
 }
 
+// The patch of a map (C, H, W) whose top left corner is at (top, left), as (C, k, k)
+template <int K>
+static void patch_of_planes(const float* x, int height, int width, int channels, int k, int top, int left, float* to) {
+    const int side = K ? K : k;
+    const bool inside = top >= 0 && left >= 0 && top + side <= height && left + side <= width;
+    for (int c = 0; c < channels; ++c, x += (int64_t)height * width)
+        for (int i = 0; i < side; ++i)
+            for (int j = 0; j < side; ++j) {
+                const int row = top + i, column = left + j;
+                const bool real = inside || (row >= 0 && row < height && column >= 0 && column < width);
+                *to++ = real ? x[(int64_t)row * width + column] : 0.0f;
+            }
+}
+
+// The same of a map (H, W, C), as (k, k, C)
+static void patch_of_pixels(const float* x, int height, int width, int channels, int k, int top, int left, float* to) {
+    const int begin = left < 0 ? -left : 0, end = least(k, width - left);
+    for (int i = 0; i < k; ++i, to += k * channels) {
+        const int row = top + i;
+        if (row < 0 || row >= height) {
+            std::memset(to, 0, k * channels * sizeof(float));
+            continue;
+        }
+        const float* from = x + ((int64_t)row * width + left) * channels;
+        std::memset(to, 0, begin * channels * sizeof(float));
+        std::memcpy(to + begin * channels, from + begin * channels, (end - begin) * channels * sizeof(float));
+        std::memset(to + end * channels, 0, (k - end) * channels * sizeof(float));
+    }
+}
+
 // A convolution of a k x k kernel: patches side by side, and their product with the weights (k * k * C, columns)
 static void run_conv(const Layer& l, const float* x, float* y, int batch, float* scratch) {
     const int out_height = (l.height - 1) / l.stride + 1, out_width = (l.width - 1) / l.stride + 1;
-    const int depth = l.kernel * l.kernel * l.inputs, line = l.kernel * l.inputs, pad = l.kernel % 2 ? l.kernel / 2 : 0;
+    const int depth = l.kernel * l.kernel * l.inputs, pad = l.kernel % 2 ? l.kernel / 2 : 0;
     const int panels = (l.outputs + PANEL - 1) / PANEL;
 #pragma omp for schedule(static)
     for (int task = 0; task < batch * out_height; ++task) {
-        const int image = task / out_height, top = task % out_height * l.stride - pad;
+        const int top = task % out_height * l.stride - pad;
+        const float* image = x + (int64_t)(task / out_height) * l.height * l.width * l.inputs;
         for (int start = 0; start < out_width; start += PATCHES) {
             const int count = least(PATCHES, out_width - start);
             for (int p = 0; p < count; ++p) {
                 const int left = (start + p) * l.stride - pad;
-                const int begin = left < 0 ? -left : 0, end = least(l.kernel, l.width - left);
-                for (int i = 0; i < l.kernel; ++i) {
-                    float* to = scratch + (int64_t)p * depth + i * line;
-                    const int row = top + i;
-                    if (row < 0 || row >= l.height) {
-                        std::memset(to, 0, line * sizeof(float));
-                        continue;
-                    }
-                    const float* from = x + (((int64_t)image * l.height + row) * l.width + left) * l.inputs;
-                    std::memset(to, 0, begin * l.inputs * sizeof(float));
-                    std::memcpy(to + begin * l.inputs, from + begin * l.inputs,
-                                (end - begin) * l.inputs * sizeof(float));
-                    std::memset(to + end * l.inputs, 0, (l.kernel - end) * l.inputs * sizeof(float));
-                }
+                float* to = scratch + (int64_t)p * depth;
+                if (!l.planes)
+                    patch_of_pixels(image, l.height, l.width, l.inputs, l.kernel, top, left, to);
+                else if (l.kernel == 3)
+                    patch_of_planes<3>(image, l.height, l.width, l.inputs, 3, top, left, to);
+                else if (l.kernel == 4)
+                    patch_of_planes<4>(image, l.height, l.width, l.inputs, 4, top, left, to);
+                else
+                    patch_of_planes<0>(image, l.height, l.width, l.inputs, l.kernel, top, left, to);
             }
             linear(scratch, depth, depth, l.weight, l.bias, l.outputs, l.act, nullptr,
                    y + ((int64_t)task * out_width + start) * l.outputs, l.outputs, 0, count, 0, panels);

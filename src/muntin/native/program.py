@@ -41,7 +41,7 @@ class _Head(ctypes.Structure):
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, _INT) for name in ("kind", "act", "source", "to", "residual", "rows", "inputs", "outputs")),
-        *((name, _INT) for name in ("height", "width", "kernel", "stride")),
+        *((name, _INT) for name in ("height", "width", "kernel", "stride", "planes")),
         *((name, _INT) for name in ("window_height", "window_width", "shift_height", "shift_width", "heads", "key")),
         *((name, _POINTER) for name in ("weight", "bias", "factors", "head")),
         ("epsilon", ctypes.c_float),
@@ -131,9 +131,11 @@ class Program:
     have changed. Adding a layer raises Unsuitable where the kernels do not serve it.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, planes: bool = False) -> None:
+        """planes: the input is a map in contiguous memory, which only a convolution takes."""
         if not available():
             raise Unsuitable("no kernels")
+        self.planes = planes
         self._steps: list[_Step] = []
         self._values: list[Value] = []
         self._start()
@@ -150,7 +152,7 @@ class Program:
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("_steps", "_values", "input")}
+        return {name: self.__dict__[name] for name in ("_steps", "_values", "input", "planes")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -195,8 +197,8 @@ class Program:
         return self._add(DEPTHWISE, x, self._sum(residual, x.channels, halved), residual, act, conv)
 
     def conv(self, x: Value, conv: Any, act: str = "none") -> Value:
-        """act(conv(x)), as for `depthwise`, each output of all channels."""
-        halved = (x.halved or 0) + _stride(conv, depthwise=False) - 1
+        """act(conv(x)), as for `depthwise`, each output of all channels, or of patches side by side."""
+        halved = (x.halved or 0) + round(math.log2(_stride(conv, depthwise=False)))
         return self._add(CONV, x, self._value(conv.out_channels, halved), None, act, conv)
 
     def norm(self, x: Value, norm: nn.Module, residual: Value | None = None) -> Value:
@@ -258,7 +260,8 @@ class Program:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> a map in channels-last memory."""
-        return torch.ops.muntin.program(x.contiguous(memory_format=torch.channels_last), self.number)
+        order = torch.contiguous_format if self.planes else torch.channels_last
+        return torch.ops.muntin.program(x.contiguous(memory_format=order), self.number)
 
     def run(self, x: Tensor) -> Tensor:
         """What the operator runs."""
@@ -343,7 +346,8 @@ class Program:
             elif step.kind in (ROTATE, MIX):
                 kept.append(self._prepare_mix(layer, step))
             elif step.kind in WITH_WEIGHTS:
-                weight, bias = self._arrange(step.layer)
+                weight, bias = self._arrange(step.layer, self.planes and step.source is self.input)
+                layer.planes = self.planes and step.source is self.input
                 layer.weight, layer.bias = weight.data_ptr(), bias.data_ptr()
                 if step.kind in (DEPTHWISE, CONV):
                     layer.kernel, layer.stride = step.layer.kernel_size[0], step.layer.stride[0]
@@ -353,9 +357,10 @@ class Program:
         offsets, floats = self._places(batch, height, width)
         return _Prepared(layers, offsets, floats + threads * own, own, kept)
 
-    def _arrange(self, layer: Any) -> tuple[Tensor, Tensor]:
+    def _arrange(self, layer: Any, planes: bool = False) -> tuple[Tensor, Tensor]:
         """Weights and bias as the kernels read them. A product's: columns in panels side by side, (in, panel) each, the
-        last as wide as whole vectors. A depthwise convolution's: (k * k, C). A norm's: as they are.
+        last as wide as whole vectors; of a convolution `in` is (k, k, C), of planes (C, k, k). A depthwise
+        convolution's: (k * k, C). A norm's: as they are.
         """
         found = self._arranged.get(id(layer))
         if found is None:
@@ -366,8 +371,8 @@ class Program:
                 elif getattr(layer, "groups", 1) > 1:
                     weight = weight.flatten(1).t().contiguous()
                 else:
-                    rows = weight.permute(0, 2, 3, 1).flatten(1) if weight.ndim == 4 else weight
-                    padded = F.pad(rows, (0, 0, 0, -out % self._lanes)).t()
+                    rows = weight.permute(0, 2, 3, 1) if weight.ndim == 4 and not planes else weight
+                    padded = F.pad(rows.flatten(1), (0, 0, 0, -out % self._lanes)).t()
                     weight = torch.cat([part.reshape(-1) for part in padded.split(self._panel, 1)])
                 bias = torch.zeros(out) if layer.bias is None else layer.bias.detach()
                 bias = F.pad(bias, (0, -out % self._lanes)).contiguous()
@@ -469,7 +474,7 @@ def activation(module: nn.Module) -> str:
 
 def convolutions(layers: nn.Sequential) -> Program:
     """A stem of folded convolutions and activations in turns. Raises Unsuitable."""
-    program = Program(3)
+    program = Program(3, planes=True)
     x = program.input
     modules = [*layers, None]
     for conv, act in zip(modules[::2], modules[1::2], strict=True):
@@ -522,10 +527,13 @@ def _is_pointwise(conv: nn.Conv2d) -> bool:
 
 
 def _stride(conv: Any, depthwise: bool) -> int:
-    """Of a convolution of an odd, square kernel, with zeros around. Raises Unsuitable for any other."""
+    """Of a convolution of an odd, square kernel, with zeros around, or of patches. Raises Unsuitable for any other."""
     if not isinstance(conv, nn.Conv2d) or conv.padding_mode != "zeros":
         raise Unsuitable(repr(conv))
     side = conv.kernel_size[0]
+    if not depthwise and conv.stride == conv.kernel_size == (side, side) and side in (2, 4, 8, 16):
+        if conv.padding == (0, 0) and conv.dilation == (1, 1) and conv.groups == 1:
+            return side
     as_ours = conv.kernel_size == (side, side) and conv.padding == (side // 2, side // 2) and conv.dilation == (1, 1)
     groups = conv.groups == conv.in_channels == conv.out_channels if depthwise else conv.groups == 1
     if not (as_ours and groups and side % 2 and conv.stride in ((1, 1), (2, 2))):
