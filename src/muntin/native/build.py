@@ -66,8 +66,7 @@ def _run(*command: str) -> bytes:
 
 def _opened(path: Path) -> Any:
     found = ctypes.CDLL(str(path), mode=os.RTLD_NOW)
-    pointer, number = ctypes.c_void_p, ctypes.c_int
-    long = ctypes.c_int64
-    found.muntin_run.argtypes = [pointer, number, pointer, *[number] * 4, long, long, pointer, long, number, pointer]
+    kinds: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64}
+    found.muntin_run.argtypes = [kinds[kind] for kind in "pipiippiillpllip"]
     found.muntin_run.restype = None
     return found

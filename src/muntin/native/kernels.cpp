@@ -650,20 +650,23 @@ extern "C" int muntin_values() { return MOST; }
 extern "C" int muntin_patches() { return PATCHES; }
 extern "C" int muntin_layer_bytes() { return sizeof(Layer); }
 
-// `batch` images at a time, `times` times, so that what is between the layers stays in cache. `buffers` has a place for
-// each of `values` values; the first is the input and the one called `last` the output, which move on by so many floats.
-// `scratch` has `each` floats for every thread. `clock`, unless it is null, gets the seconds of each layer added.
-extern "C" void muntin_run(const Layer* layers, int count, float* const* buffers, int values, int last, int batch,
-                           int times, int64_t input, int64_t output, float* scratch, int64_t each, int threads, double* clock) {
+// `batch` images at a time, `times` times, so that what is between the layers stays in cache. `offsets` has a place in
+// `scratch` for each of `values` values, but the first is the input x and the one called `last` the output y, which move
+// on by so many floats. After `own` floats of the scratch come `each` floats for every thread. `clock`, unless it is null, gets the seconds of each layer added.
+extern "C" void muntin_run(const Layer* layers, int count, const int64_t* offsets, int values, int last, float* x,
+                           float* y, int batch, int times, int64_t input, int64_t output, float* scratch, int64_t own,
+                           int64_t each, int threads, double* clock) {
     double before = clock ? omp_get_wtime() : 0.0;
 #pragma omp parallel num_threads(threads)
     {
-        float* own = scratch + each * omp_get_thread_num();
+        float* apart = scratch + own + each * omp_get_thread_num();
         float* mine[MOST];
-        std::memcpy(mine, buffers, values * sizeof(float*));
+        for (int i = 0; i < values; ++i) mine[i] = scratch + offsets[i];
+        mine[0] = x;
+        mine[last] = y;
         for (int t = 0; t < times; ++t, mine[0] += input, mine[last] += output)
             for (int i = 0; i < count; ++i) {
-                run_layer(layers[i], mine, batch, own);
+                run_layer(layers[i], mine, batch, apart);
                 if (clock && omp_get_thread_num() == 0) {  // all have finished the layer
                     const double now = omp_get_wtime();
                     clock[i] += now - before;

@@ -5,6 +5,7 @@ Legend: B batch, H W map, C channels, A tokens of a window.
 
 import ctypes
 import math
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,6 +30,8 @@ ACTS = {"none": 0, "relu": 1, "hardswish": 2, "sigmoid": 3, "gelu": 4}
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Hardswish: "hardswish", nn.GELU: "gelu"}
 SHAPES = 8  # prepared at once
 ALIGNED = 16  # floats of a cache line
+KEPT = 1 << 24
+"""Floats of scratch memory that a thread keeps from call to call."""
 CACHED = 1 << 20
 """Floats of the largest value: as many images run at a time as stay below, so that caches hold them."""
 _INT, _POINTER = ctypes.c_int32, ctypes.c_void_p
@@ -105,15 +108,42 @@ class Part:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A program for one shape. offsets: of each value in a buffer of `floats`, which ends with each thread's own part;
+    """A program for so many images of one size.
+
+    offsets: of each value in a buffer of `floats`, which has `between` floats for these, then `own` for each thread.
     kept: what the layers point to.
     """
 
+    batch: int
     layers: Any
-    offsets: list[int]
-    floats: int
+    offsets: Any
+    between: int
     own: int
+    floats: int
     kept: list[Any]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A batch in passes: the first image, how many times as many as it is prepared for, and what is prepared."""
+
+    shape: tuple[int, ...]
+    passes: list[tuple[int, int, _Prepared]]
+    threads: int
+
+
+_kept = threading.local()
+
+
+def _scratch(floats: int) -> Tensor:
+    """Memory for what is between layers. It is kept: the system takes longer to hand it out than a layer takes."""
+    if floats > KEPT:
+        return torch.empty(floats)
+    held: Tensor | None = getattr(_kept, "scratch", None)
+    if held is None or held.numel() < floats:
+        with constants():
+            held = _kept.scratch = torch.empty(floats)
+    return held
 
 
 class Unsuitable(Exception):
@@ -161,7 +191,7 @@ class Program:
     def forget(self) -> None:
         """The layers' weights are others now."""
         self._arranged: dict[int, tuple[Tensor, Tensor]] = {}
-        self._prepared: dict[tuple[int, ...], _Prepared] = {}
+        self._plans: dict[tuple[int, ...], _Plan] = {}
 
     # ------------------------------------------------------------------------------------------- adding layers
 
@@ -282,35 +312,36 @@ class Program:
         return parts
 
     def _run_all(self, x: Tensor, clock: int | None) -> Tensor:
-        batch, _, height, width = x.shape
-        last = self._steps[-1].to
-        out = torch.empty((batch, *last.sides(height, width), last.channels))
-        each = min(batch, self._together(height, width))
-        times, rest = divmod(batch, each)
-        self._run_images(x, out, 0, each, times, clock)
-        if rest:
-            self._run_images(x, out, times * each, rest, 1, clock)
+        plan = self._plan(x.shape, torch.get_num_threads())
+        out = torch.empty(plan.shape)
+        sizes = x[0].numel(), out[0].numel()
+        pointers = x.data_ptr(), out.data_ptr()
+        for first, times, made in plan.passes:
+            source, target = (p + 4 * first * size for p, size in zip(pointers, sizes, strict=True))
+            held = _scratch(made.floats)
+            self._run(
+                *(made.layers, len(made.layers), made.offsets, len(made.offsets), self._steps[-1].to.number),
+                *(source, target, made.batch, times, made.batch * sizes[0], made.batch * sizes[1]),
+                *(held.data_ptr(), made.between, made.own, plan.threads, clock),
+            )
         return out.permute(0, 3, 1, 2)
 
-    def _run_images(self, x: Tensor, out: Tensor, first: int, batch: int, times: int, clock: int | None) -> None:
-        """So many images so many times, from the first on."""
-        threads = torch.get_num_threads()
-        key = (batch, x.shape[2], x.shape[3], threads)
-        made = self._prepared.get(key)
-        if made is None:
-            if len(self._prepared) >= SHAPES:
-                self._prepared.clear()
-            made = self._prepared[key] = self._prepare(*key)
-        held = torch.empty(made.floats)
-        base, last = held.data_ptr(), self._steps[-1].to.number
-        addresses = [base + 4 * offset for offset in made.offsets]
-        sizes = x[0].numel(), out[0].numel()
-        addresses[0], addresses[last] = x.data_ptr() + 4 * first * sizes[0], out.data_ptr() + 4 * first * sizes[1]
-        table = (_POINTER * len(addresses))(*addresses)
-        scratch = base + 4 * (made.floats - threads * made.own)
-        moves = batch * sizes[0], batch * sizes[1]
-        count = len(made.layers)
-        self._run(made.layers, count, table, len(table), last, batch, times, *moves, scratch, made.own, threads, clock)
+    def _plan(self, shape: torch.Size, threads: int) -> _Plan:
+        """For a shape and so many threads: as many images at a time as caches hold, and then the rest."""
+        plan = self._plans.get((*shape, threads))
+        if plan is None:
+            batch, _, height, width = shape
+            if len(self._plans) >= SHAPES:
+                self._plans.clear()
+            last = self._steps[-1].to
+            each = min(batch, self._together(height, width))
+            times, rest = divmod(batch, each)
+            passes = [(0, times, self._prepare(each, height, width, threads))]
+            if rest:
+                passes.append((times * each, 1, self._prepare(rest, height, width, threads)))
+            plan = _Plan((batch, *last.sides(height, width), last.channels), passes, threads)
+            self._plans[*shape, threads] = plan
+        return plan
 
     def _together(self, height: int, width: int) -> int:
         """How many images run at a time."""
@@ -354,8 +385,9 @@ class Program:
                 elif step.kind == NORM:
                     layer.epsilon = step.layer.eps
             own = max(own, self._own(layer))
-        offsets, floats = self._places(batch, height, width)
-        return _Prepared(layers, offsets, floats + threads * own, own, kept)
+        offsets, between = self._places(batch, height, width)
+        places = (ctypes.c_int64 * len(offsets))(*offsets)
+        return _Prepared(batch, layers, places, between, own, between + threads * own, kept)
 
     def _arrange(self, layer: Any, planes: bool = False) -> tuple[Tensor, Tensor]:
         """Weights and bias as the kernels read them. A product's: columns in panels side by side, (in, panel) each, the
@@ -450,7 +482,7 @@ class Program:
         free: list[tuple[int, int]] = []
         for i, step in enumerate(self._steps):
             number = step.to.number
-            if number not in taken:
+            if number not in taken and step.to is not self._steps[-1].to:
                 rows, columns = step.to.sides(height, width)
                 size = batch * rows * columns * step.to.channels
                 size += -size % ALIGNED
