@@ -16,17 +16,19 @@ from rmt_authors import authors_form
 from torch import Tensor, nn
 
 import muntin
+from muntin.layers.opaque import Programmed
 from muntin.measure.bench import LogitsOnly, transformers_swin
 from muntin.measure.peers import ChannelsLast, randomise
 from muntin.runtime import fold
 from muntin.weights import convert
 
 MODELS = {
-    "swin": ("swin_t", "swin_b", "swin_free_t", "swin_free_b"),
+    "swin": ("swin_t", "swin_s", "swin_b", "swin_free_t", "swin_free_b"),
     "swinv2": ("swinv2_t",),
-    "efficientvit": ("efficientvit_m0", "efficientvit_m5"),
+    "efficientvit": tuple(f"efficientvit_m{i}" for i in range(6)),
     "rmt": ("rmt_t", "rmt_s"),
 }
+LAYERS = "muntin.optimize (layers)"
 BOUND = 1e-4  # largest difference of outputs, in standard deviations
 SIZE = 224
 SIZES = {"swinv2": 256}  # pixels, of the other families 224
@@ -128,15 +130,26 @@ def difference(found: Tensor, wanted: Tensor) -> float:
     return ((found.double() - wanted.double()).abs().max() / wanted.double().std()).item()
 
 
+def by_layers(fast: nn.Module) -> nn.Module:
+    """An optimised copy as it is where no compiler is at hand: its layers packed for oneDNN, and no programs."""
+    slow = copy.deepcopy(fast)
+    for module in slow.modules():
+        if isinstance(module, Programmed):
+            module.program = None
+    return slow
+
+
 def swin_peers(name: str, seed: int) -> Peers:
     """Muntin's model first, then its copies and the peers, all with timm's random weights."""
     ours = muntin.create_model(name).eval()
     config = ours.backbone.config
     first = randomise(timm_peer(config, fused=False), (SIZE, SIZE), seed)
     muntin.load_checkpoint(ours, first.state_dict())
+    fast = muntin.optimize(ours)
     peers = {
         "muntin": ours,
-        "muntin.optimize": muntin.optimize(ours),
+        "muntin.optimize": fast,
+        LAYERS: by_layers(fast),
         "timm": first,
         "timm (SDPA)": timm_peer(config, fused=True),
         "torchvision": torchvision_peer(config),
@@ -162,9 +175,11 @@ def swinv2_peers(name: str, seed: int) -> Peers:
     shape = {"image_size": SIZES["swinv2"], "embed_dim": c.dim, "depths": list(c.depths), "num_heads": list(c.heads)}
     config: Any = transformers.Swinv2Config(window_size=8, **shape)
     config.num_labels = 1000
+    fast = muntin.optimize(ours)
     peers = {
         "muntin": ours,
-        "muntin.optimize": muntin.optimize(ours),
+        "muntin.optimize": fast,
+        LAYERS: by_layers(fast),
         "timm": first,
         "torchvision": models.get_model(f"swin_v2_{name[-1]}", weights=None),
         "transformers": LogitsOnly(transformers.Swinv2ForImageClassification(config)),
@@ -187,10 +202,12 @@ def efficientvit_peers(name: str, seed: int) -> Peers:
     first = randomise(timm.create_model(name), (SIZE, SIZE), seed)
     muntin.load_checkpoint(ours, first.state_dict())
     folded = reparameterize_model(first)
+    fast = muntin.optimize(ours)
     return {
         "muntin": ours,
         "muntin (BN folded)": fold(ours),
-        "muntin.optimize": muntin.optimize(ours),
+        "muntin.optimize": fast,
+        LAYERS: by_layers(fast),
         "timm": first,
         "timm (BN folded)": folded,
         "timm (BN folded, channels last)": ChannelsLast(copy.deepcopy(folded)),
@@ -200,10 +217,12 @@ def efficientvit_peers(name: str, seed: int) -> Peers:
 def rmt_peers(name: str, seed: int) -> Peers:
     """The authors' form of the computation; no library has RMT."""
     ours = randomise(muntin.create_model(name), (SIZE, SIZE), seed)
+    fast = muntin.optimize(ours)
     return {
         "muntin": ours,
         "muntin (BN folded)": fold(ours),
-        "muntin.optimize": muntin.optimize(ours),
+        "muntin.optimize": fast,
+        LAYERS: by_layers(fast),
         "authors' form": authors_form(ours),
     }
 

@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from contestants import BOUND, MODELS, SIZE, SIZES, build, difference
+from contestants import BOUND, LAYERS, MODELS, SIZE, SIZES, build, difference
 from plots import forest
 from torch import Tensor, nn
 
@@ -52,6 +52,7 @@ EXPORTED = {  # the peers that are taken into runtimes, without what only PyTorc
     "efficientvit": ("timm (BN folded)",),
     "rmt": ("authors' form",),
 }
+COMPILED = EXPORTED | {"efficientvit": ("timm (BN folded)", "timm (BN folded, channels last)")}
 Targets = list[tuple[str, nn.Module]]
 
 
@@ -86,7 +87,7 @@ def deployed(peers: Targets, family: str, engine: str, batch: int, folder: Path)
 
 def compiled(peers: Targets, family: str) -> Targets:
     """Ours by muntin.compile, the peers by torch.compile."""
-    chosen = [(label, Compiled(model)) for label, model in peers if label in EXPORTED[family]]
+    chosen = [(label, Compiled(model)) for label, model in peers if label in COMPILED[family]]
     return [("muntin", muntin.compile(peers[0][1])), *chosen]
 
 
@@ -178,7 +179,7 @@ def _rows(results: dict[str, Any], engine: str, batch: int) -> dict[str, list[Ro
 
 
 def _everybody(rows: dict[str, list[Row]], family: str, engine: str, batch: int) -> list[str]:
-    labels = [row.target for row in next(iter(rows.values()))]
+    labels = [row.target for row in max(rows.values(), key=len)]
     ours = [label for label in labels if label.startswith("muntin")]
     where = "PyTorch" if engine == "pytorch" else "compiled"
     lines = [
@@ -188,8 +189,9 @@ def _everybody(rows: dict[str, list[Row]], family: str, engine: str, batch: int)
         "| --- |" + " ---: |" * (len(labels) + 1 + len(ours)),
     ]
     for name, found in rows.items():
-        cells = [milliseconds(row) for row in found] + [best_peer(found).target]
-        cells += [told(value) for _, value in compared(found)]
+        timed, ratios = {row.target: row for row in found}, dict(compared(found))
+        cells = [milliseconds(timed[label]) if label in timed else "-" for label in labels]
+        cells += [best_peer(found).target, *(told(ratios[label]) if label in ratios else "-" for label in ours)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
@@ -212,6 +214,7 @@ def _runtimes(rows: dict[tuple[str, str], list[Row]], family: str, batch: int) -
 SUMMARY = {  # of README.md: engine, ours, head
     "PyTorch": ("pytorch", "muntin"),
     "PyTorch, muntin.optimize": ("pytorch", "muntin.optimize"),
+    "compiled": ("compile", "muntin"),
     "ONNX Runtime": ("onnx", "muntin, fixed"),
     "OpenVINO": ("openvino", "muntin, fixed"),
     "OpenVINO, bf16": ("openvino-bf16", "muntin, fixed"),
@@ -248,7 +251,9 @@ def write(out: Path, results: dict[str, Any], plot: Path) -> None:
             for engine, by_batch in engines.items():
                 title = RUNTIMES[engine][2] if engine in RUNTIMES else {"pytorch": "PyTorch"}.get(engine, "compiled")
                 for batch, entry in by_batch.items():
-                    found = [c for c in compared(read(entry["report"]).rows) if c[0] != "muntin (BN folded)"]
+                    found = [
+                        c for c in compared(read(entry["report"]).rows) if c[0] not in ("muntin (BN folded)", LAYERS)
+                    ]
                     points += [(f"{name}, batch {batch}", f"{title}, {label}", *values) for label, values in found]
     atomic_write(out.parent / "peers.md", summary(results["families"]).encode())
     atomic_write(plot, lambda path: forest(points, "times as fast as the best peer there", path))
