@@ -10,8 +10,12 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <type_traits>
 
 #include <omp.h>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, WIDE = 4;
@@ -23,6 +27,7 @@ constexpr int LANES = 4, WIDE = 4;
 constexpr int ROWS = 6;               // of a tile: ROWS * WIDE accumulators stay in registers
 constexpr int PANEL = LANES * WIDE;   // columns of a tile
 constexpr int PATCHES = 4 * ROWS;     // of a convolution, put side by side
+constexpr int HALVES = 8 * ROWS;       // rows that are rounded to bfloat16 at a time
 constexpr int MOST = 1024;            // values of a program
 constexpr int TOGETHER = 4;           // columns of a depthwise convolution whose sums are in registers
 
@@ -109,6 +114,32 @@ static inline vec activated(vec x, int act) {
 
 // ------------------------------------------------------------------------------------------------------- products
 
+// Two bfloat16 that follow each other along the depth of a product
+struct Pair {
+    uint32_t bits;
+};
+
+static inline uint32_t rounded(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (bits >> 16) | 0x40u;  // not a number
+    return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+
+// (rows, depth) -> pairs (rows, depth / 2, rounded up)
+static void halve(const float* x, int64_t ldx, int rows, int depth, Pair* y) {
+    for (int r = 0; r < rows; ++r, x += ldx) {
+        int k = 0;
+#if defined(__AVX512BF16__)
+        for (; k + 32 <= depth; k += 32, y += 16) {
+            const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + k + 16), _mm512_loadu_ps(x + k));
+            std::memcpy(y, &both, sizeof both);
+        }
+#endif
+        for (; k < depth; k += 2, ++y) y->bits = rounded(x[k]) | (k + 1 < depth ? rounded(x[k + 1]) << 16 : 0u);
+    }
+}
+
 // Where a product goes: act(a @ b + bias) + residual. `columns` of the panel are real.
 struct Out {
     float* y;
@@ -119,16 +150,29 @@ struct Out {
     int columns;
 };
 
-template <int R, int W>
-static void tile(const float* a, int64_t lda, int depth, const float* b, int64_t ldb, const Out& out) {
+// T: float, or Pair, of which there is half the depth
+template <int R, int W, typename T>
+static void tile(const T* a, int64_t lda, int depth, const T* b, int64_t ldb, const Out& out) {
     vec sums[R][W];
     for (int i = 0; i < R; ++i)
         for (int j = 0; j < W; ++j) sums[i][j] = out.bias ? load(out.bias + j * LANES) : vec{};
     for (int k = 0; k < depth; ++k, b += ldb) {
-        vec columns[W];
-        for (int j = 0; j < W; ++j) columns[j] = load(b + j * LANES);
-        for (int i = 0; i < R; ++i)
-            for (int j = 0; j < W; ++j) sums[i][j] += a[i * lda + k] * columns[j];
+        if constexpr (std::is_same_v<T, float>) {
+            vec columns[W];
+            for (int j = 0; j < W; ++j) columns[j] = load(b + j * LANES);
+            for (int i = 0; i < R; ++i)
+                for (int j = 0; j < W; ++j) sums[i][j] += a[i * lda + k] * columns[j];
+        } else {
+#if defined(__AVX512BF16__)
+            __m512i columns[W];
+            for (int j = 0; j < W; ++j) columns[j] = _mm512_loadu_si512(b + j * LANES);
+            for (int i = 0; i < R; ++i) {
+                const __m512bh both = (__m512bh)_mm512_set1_epi32((int)a[i * lda + k].bits);
+                for (int j = 0; j < W; ++j)
+                    sums[i][j] = (vec)_mm512_dpbf16_ps((__m512)sums[i][j], both, (__m512bh)columns[j]);
+            }
+#endif
+        }
     }
     for (int i = 0; i < R; ++i) {
         float* y = out.y + i * out.stride;
@@ -146,8 +190,8 @@ static void tile(const float* a, int64_t lda, int depth, const float* b, int64_t
     }
 }
 
-template <int W>
-static void tile_rows(int rows, const float* a, int64_t lda, int depth, const float* b, int64_t ldb, const Out& out) {
+template <int W, typename T>
+static void tile_rows(int rows, const T* a, int64_t lda, int depth, const T* b, int64_t ldb, const Out& out) {
     switch (rows) {
         case 1: return tile<1, W>(a, lda, depth, b, ldb, out);
         case 2: return tile<2, W>(a, lda, depth, b, ldb, out);
@@ -159,7 +203,8 @@ static void tile_rows(int rows, const float* a, int64_t lda, int depth, const fl
 }
 
 // (rows <= ROWS, depth) @ (depth, columns <= PANEL); b may be read up to the next multiple of LANES columns
-static void block(int rows, const float* a, int64_t lda, int depth, const float* b, int64_t ldb, const Out& out) {
+template <typename T>
+static void block(int rows, const T* a, int64_t lda, int depth, const T* b, int64_t ldb, const Out& out) {
     switch ((out.columns + LANES - 1) / LANES) {
         case 1: return tile_rows<1>(rows, a, lda, depth, b, ldb, out);
         case 2: return tile_rows<2>(rows, a, lda, depth, b, ldb, out);
@@ -172,17 +217,38 @@ static void block(int rows, const float* a, int64_t lda, int depth, const float*
     }
 }
 
-// Rows from `first` to `last` of x @ w + bias, panel by panel
-static void linear(const float* x, int64_t ldx, int in, const float* w, const float* bias, int columns, int act,
-                   const float* residual, float* y, int64_t ldy, int first, int last, int from, int to) {
+// What a product multiplies with: panels of float, or of Pair. Of `halves`, HALVES rows of pairs fit.
+struct Weights {
+    const void* panels;
+    const float* bias;
+    int inputs, outputs;
+    Pair* halves;  // null: panels of float
+};
+
+// Rows from `first` to `last` of x @ w, panel by panel; x begins at the row `base`
+template <typename T>
+static void product(const T* x, int base, int64_t ldx, int depth, const Weights& w, int act, const float* residual,
+                    float* y, int64_t ldy, int first, int last, int from, int to) {
     for (int p = from; p < to; ++p) {
-        const int width = least(PANEL, columns - p * PANEL), padded = (width + LANES - 1) / LANES * LANES;
-        const float* panel = w + (int64_t)p * PANEL * in;
+        const int width = least(PANEL, w.outputs - p * PANEL), padded = (width + LANES - 1) / LANES * LANES;
+        const T* panel = (const T*)w.panels + (int64_t)p * PANEL * depth;
         for (int r = first; r < last; r += ROWS) {
-            const Out out{y + r * ldy + p * PANEL, ldy, bias ? bias + p * PANEL : nullptr,
+            const Out out{y + r * ldy + p * PANEL, ldy, w.bias + p * PANEL,
                           residual ? residual + r * ldy + p * PANEL : nullptr, act, width};
-            block(least(ROWS, last - r), x + r * ldx, ldx, in, panel, padded, out);
+            block(least(ROWS, last - r), x + (r - base) * ldx, ldx, depth, panel, padded, out);
         }
+    }
+}
+
+// The same for panels `from` to `to` of weights of either kind
+static void linear(const float* x, int64_t ldx, const Weights& w, int act, const float* residual, float* y, int64_t ldy,
+                   int first, int last, int from, int to) {
+    if (!w.halves) return product(x, 0, ldx, w.inputs, w, act, residual, y, ldy, first, last, from, to);
+    const int depth = (w.inputs + 1) / 2;
+    for (int start = first; start < last; start += HALVES) {
+        const int stop = least(last, start + HALVES);
+        halve(x + start * ldx, ldx, stop - start, w.inputs, w.halves);
+        product((const Pair*)w.halves, start, depth, depth, w, act, residual, y, ldy, start, stop, from, to);
     }
 }
 
@@ -294,7 +360,8 @@ enum Kind { LINEAR = 0, DEPTHWISE = 1, CASCADE = 2, MEAN = 3, SCALE = 4, CONV = 
 enum Lines { HORIZONTAL = 0, VERTICAL = 1, WHOLE = 2 };
 
 struct Head {
-    const float *qkv, *qkv_bias, *taps, *tap_bias;
+    const void* qkv;
+    const float *qkv_bias, *taps, *tap_bias;
     int32_t kernel;
 };
 
@@ -305,8 +372,10 @@ struct Layer {
     int32_t rows, inputs, outputs;               // LINEAR, NORM: rows of all images; otherwise of one
     int32_t height, width, kernel, stride;       // of the input map; MIX: `kernel` is its Lines
     int32_t planes;                              // CONV: the input is (C, H, W), and so is a patch
+    int32_t half;                                // products with weights of bfloat16
     int32_t window_height, window_width, shift_height, shift_width, heads, key;
-    const float *weight, *bias;    // of attention: `bias` is (h, A, A up to a multiple of LANES), -inf beyond
+    const void* weight;            // panels of float or of Pair, otherwise floats
+    const float* bias;             // of attention: `bias` is (h, A, A up to a multiple of LANES), -inf beyond
     const float* factors;          // WINDOW: of unit vectors q, or null where q and k are taken as they are
     const Head* head;
     float epsilon;
@@ -323,6 +392,7 @@ static void run_cascade(const Layer& l, const float* x, float* y, int batch, flo
     float* keys = query + (int64_t)area * l.key;          // (K, A up to a multiple of LANES)
     float* weights = keys + (int64_t)l.key * padded + PANEL;  // (ROWS, the same)
     float* given = weights + (int64_t)ROWS * padded + PANEL;  // (A, V): what the head before has given
+    Pair* halves = l.half ? (Pair*)(given + (int64_t)area * value) : nullptr;
     const int panels = (wide + PANEL - 1) / PANEL;
 #pragma omp for schedule(static)
     for (int task = 0; task < batch * down * across; ++task) {
@@ -345,7 +415,8 @@ static void run_cascade(const Layer& l, const float* x, float* y, int batch, flo
                     std::memset(to, 0, value * sizeof(float));
             }
             const Head& head = l.head[h];
-            linear(group, value, value, head.qkv, head.qkv_bias, wide, NONE, nullptr, qkv, wide, 0, area, 0, panels);
+            const Weights into{head.qkv, head.qkv_bias, value, wide, halves};
+            linear(group, value, into, NONE, nullptr, qkv, wide, 0, area, 0, panels);
             for (int row = 0; row < wh; ++row)
                 depthwise_row(qkv, wide, wh, ww, l.key, head.kernel, 1, head.taps, head.tap_bias, NONE,
                               nullptr, query + (int64_t)row * ww * l.key, l.key, ww, row);
@@ -393,7 +464,7 @@ static void run_mix(const Layer& l, const float* x, const float* v, float* y, in
         const int64_t first = (int64_t)image * tokens + (rows ? (int64_t)line * width : whole ? 0 : line);
         const float* q = x + first * 2 * channels + head * dim;
         const int64_t ldq = (int64_t)step * 2 * channels, ldv = (int64_t)step * channels;
-        const float slope = l.weight[head];
+        const float slope = ((const float*)l.weight)[head];
         transpose(q + channels, ldq, length, dim, keys);
         const int last = least(length, tiles * (chunk + 1) / chunks * ROWS);
         for (int r = tiles * chunk / chunks * ROWS; r < last; r += ROWS) {
@@ -442,6 +513,8 @@ static void run_conv(const Layer& l, const float* x, float* y, int batch, float*
     const int out_height = (l.height - 1) / l.stride + 1, out_width = (l.width - 1) / l.stride + 1;
     const int depth = l.kernel * l.kernel * l.inputs, pad = l.kernel % 2 ? l.kernel / 2 : 0;
     const int panels = (l.outputs + PANEL - 1) / PANEL;
+    Pair* halves = l.half ? (Pair*)(scratch + (int64_t)PATCHES * depth) : nullptr;
+    const Weights weights{l.weight, l.bias, depth, l.outputs, halves};
 #pragma omp for schedule(static)
     for (int task = 0; task < batch * out_height; ++task) {
         const int top = task % out_height * l.stride - pad;
@@ -460,8 +533,8 @@ static void run_conv(const Layer& l, const float* x, float* y, int batch, float*
                 else
                     patch_of_planes<0>(image, l.height, l.width, l.inputs, l.kernel, top, left, to);
             }
-            linear(scratch, depth, depth, l.weight, l.bias, l.outputs, l.act, nullptr,
-                   y + ((int64_t)task * out_width + start) * l.outputs, l.outputs, 0, count, 0, panels);
+            linear(scratch, depth, weights, l.act, nullptr, y + ((int64_t)task * out_width + start) * l.outputs,
+                   l.outputs, 0, count, 0, panels);
         }
     }
 }
@@ -498,7 +571,7 @@ static void run_window(const Layer& l, const float* x, float* y, int batch, floa
             const int row = (down_at * wh + t / ww + l.shift_height) % (down * wh);
             const int column = (across_at * ww + t % ww + l.shift_width) % (across * ww);
             const bool real = row < height && column < width;
-            const float* from = (real ? x + (((int64_t)image * height + row) * width + column) * 3 * channels : l.weight) +
+            const float* from = (real ? x + (((int64_t)image * height + row) * width + column) * 3 * channels : (const float*)l.weight) +
                                 head * dim;
             std::memcpy(query + (int64_t)t * dim, from, dim * sizeof(float));
             for (int c = 0; c < dim; ++c) keys[(int64_t)c * padded + t] = from[channels + c];
@@ -559,7 +632,7 @@ static void run_norm(const Layer& l, const float* x, const float* residual, floa
         }
         const float inverse = 1.0f / std::sqrt(total(squares) / channels + l.epsilon);
         for (int c = 0; c < channels; c += LANES) {
-            vec v = (load(from + c) - mean) * inverse * load(l.weight + c) + load(l.bias + c);
+            vec v = (load(from + c) - mean) * inverse * load((const float*)l.weight + c) + load(l.bias + c);
             if (residual) v += load(residual + (int64_t)row * channels + c);
             store(to + c, v);
         }
@@ -571,7 +644,7 @@ static void run_rotate(const Layer& l, float* x, int batch) {
     const int dim = l.key, tokens = l.rows;
 #pragma omp for schedule(static)
     for (int task = 0; task < batch * tokens; ++task) {
-        const float* turn = l.weight + (int64_t)(task % tokens) * 2 * dim;
+        const float* turn = (const float*)l.weight + (int64_t)(task % tokens) * 2 * dim;
         float* row = x + (int64_t)task * l.inputs;
         for (int start = 0; start < l.inputs; start += dim)
             for (int c = 0; c < dim; c += LANES) {
@@ -596,8 +669,9 @@ static void run_layer(const Layer& l, float* const* buffers, int batch, float* s
             const int chunk = task % chunks, part = task / chunks;
             const int first = (int)((int64_t)tiles * chunk / chunks) * ROWS;
             const int last = least(l.rows, (int)((int64_t)tiles * (chunk + 1) / chunks) * ROWS);
-            linear(x, l.inputs, l.inputs, l.weight, l.bias, l.outputs, l.act, residual, y, l.outputs, first, last,
-                   panels * part / parts, panels * (part + 1) / parts);
+            const Weights weights{l.weight, l.bias, l.inputs, l.outputs, l.half ? (Pair*)scratch : nullptr};
+            linear(x, l.inputs, weights, l.act, residual, y, l.outputs, first, last, panels * part / parts,
+                   panels * (part + 1) / parts);
         }
     } else if (l.kind == DEPTHWISE) {
         const int out_height = (l.height - 1) / l.stride + 1, out_width = (l.width - 1) / l.stride + 1;
@@ -605,7 +679,7 @@ static void run_layer(const Layer& l, float* const* buffers, int batch, float* s
         for (int task = 0; task < batch * out_height; ++task) {
             const int image = task / out_height, row = task % out_height;
             depthwise_row(x + (int64_t)image * l.height * l.width * l.inputs, l.inputs, l.height, l.width, l.inputs, l.kernel,
-                          l.stride, l.weight, l.bias, l.act,
+                          l.stride, (const float*)l.weight, l.bias, l.act,
                           l.residual < 0 ? nullptr : buffers[l.residual] + (int64_t)task * out_width * l.inputs,
                           y + (int64_t)task * out_width * l.inputs, l.inputs, out_width,
                           row);
@@ -646,6 +720,13 @@ static void run_layer(const Layer& l, float* const* buffers, int batch, float* s
 extern "C" int muntin_lanes() { return LANES; }
 extern "C" int muntin_panel() { return PANEL; }
 extern "C" int muntin_rows() { return ROWS; }
+extern "C" int muntin_half() {
+#if defined(__AVX512BF16__)
+    return HALVES;
+#else
+    return 0;
+#endif
+}
 extern "C" int muntin_values() { return MOST; }
 extern "C" int muntin_patches() { return PATCHES; }
 extern "C" int muntin_layer_bytes() { return sizeof(Layer); }

@@ -44,7 +44,7 @@ class _Head(ctypes.Structure):
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, _INT) for name in ("kind", "act", "source", "to", "residual", "rows", "inputs", "outputs")),
-        *((name, _INT) for name in ("height", "width", "kernel", "stride", "planes")),
+        *((name, _INT) for name in ("height", "width", "kernel", "stride", "planes", "half")),
         *((name, _INT) for name in ("window_height", "window_width", "shift_height", "shift_width", "heads", "key")),
         *((name, _POINTER) for name in ("weight", "bias", "factors", "head")),
         ("epsilon", ctypes.c_float),
@@ -175,7 +175,7 @@ class Program:
         kernels = library()
         self._lanes, self._panel = kernels.muntin_lanes(), kernels.muntin_panel()
         self._rows, self._patches = kernels.muntin_rows(), kernels.muntin_patches()
-        self._most = kernels.muntin_values()
+        self._most, self._halves = kernels.muntin_values(), kernels.muntin_half()
         self._run = kernels.muntin_run
         self.number = next(_numbers)
         _programs[self.number] = self
@@ -280,13 +280,21 @@ class Program:
     # ------------------------------------------------------------------------------------------------- running
 
     def serves(self, x: Tensor) -> bool:
-        """Whether this input can be run: on the CPU in float32, without gradients, autocast or a graph being made."""
-        if type(x) is not Tensor or x.dtype != torch.float32 or x.device.type != "cpu":
+        """Whether this input can be run: on the CPU in float32, or where the machine multiplies it in bfloat16, without
+        gradients, autocast or a graph being made.
+        """
+        known = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and self._halves)
+        if type(x) is not Tensor or not known or x.device.type != "cpu":
             return False
         if torch.is_autocast_enabled("cpu") or not x.numel() or (x.requires_grad and torch.is_grad_enabled()):
             return False
-        weight: Tensor = next(step.layer.weight for step in self._steps if step.kind in WITH_WEIGHTS)
+        weight = self._weight()
         return weight.dtype == x.dtype and weight.device == x.device
+
+    def _weight(self) -> Tensor:
+        """One of the weights: all are of its type."""
+        found: Tensor = next(step.layer.weight for step in self._steps if step.kind in WITH_WEIGHTS)
+        return found
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> a map in channels-last memory."""
@@ -312,6 +320,7 @@ class Program:
         return parts
 
     def _run_all(self, x: Tensor, clock: int | None) -> Tensor:
+        dtype, x = x.dtype, x.float()
         plan = self._plan(x.shape, torch.get_num_threads())
         out = torch.empty(plan.shape)
         sizes = x[0].numel(), out[0].numel()
@@ -324,7 +333,7 @@ class Program:
                 *(source, target, made.batch, times, made.batch * sizes[0], made.batch * sizes[1]),
                 *(held.data_ptr(), made.between, made.own, plan.threads, clock),
             )
-        return out.permute(0, 3, 1, 2)
+        return out.to(dtype).permute(0, 3, 1, 2)
 
     def _plan(self, shape: torch.Size, threads: int) -> _Plan:
         """For a shape and so many threads: as many images at a time as caches hold, and then the rest."""
@@ -362,6 +371,7 @@ class Program:
         layers = (_Layer * len(self._steps))()
         kept: list[Any] = []
         own = 0
+        half = self._weight().dtype == torch.bfloat16
         for layer, step in zip(layers, self._steps, strict=True):
             rows, columns = step.source.sides(height, width)
             layer.kind, layer.act = step.kind, ACTS[step.act]
@@ -369,7 +379,7 @@ class Program:
             layer.residual = -1 if step.other is None else step.other.number
             layer.rows = rows * columns * (batch if step.kind in (LINEAR, NORM) else 1)
             layer.inputs, layer.outputs = step.source.channels, step.to.channels
-            layer.height, layer.width = rows, columns
+            layer.height, layer.width, layer.half = rows, columns, half
             if step.kind == CASCADE:
                 kept += self._prepare_window(layer, step, *_window(step.layer, rows, columns))
             elif step.kind == WINDOW:
@@ -399,17 +409,25 @@ class Program:
             with constants():
                 weight, out = layer.weight.detach(), len(layer.weight)
                 if isinstance(layer, nn.LayerNorm):
-                    weight = weight.contiguous()
+                    weight = weight.float().contiguous()
                 elif getattr(layer, "groups", 1) > 1:
-                    weight = weight.flatten(1).t().contiguous()
+                    weight = weight.float().flatten(1).t().contiguous()
                 else:
-                    rows = weight.permute(0, 2, 3, 1) if weight.ndim == 4 and not planes else weight
-                    padded = F.pad(rows.flatten(1), (0, 0, 0, -out % self._lanes)).t()
-                    weight = torch.cat([part.reshape(-1) for part in padded.split(self._panel, 1)])
+                    weight = weight.permute(0, 2, 3, 1) if weight.ndim == 4 and not planes else weight
+                    weight = self._panels(weight.flatten(1))
                 bias = torch.zeros(out) if layer.bias is None else layer.bias.detach()
-                bias = F.pad(bias, (0, -out % self._lanes)).contiguous()
+                bias = F.pad(bias.float(), (0, -out % self._lanes)).contiguous()
             found = self._arranged[id(layer)] = weight, bias
         return found
+
+    def _panels(self, weight: Tensor) -> Tensor:
+        """(out, in) -> panels; in bfloat16 each has pairs, of inputs that follow each other: (in / 2, panel, 2)."""
+        half = weight.dtype == torch.bfloat16
+        padding = (0, weight.shape[1] % 2 if half else 0, 0, -weight.shape[0] % self._lanes)
+        parts = F.pad(weight, padding).t().split(self._panel, 1)
+        if half:
+            parts = tuple(part.unflatten(0, (-1, 2)).transpose(1, 2) for part in parts)
+        return torch.cat([part.reshape(-1) for part in parts])
 
     def _prepare_window(self, layer: Any, step: _Step, height: int, width: int) -> list[Any]:
         """What an attention in such windows points to."""
@@ -434,10 +452,10 @@ class Program:
         with constants():
             bias = attention.kind_biases(grid, torch.float32)
             bias = F.pad(bias, (0, -grid.area % self._lanes), value=-torch.inf).contiguous()
-            kept = [bias, attention.padded().detach().contiguous()]
+            kept = [bias, attention.padded().detach().float().contiguous()]
             factors = getattr(attention, "factors", None)
             if factors is not None:
-                kept.append(factors[0, :, 0].contiguous())
+                kept.append(factors[0, :, 0].float().contiguous())
                 layer.factors = kept[-1].data_ptr()
         layer.bias, layer.weight = kept[0].data_ptr(), kept[1].data_ptr()
         return kept
@@ -464,6 +482,7 @@ class Program:
             area, value = layer.window_height * layer.window_width, layer.inputs // layer.heads
             padded = area + -area % self._lanes
             floats = area * 3 * (value + layer.key) + (layer.key + self._rows) * padded + 3 * self._panel
+            floats += layer.half * self._halves * -(-value // 2)
         elif layer.kind == MIX:
             length = (layer.width, layer.height, layer.rows)[layer.kernel]
             floats = (layer.key + self._rows + 2) * (length + -length % self._lanes) + 2 * self._panel
@@ -471,7 +490,10 @@ class Program:
             area = layer.window_height * layer.window_width
             floats = 3 * area * layer.key + (layer.key + self._rows) * (area + -area % self._lanes) + 2 * self._panel
         elif layer.kind == CONV:
-            floats = self._patches * layer.kernel**2 * layer.inputs
+            depth = layer.kernel**2 * layer.inputs
+            floats = self._patches * depth + layer.half * self._halves * -(-depth // 2)
+        elif layer.kind == LINEAR:
+            floats = layer.half * self._halves * -(-layer.inputs // 2)
         return floats + -floats % ALIGNED
 
     def _places(self, batch: int, height: int, width: int) -> tuple[list[int], int]:
