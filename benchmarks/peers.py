@@ -1,17 +1,19 @@
 """Latency of each family against the libraries that people use, with the same weights.
 
     python benchmarks/peers.py                       # results, the tables of README.md and docs/speed.md, the plot
-    python benchmarks/peers.py --models efficientvit_m5 --batch 8 --seconds 5 --engines pytorch
+    python benchmarks/peers.py --models efficientvit_m5 --batch 8 --seconds 5 --engines pytorch bf16
 
 Outputs are compared before anything is timed; then all take turns (muntin.measure.bench). Peers run as their own
 docs recommend: fused attention where they have it, BatchNorms folded, channels-last memory for convolutional models.
-In PyTorch, and exported to ONNX Runtime and OpenVINO: ours as it is exported by default, for any batch and size, and
-for a fixed one; peers for a fixed one. With --compile also compiled, which takes minutes for each model.
+In PyTorch, in float32 and with weights and images in bfloat16, and exported to ONNX Runtime and OpenVINO: ours as it
+is exported by default, for any batch and size, and for a fixed one; peers for a fixed one. With --compile also
+compiled, which takes minutes for each model.
 
 Results: benchmarks/results/MACHINE.json, peers.md, peers_FAMILY.md, docs/peers.png. What is not measured stays there.
 """
 
 import argparse
+import copy
 import gc
 import json
 import re
@@ -24,7 +26,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from contestants import BOUND, LAYERS, MODELS, SIZE, SIZES, build, difference
+from contestants import BOUND, LAYERS, MODELS, SIZE, SIZES, build, by_layers, difference
 from plots import forest
 from torch import Tensor, nn
 
@@ -44,8 +46,9 @@ RUNTIMES = {  # engine: suffix, precision, title
     "openvino": (".xml", "float32", "OpenVINO"),
     "openvino-bf16": (".xml", "bfloat16", "OpenVINO, bf16"),
 }
-ENGINES = ("pytorch", *RUNTIMES, "compile")
-HALF_BOUND = 0.1  # of bfloat16, in standard deviations; the exporter holds each file to its own bound
+IN_PYTORCH = {"pytorch": "PyTorch", "bf16": "PyTorch, bf16", "compile": "compiled"}
+ENGINES = (*IN_PYTORCH, *RUNTIMES)
+HALF_BOUND = 0.15  # of bfloat16, in standard deviations, as in muntin bench
 EXPORTED = {  # the peers that are taken into runtimes, without what only PyTorch has (fused attention, memory formats)
     "swin": ("timm", "torchvision", "transformers (SDPA)"),
     "swinv2": ("timm", "torchvision"),
@@ -91,6 +94,17 @@ def compiled(peers: Targets, family: str) -> Targets:
     return [("muntin", muntin.compile(peers[0][1])), *chosen]
 
 
+def halved(peers: Targets) -> Targets:
+    """All in bfloat16; ours optimised in it, not after."""
+    found: Targets = []
+    for label, model in peers:
+        half = copy.deepcopy(peers[0][1] if label in ("muntin.optimize", LAYERS) else model).bfloat16()
+        if label in ("muntin.optimize", LAYERS):
+            half = muntin.optimize(half)
+        found.append((label, by_layers(half) if label == LAYERS else half))
+    return found
+
+
 def contests(family: str, name: str, args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, int, Targets, Any]]:
     """Engine, batch, who takes part, and how far each is from Muntin's model in PyTorch."""
     peers, errors = build(family, name)
@@ -103,9 +117,13 @@ def contests(family: str, name: str, args: argparse.Namespace, folder: Path) -> 
             if engine == "pytorch":
                 yield engine, batch, peers, errors
                 continue
-            targets = compiled(peers, family) if engine == "compile" else deployed(peers, family, engine, batch, folder)
+            if engine in IN_PYTORCH:
+                targets = compiled(peers, family) if engine == "compile" else halved(peers)
+            else:
+                targets = deployed(peers, family, engine, batch, folder)
+            given = images.bfloat16() if engine == "bf16" else images
             with torch.inference_mode():
-                off = {label: difference(model(images), wanted) for label, model in targets}
+                off = {label: difference(model(given), wanted) for label, model in targets}
             bound = HALF_BOUND if "bf16" in engine else BOUND
             if not max(off.values()) <= bound:
                 sys.exit(f"{name} in {engine}: {off} standard deviations off; nothing was timed")
@@ -150,7 +168,7 @@ def markdown(family: str, results: dict[str, Any]) -> str:
     lines: list[str] = []
     batches = sorted({int(batch) for models in results.values() for by in models.values() for batch in by})
     for batch in batches:
-        for engine in ("pytorch", "compile"):
+        for engine in IN_PYTORCH:
             rows = _rows(results, engine, batch)
             if rows:
                 lines += [*_everybody(rows, family, engine, batch), ""]
@@ -159,7 +177,7 @@ def markdown(family: str, results: dict[str, Any]) -> str:
             lines += [*_runtimes(exported, family, batch), ""]
     stored = [entry for models in results.values() for by in models.values() for entry in by.values()]
     off = max((e for s in stored for label, e in s["errors"].items() if s["report"]["protocol"]["dtype"] == "float32"
-               and s["engine"] != "openvino-bf16"), default=0.0)  # fmt: skip
+               and "bf16" not in s["engine"]), default=0.0)  # fmt: skip
     m, v, p = (stored[0]["report"][key] for key in ("machine", "versions", "protocol"))
     libraries = ", ".join(f"{n} {v[n]}" for n in ("torch", "timm", "torchvision", "transformers", "onnxruntime",
                                                   "openvino") if n in v)  # fmt: skip
@@ -181,9 +199,9 @@ def _rows(results: dict[str, Any], engine: str, batch: int) -> dict[str, list[Ro
 def _everybody(rows: dict[str, list[Row]], family: str, engine: str, batch: int) -> list[str]:
     labels = [row.target for row in max(rows.values(), key=len)]
     ours = [label for label in labels if label.startswith("muntin")]
-    where = "PyTorch" if engine == "pytorch" else "compiled"
+    precision = "" if engine == "bf16" else ", float32"
     lines = [
-        f"{where}, batch {batch}, {SIZES.get(family, SIZE)} pixels, float32, ms (median ± 95%)",
+        f"{IN_PYTORCH[engine]}, batch {batch}, {SIZES.get(family, SIZE)} pixels{precision}, ms (median ± 95%)",
         "",
         "| model | " + " | ".join([*labels, "best peer", *(f"over {label}" for label in ours)]) + " |",
         "| --- |" + " ---: |" * (len(labels) + 1 + len(ours)),
@@ -214,6 +232,7 @@ def _runtimes(rows: dict[tuple[str, str], list[Row]], family: str, batch: int) -
 SUMMARY = {  # of README.md: engine, ours, head
     "PyTorch": ("pytorch", "muntin"),
     "PyTorch, muntin.optimize": ("pytorch", "muntin.optimize"),
+    "bf16, muntin.optimize": ("bf16", "muntin.optimize"),
     "compiled": ("compile", "muntin"),
     "ONNX Runtime": ("onnx", "muntin, fixed"),
     "OpenVINO": ("openvino", "muntin, fixed"),
@@ -249,7 +268,7 @@ def write(out: Path, results: dict[str, Any], plot: Path) -> None:
         atomic_write(out.parent / f"peers_{family}.md", markdown(family, models).encode())
         for name, engines in models.items():
             for engine, by_batch in engines.items():
-                title = RUNTIMES[engine][2] if engine in RUNTIMES else {"pytorch": "PyTorch"}.get(engine, "compiled")
+                title = RUNTIMES[engine][2] if engine in RUNTIMES else IN_PYTORCH[engine]
                 for batch, entry in by_batch.items():
                     found = [
                         c for c in compared(read(entry["report"]).rows) if c[0] not in ("muntin (BN folded)", LAYERS)
@@ -263,7 +282,9 @@ def main() -> int:
     every = [name for names in MODELS.values() for name in names]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=every, default=every, metavar="NAME", help=", ".join(every))
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["pytorch", *RUNTIMES], metavar="ENGINE")
+    parser.add_argument(
+        "--engines", nargs="+", choices=ENGINES, default=["pytorch", "bf16", *RUNTIMES], metavar="ENGINE"
+    )
     parser.add_argument("--compile", action="store_true", help="also compiled")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--threads", type=int, default=None)
@@ -282,8 +303,15 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as folder:
                 for engine, batch, targets, errors in contests(family, name, args, Path(folder)):
                     print(f"{name}, {engine}, batch {batch}: equal to {max(errors.values()):.1e}", flush=True)
-                    report = bench(targets, [batch], SIZES.get(family, SIZE), threads=args.threads,
-                                   rounds=args.rounds, seconds=args.seconds)  # fmt: skip
+                    report = bench(
+                        targets,
+                        [batch],
+                        SIZES.get(family, SIZE),
+                        precision="bfloat16" if engine == "bf16" else None,
+                        threads=args.threads,
+                        rounds=args.rounds,
+                        seconds=args.seconds,
+                    )
                     print(report.table(), "\n", flush=True)
                     entry = {"engine": engine, "errors": errors, "report": asdict(report)}
                     results["families"].setdefault(family, {}).setdefault(name, {}).setdefault(engine, {})[

@@ -87,6 +87,51 @@ def test_programs_equal_the_model_in_float64(name: str, randomise: Any) -> None:
     check(randomise, name)
 
 
+def integers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randint(-8, 9, shape).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("inputs", "outputs"), [(35, 50), (1, 1), (64, 128), (97, 1000), (600, 24)])
+def test_products_of_whole_numbers_are_exact(inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    """At every count of rows that leaves another rest, and columns that end within a vector."""
+    if dtype == torch.bfloat16 and not build.library().muntin_half():
+        pytest.skip("this machine does not multiply bfloat16")
+    layer = torch.nn.Linear(inputs, outputs).to(dtype).requires_grad_(False)
+    layer.weight.copy_(integers(outputs, inputs, dtype=dtype))
+    layer.bias.copy_(integers(outputs, dtype=dtype))
+    made = program.Program(inputs)
+    made.linear(made.input, layer, "relu")
+    for rows in (1, 2, 5, 6, 7, 13, 49, 100):
+        x = integers(2, inputs, 1, rows, dtype=dtype)
+        assert made.serves(x)
+        wanted = (x.double().permute(0, 2, 3, 1) @ layer.weight.double().T + layer.bias.double()).relu()
+        assert torch.equal(made(x).permute(0, 2, 3, 1), wanted.to(dtype))
+
+
+@pytest.mark.parametrize("name", ["efficientvit", "swin", "swin, BR", "swinv2", "rmt"])
+def test_programs_in_bfloat16(name: str, randomise: Any) -> None:
+    """No further from float64 than the layers themselves are."""
+    if not build.library().muntin_half():
+        pytest.skip("this machine does not multiply bfloat16")
+    model = model_of(randomise, name).bfloat16()
+    fast, exact = muntin.optimize(model), copy.deepcopy(model).double()
+    layers = copy.deepcopy(fast)
+    for module in layers.modules():
+        if isinstance(module, Programmed):
+            module.program = None
+    with torch.no_grad(), OperatorCounter() as counter:
+        fast(torch.randn(1, 3, 64, 64).bfloat16())
+    assert counter.calls["muntin::program"] == CASES[name][2]
+    with torch.no_grad():
+        for batch, height, width in SHAPES:
+            image = torch.randn(batch, 3, height, width).bfloat16()
+            wanted = exact(image.double())
+            found = fast(image)
+            assert found.dtype == torch.bfloat16
+            assert error_of(found, wanted) < max(0.03, 1.5 * error_of(layers(image), wanted)), (batch, height, width)
+
+
 @pytest.fixture(params=WIDTHS, ids=str)
 def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[int]:
     """Kernels compiled for another machine, which this one can run."""
@@ -167,8 +212,8 @@ def test_other_types_gradients_and_autocast_take_the_layers(randomise: Any, monk
             raise AssertionError("a program ran")
 
         monkeypatch.setattr(program.Program, "run", refuse)
-        half = copy.deepcopy(fast).bfloat16()
-        assert error_of(half(image.bfloat16()).float(), wanted) < 0.3
+        double = copy.deepcopy(fast).double()
+        assert error_of(double(image.double()), wanted) < 1e-5
         with torch.autocast("cpu", torch.bfloat16):
             assert error_of(fast(image).float(), wanted) < 0.3
     leaf = image.clone().requires_grad_()
