@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,107 @@ def test_copies_pickles_and_loaded_weights_are_current(randomise: Any) -> None:
         assert 1e-5 < error_of(back(image), others) < 2  # as bfloat16 left the weights
 
 
+def test_weights_changed_in_place_or_replaced_are_current(randomise: Any) -> None:
+    for name in ("efficientvit", "swin", "swinv2", "rmt"):
+        fast = muntin.optimize(model_of(randomise, name))
+        image = torch.randn(2, 3, 64, 64)
+        with torch.no_grad():
+            before = fast(image)
+            for parameter in fast.backbone.parameters():
+                parameter.mul_(1.05)
+            changed = fast(image)
+            assert error_of(changed, before) > 1e-2
+            assert torch.equal(changed, copy.deepcopy(fast)(image))
+            for module in fast.backbone.stages.modules():
+                if isinstance(module, torch.nn.Linear) and module.bias is not None:
+                    module.bias = torch.nn.Parameter(module.bias + 0.1, requires_grad=False)
+            assert error_of(fast(image), changed) > 1e-3
+            assert torch.equal(fast(image), copy.deepcopy(fast)(image))
+
+
+def test_hooks_below_a_stage_fire(randomise: Any) -> None:
+    fast = muntin.optimize(model_of(randomise, "swin"))
+    image, seen = torch.randn(1, 3, 64, 64), []
+    with torch.no_grad():
+        wanted = fast(image)
+        hook = fast.backbone.stages[0].blocks[1].register_forward_hook(lambda *_: seen.append(1))
+        assert error_of(fast(image), wanted) < 1e-5 and seen
+        hook.remove()
+        assert torch.equal(fast(image), wanted) and len(seen) == 1
+
+
+def test_an_optimised_copy_that_trains_again_has_its_gradients(randomise: Any) -> None:
+    fast = muntin.optimize(model_of(randomise)).requires_grad_(True)
+    fast(torch.randn(1, 3, 224, 224)).sum().backward()  # whose maps have more than one token
+    tables = [parameter for name, parameter in fast.named_parameters() if name.endswith("bias_table")]
+    assert tables and all(table.grad is not None and table.grad.abs().sum() > 0 for table in tables)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_type_does_not_matter(dtype: torch.dtype, randomise: Any) -> None:
+    fast = muntin.optimize(model_of(randomise, "swin"))
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = copy.deepcopy(fast)(image)
+        torch.set_default_dtype(dtype)
+        try:
+            found = fast(image)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, wanted)
+
+
+def test_a_gate_closes(randomise: Any) -> None:
+    model = model_of(randomise)
+    gate = model.backbone.stages[1].subsample.reduce.gate
+    for bias in (-95.0, -1e4, 95.0):
+        gate.expand.bias.data.fill_(bias)
+        fast, folded = muntin.optimize(model), muntin.runtime.fold(model)
+        image = torch.randn(2, 3, 64, 64)
+        with torch.no_grad():
+            assert error_of(fast(image), folded(image)) < 1e-5
+
+
+def test_threads_that_begin_at_once_agree(randomise: Any) -> None:
+    image = torch.randn(1, 3, 64, 64)
+    model = muntin.optimize(model_of(randomise))
+    with torch.no_grad():
+        wanted = copy.deepcopy(model)(image)
+
+    def run(fast: Any, stop: int) -> bool:
+        with torch.no_grad():
+            return all(torch.equal(fast(image), wanted) for _ in range(stop))
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            fast = copy.deepcopy(model)  # nothing is arranged yet
+            assert all(future.result() for future in [pool.submit(run, fast, 3) for _ in range(4)])
+
+
+def test_weights_loaded_meanwhile_free_nothing_that_runs(randomise: Any) -> None:
+    image = torch.randn(1, 3, 64, 64)
+    fast = muntin.optimize(model_of(randomise))
+    state = {name: value.clone() for name, value in fast.state_dict().items()}
+    with torch.no_grad():
+        wanted = fast(image)
+
+    def run() -> bool:
+        with torch.no_grad():
+            return all(torch.equal(fast(image), wanted) for _ in range(100))
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(run)
+        while not future.done():
+            fast.load_state_dict(state)  # the same values
+        assert future.result()
+
+
+def test_a_map_of_other_channels_is_refused(randomise: Any) -> None:
+    stage = muntin.optimize(model_of(randomise)).backbone.stages[0]
+    with pytest.raises(ValueError, match="32 channels was given"):
+        stage.program(torch.randn(1, 1, 50, 50))
+
+
 def test_the_input_is_left_alone_and_outputs_are_their_own(randomise: Any) -> None:
     backbone = model_of(randomise).backbone
     fast = muntin.optimize(backbone)
@@ -303,10 +405,23 @@ TELL = (
 
 def test_a_switch_and_a_broken_compiler_leave_the_layers(tmp_path: Path) -> None:
     assert run_python(TELL, MUNTIN_NATIVE="0") == "False 1000"
+    assert run_python(TELL, CXX="env g++", MUNTIN_CACHE=str(tmp_path)) == "True 1000"
     assert run_python(TELL, CXX=shutil.which("false") or "false", MUNTIN_CACHE=str(tmp_path)) == "False 1000"
     file = tmp_path / "file"
     file.touch()
     assert run_python(TELL, MUNTIN_CACHE=str(file / "below")) == "False 1000"  # a cache that cannot be written
+
+
+def test_a_pickled_copy_runs_without_a_compiler(tmp_path: Path, randomise: Any) -> None:
+    fast, image = muntin.optimize(model_of(randomise)), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.save((fast, image, fast(image)), tmp_path / "fast.pt")
+    code = (
+        f"import torch; fast, image, wanted = torch.load({str(tmp_path / 'fast.pt')!r}, weights_only=False); "
+        "torch.set_grad_enabled(False); print(torch.allclose(fast(image), wanted, rtol=1e-4))"
+    )
+    tests = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    assert run_python(code, MUNTIN_NATIVE="0", PYTHONPATH=tests) == "True"
 
 
 def test_a_damaged_file_is_built_again(tmp_path: Path) -> None:

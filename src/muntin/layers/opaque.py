@@ -24,9 +24,17 @@ _stages: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
 class Programmed(nn.Module):
-    """Base of modules that may run as a program (muntin.native)."""
+    """Base of modules that may run as a program (muntin.native).
+
+    A program is of the layers that were there when it was added; their weights are followed. Layers that have hooks run
+    themselves.
+    """
 
     program: Program | None = None
+    _hooks: list[Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_hooks"}
 
     def programmed(self) -> Program:
         """The module, folded, as a program. Raises Unsuitable for what the kernels do not serve."""
@@ -39,14 +47,15 @@ class Programmed(nn.Module):
         except Unsuitable:
             return
         note("layers into one program of compiled kernels")
-        for module in self.modules():
-            module.register_load_state_dict_post_hook(_Forgetting(self.program))
 
     def serving(self, x: Tensor) -> Program | None:
         """The program where it serves this input."""
-        if self.program is None or torch.compiler.is_compiling() or not self.program.serves(x):
+        if self.program is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
-        return self.program
+        if self._hooks is None:
+            below = [module for module in self.modules() if module is not self]
+            self._hooks = [h for module in below for h in (module._forward_hooks, module._forward_pre_hooks)]
+        return self.program if self.program.serves(x) and not any(self._hooks) else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -90,16 +99,6 @@ class OpaqueStage(Programmed):
         height, width = (fresh(-(-side // self.stride)) for side in size) if self.stride > 1 else size
         out = torch.ops.muntin.stage(x, self.number, list(size), [height, width], self.channels)
         return out, height, width
-
-
-class _Forgetting:
-    """A hook after weights are loaded."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-
-    def __call__(self, *_: Any) -> None:
-        self.program.forget()
 
 
 _library = torch.library.Library("muntin", "FRAGMENT")

@@ -3,9 +3,11 @@
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,8 @@ def cache_folder() -> Path:
 @lru_cache(maxsize=1)
 def library() -> Any:
     """The compiled kernels, or None where MUNTIN_NATIVE=0 is set or no compiler is at hand that makes them."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if os.environ.get("MUNTIN_NATIVE") == "0" or compiler is None or os.name == "nt":
+    compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "")
+    if os.environ.get("MUNTIN_NATIVE") == "0" or not compiler or os.name == "nt":
         return None
     try:
         path = _path(compiler)
@@ -37,26 +39,34 @@ def library() -> Any:
         except OSError:  # a damaged file
             _build(compiler, path)
             return _opened(path)
-    except (OSError, subprocess.SubprocessError, RuntimeError):  # RuntimeError: no home folder
+    except (OSError, subprocess.SubprocessError, RuntimeError) as error:  # RuntimeError: no home folder
+        told = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
+        reason = told[-1] if told else error
+        warnings.warn(
+            f"muntin.optimize runs slower than it could: its kernels cannot be compiled by {shlex.join(compiler)} "
+            f"({reason}). CXX names another compiler, MUNTIN_CACHE another folder; MUNTIN_NATIVE=0 turns them off.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return None
 
 
-def _path(compiler: str) -> Path:
+def _path(compiler: list[str]) -> Path:
     """Of the compiled file. It is named by all that it is made from: the source, the flags, and the macros by which the
     compiler describes itself and this machine.
     """
-    macros = _run(compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
+    macros = _run(*compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), macros])).hexdigest()[:24]
     return cache_folder() / f"kernels-{key}.so"
 
 
-def _build(compiler: str, path: Path) -> None:
+def _build(compiler: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
-        _run(compiler, *FLAGS, "-c", str(SOURCE), "-o", str(made))
+        _run(*compiler, *FLAGS, "-c", str(SOURCE), "-o", str(made))
         # without a library for threads: torch's own is there already, and two would fight for the cores
-        _run(compiler, "-shared", str(made), "-o", str(linked))
+        _run(*compiler, "-shared", str(made), "-o", str(linked))
         os.replace(linked, path)
 
 

@@ -47,11 +47,11 @@ static inline vec spread(float x) { return x - vec{}; }
 static inline vec larger(vec bound, vec x) { return bound > x ? bound : x; }
 static inline vec smaller(vec bound, vec x) { return bound < x ? bound : x; }
 
-// exp to 2 units in the last place; 0 below -87
+// exp to 2 units in the last place up to e^88; 0 below -87
 static inline vec exponential(vec x) {
     const vec low = spread(-87.0f);
-    const vec clamped = larger(low, x);
-    const vec turns = clamped * 1.44269504088896341f;
+    const vec clamped = smaller(spread(88.0f), larger(low, x));
+    const vec turns = clamped == clamped ? clamped * 1.44269504088896341f : vec{};
     const ivec n = __builtin_convertvector(turns + (turns < 0 ? spread(-0.5f) : spread(0.5f)), ivec);
     const vec whole = __builtin_convertvector(n, vec);
     const vec r = clamped - whole * 0.693359375f + whole * 2.12194440e-4f;
@@ -83,14 +83,20 @@ static inline vec error_function(vec x) {
     return x * p / q;
 }
 
+#if defined(__clang__)
+#define SHUFFLED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#else
+#define SHUFFLED(x, ...) __builtin_shuffle(x, ivec{__VA_ARGS__})
+#endif
+
 // Neighbours change places
 static inline vec swapped(vec x) {
 #if defined(__AVX512F__)
-    return __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    return SHUFFLED(x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
 #elif defined(__AVX__)
-    return __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6);
+    return SHUFFLED(x, 1, 0, 3, 2, 5, 4, 7, 6);
 #else
-    return __builtin_shufflevector(x, x, 1, 0, 3, 2);
+    return SHUFFLED(x, 1, 0, 3, 2);
 #endif
 }
 
@@ -107,7 +113,10 @@ static inline vec activated(vec x, int act) {
         case RELU: return larger(vec{}, x);
         case HARDSWISH: return x * smaller(spread(6.0f), larger(vec{}, x + 3.0f)) * (1.0f / 6.0f);
         case SIGMOID: return 1.0f / (1.0f + exponential(-x));
-        case GELU: return x * 0.5f * (1.0f + error_function(x * 0.70710678118654752f));
+        case GELU: {
+            const vec y = x * 0.5f * (1.0f + error_function(x * 0.70710678118654752f));
+            return x < -6.0f ? vec{} : y;  // where the approximation of erf is not quite -1
+        }
         default: return x;
     }
 }
@@ -368,7 +377,7 @@ struct Head {
 // One layer. Buffers are numbers into the program's table; -1: none.
 struct Layer {
     int32_t kind, act;
-    int32_t from, to, residual;
+    int32_t source, to, other;                   // values; `other` is the residual, of SCALE the factors, of MIX v
     int32_t rows, inputs, outputs;               // LINEAR, NORM: rows of all images; otherwise of one
     int32_t height, width, kernel, stride;       // of the input map; MIX: `kernel` is its Lines
     int32_t planes;                              // CONV: the input is (C, H, W), and so is a patch
@@ -655,11 +664,11 @@ static void run_rotate(const Layer& l, float* x, int batch) {
 }
 
 static void run_layer(const Layer& l, float* const* buffers, int batch, float* scratch) {
-    const float* x = buffers[l.from];
+    const float* x = buffers[l.source];
     float* y = buffers[l.to];
     if (l.kind == LINEAR) {
         const int panels = (l.outputs + PANEL - 1) / PANEL, threads = omp_get_num_threads();
-        const float* residual = l.residual < 0 ? nullptr : buffers[l.residual];
+        const float* residual = l.other < 0 ? nullptr : buffers[l.other];
         // rows are shared out in tiles; where there are too few of them, panels are too
         const int tiles = (l.rows + ROWS - 1) / ROWS;
         const int parts = least(panels, tiles >= 4 * threads ? 1 : panels);
@@ -680,18 +689,18 @@ static void run_layer(const Layer& l, float* const* buffers, int batch, float* s
             const int image = task / out_height, row = task % out_height;
             depthwise_row(x + (int64_t)image * l.height * l.width * l.inputs, l.inputs, l.height, l.width, l.inputs, l.kernel,
                           l.stride, (const float*)l.weight, l.bias, l.act,
-                          l.residual < 0 ? nullptr : buffers[l.residual] + (int64_t)task * out_width * l.inputs,
+                          l.other < 0 ? nullptr : buffers[l.other] + (int64_t)task * out_width * l.inputs,
                           y + (int64_t)task * out_width * l.inputs, l.inputs, out_width,
                           row);
         }
     } else if (l.kind == CASCADE) {
         run_cascade(l, x, y, batch, scratch);
     } else if (l.kind == MIX) {
-        run_mix(l, x, buffers[l.residual], y, batch, scratch);
+        run_mix(l, x, buffers[l.other], y, batch, scratch);
     } else if (l.kind == CONV) {
         run_conv(l, x, y, batch, scratch);
     } else if (l.kind == NORM) {
-        run_norm(l, x, l.residual < 0 ? nullptr : buffers[l.residual], y);
+        run_norm(l, x, l.other < 0 ? nullptr : buffers[l.other], y);
     } else if (l.kind == MERGE) {
         run_merge(l, x, y, batch);
     } else if (l.kind == WINDOW) {
@@ -708,7 +717,7 @@ static void run_layer(const Layer& l, float* const* buffers, int batch, float* s
             store(y + (int64_t)image * l.inputs + c, sum * (1.0f / l.rows));
         }
     } else {  // SCALE: a map by a factor for each image and channel
-        const float* factor = buffers[l.residual];
+        const float* factor = buffers[l.other];
 #pragma omp for schedule(static)
         for (int task = 0; task < batch * l.rows; ++task)
             for (int c = 0; c < l.inputs; c += LANES)

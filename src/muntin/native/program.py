@@ -5,11 +5,12 @@ Legend: B batch, H W map, C channels, A tokens of a window.
 
 import ctypes
 import math
+import secrets
 import threading
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
+from itertools import chain, count
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from muntin.layers.contents import Contents
 from muntin.layers.manhattan import log_gamma, rotation
 from muntin.layers.position import constants
 from muntin.layers.window import Grid, make_grid
@@ -34,6 +36,7 @@ KEPT = 1 << 24
 """Floats of scratch memory that a thread keeps from call to call."""
 CACHED = 1 << 20
 """Floats of the largest value: as many images run at a time as stay below, so that caches hold them."""
+FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}
 _INT, _POINTER = ctypes.c_int32, ctypes.c_void_p
 
 
@@ -43,7 +46,7 @@ class _Head(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *((name, _INT) for name in ("kind", "act", "source", "to", "residual", "rows", "inputs", "outputs")),
+        *((name, _INT) for name in ("kind", "act", "source", "to", "other", "rows", "inputs", "outputs")),
         *((name, _INT) for name in ("height", "width", "kernel", "stride", "planes", "half")),
         *((name, _INT) for name in ("window_height", "window_width", "shift_height", "shift_width", "heads", "key")),
         *((name, _POINTER) for name in ("weight", "bias", "factors", "head")),
@@ -138,26 +141,37 @@ _kept = threading.local()
 def _scratch(floats: int) -> Tensor:
     """Memory for what is between layers. It is kept: the system takes longer to hand it out than a layer takes."""
     if floats > KEPT:
-        return torch.empty(floats)
+        return torch.empty(floats, **FLOATS)
     held: Tensor | None = getattr(_kept, "scratch", None)
     if held is None or held.numel() < floats:
         with constants():
-            held = _kept.scratch = torch.empty(floats)
+            held = _kept.scratch = torch.empty(floats, **FLOATS)
     return held
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What is made from weights, and these: arranged weights by layer, plans by shape. A change of weights makes
+    another; calls that run meanwhile keep the one that they began with.
+    """
+
+    weights: Contents
+    arranged: dict[int, tuple[Tensor, Tensor]]
+    plans: dict[tuple[int, ...], _Plan]
 
 
 class Unsuitable(Exception):
     """A layer that the kernels do not serve."""
 
 
-_numbers = count()
+_numbers = count(secrets.randbits(48))  # so that a graph of another process names none of this one's
 _programs: WeakValueDictionary[int, "Program"] = WeakValueDictionary()
 
 
 class Program:
     """Layers in the order in which they were added, from a map (B, C, H, W) in channels-last memory to another.
 
-    The layers are modules, whose weights are arranged for the kernels when they are first needed; `forget` when they
+    The layers are modules, whose weights are arranged for the kernels when they are first needed, and again when they
     have changed. Adding a layer raises Unsuitable where the kernels do not serve it.
     """
 
@@ -172,14 +186,18 @@ class Program:
         self.input = self._value(channels, 0)
 
     def _start(self) -> None:
+        self.number = next(_numbers)
+        _programs[self.number] = self
+        self.forget()
+        self._served = available()  # a copy may come from another machine
+        if not self._served:
+            return
         kernels = library()
         self._lanes, self._panel = kernels.muntin_lanes(), kernels.muntin_panel()
         self._rows, self._patches = kernels.muntin_rows(), kernels.muntin_patches()
         self._most, self._halves = kernels.muntin_values(), kernels.muntin_half()
         self._run = kernels.muntin_run
-        self.number = next(_numbers)
-        _programs[self.number] = self
-        self.forget()
+        self._served = all(self._fits(step) for step in self._steps)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in ("_steps", "_values", "input", "planes")}
@@ -190,8 +208,7 @@ class Program:
 
     def forget(self) -> None:
         """The layers' weights are others now."""
-        self._arranged: dict[int, tuple[Tensor, Tensor]] = {}
-        self._plans: dict[tuple[int, ...], _Plan] = {}
+        self._held: _Held | None = None
 
     # ------------------------------------------------------------------------------------------- adding layers
 
@@ -200,12 +217,22 @@ class Program:
         return self._values[-1]
 
     def _add(self, kind: int, source: Value, to: Value, *rest: Any, **named: Any) -> Value:
-        if kind not in (LINEAR, CONV) and to.channels % self._lanes:  # of these the weights are padded
-            raise Unsuitable(f"{to.channels} channels")
-        if len(self._values) > self._most:
-            raise Unsuitable(f"more than {self._most} values")
-        self._steps.append(_Step(kind, source, to, *rest, **named))
+        step = _Step(kind, source, to, *rest, **named)
+        if not self._fits(step):
+            raise Unsuitable(f"{NAMES[kind]} of {to.channels} channels")
+        self._steps.append(step)
         return to
+
+    def _fits(self, step: _Step) -> bool:
+        """Whether vectors divide what the kernels read and write in whole ones."""
+        widths = [] if step.kind in (LINEAR, CONV) else [step.to.channels]  # of these the weights are padded
+        if step.kind == CASCADE:
+            widths += [step.layer.key_dim, step.layer.value_dim]
+        elif step.kind in (ROTATE, MIX):
+            widths.append(step.layer.width)
+        elif step.kind == WINDOW:
+            widths.append(step.to.channels // step.layer.heads)
+        return not any(width % self._lanes for width in widths) and len(self._values) <= self._most
 
     def _sum(self, residual: Value | None, channels: int, halved: int | None) -> Value:
         """Where a sum goes: in the residual's place, unless that is the input."""
@@ -246,13 +273,13 @@ class Program:
     def window(self, qkv: Value, attention: Any, rule: tuple[int, bool, str]) -> Value:
         """Attention in windows, between its projections. rule: window, whether it is shifted, and `small_maps`."""
         channels = qkv.channels // 3
-        if attention.scale != 1.0 or channels // attention.heads % self._lanes:
+        if attention.scale != 1.0:
             raise Unsuitable(repr(attention))
         return self._add(WINDOW, qkv, self._value(channels, qkv.halved), layer=attention, rule=rule)
 
     def mix(self, qk: Value, v: Value, attention: Any) -> Value:
         """Manhattan attention without its projections and local enhancement. q and k are turned in place."""
-        if attention.width % self._lanes or attention.decay != "softmax":
+        if attention.decay != "softmax":
             raise Unsuitable(repr(attention))
         self._add(ROTATE, qk, qk, layer=attention)
         for lines in (HORIZONTAL, VERTICAL) if attention.decomposed else (WHOLE,):
@@ -261,9 +288,8 @@ class Program:
 
     def cascade(self, x: Value, attention: Any, act: str) -> Value:
         """act(attention(x)) of a CascadedAttention, without its projection."""
-        key, value = attention.key_dim, attention.value_dim
-        suits = attention.cascade and attention.scale == 1.0 and not (key % self._lanes or value % self._lanes)
-        if not suits or value * len(attention.qkvs) != x.channels:
+        value = attention.value_dim
+        if not attention.cascade or attention.scale != 1.0 or value * len(attention.qkvs) != x.channels:
             raise Unsuitable(repr(attention))
         heads = tuple(zip(attention.qkvs, attention.dws, strict=True))
         for qkv, conv in heads:
@@ -283,13 +309,17 @@ class Program:
         """Whether this input can be run: on the CPU in float32, or where the machine multiplies it in bfloat16, without
         gradients, autocast or a graph being made.
         """
+        if not self._served:
+            return False
         known = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and self._halves)
         if type(x) is not Tensor or not known or x.device.type != "cpu":
             return False
         if torch.is_autocast_enabled("cpu") or not x.numel() or (x.requires_grad and torch.is_grad_enabled()):
             return False
         weight = self._weight()
-        return weight.dtype == x.dtype and weight.device == x.device
+        if weight.dtype != x.dtype or weight.device != x.device:
+            return False
+        return not (torch.is_grad_enabled() and any(weight.requires_grad for weight in self.weights()))
 
     def _weight(self) -> Tensor:
         """One of the weights: all are of its type."""
@@ -298,8 +328,12 @@ class Program:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> a map in channels-last memory."""
-        order = torch.contiguous_format if self.planes else torch.channels_last
-        return torch.ops.muntin.program(x.contiguous(memory_format=order), self.number)
+        return torch.ops.muntin.program(self._ordered(x), self.number)
+
+    def _ordered(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.input.channels:
+            raise ValueError(f"a program for maps of {self.input.channels} channels was given {tuple(x.shape)}")
+        return x.contiguous(memory_format=torch.contiguous_format if self.planes else torch.channels_last)
 
     def run(self, x: Tensor) -> Tensor:
         """What the operator runs."""
@@ -320,9 +354,9 @@ class Program:
         return parts
 
     def _run_all(self, x: Tensor, clock: int | None) -> Tensor:
-        dtype, x = x.dtype, x.float()
+        dtype, x = x.dtype, self._ordered(x).float()
         plan = self._plan(x.shape, torch.get_num_threads())
-        out = torch.empty(plan.shape)
+        out = torch.empty(plan.shape, **FLOATS)
         sizes = x[0].numel(), out[0].numel()
         pointers = x.data_ptr(), out.data_ptr()
         for first, times, made in plan.passes:
@@ -337,20 +371,31 @@ class Program:
 
     def _plan(self, shape: torch.Size, threads: int) -> _Plan:
         """For a shape and so many threads: as many images at a time as caches hold, and then the rest."""
-        plan = self._plans.get((*shape, threads))
+        held = self._held
+        if held is None or not held.weights.unchanged():
+            held = self._held = self._hold()
+        plan = held.plans.get((*shape, threads))
         if plan is None:
             batch, _, height, width = shape
-            if len(self._plans) >= SHAPES:
-                self._plans.clear()
+            if len(held.plans) >= SHAPES:
+                held.plans.clear()
             last = self._steps[-1].to
             each = min(batch, self._together(height, width))
             times, rest = divmod(batch, each)
-            passes = [(0, times, self._prepare(each, height, width, threads))]
+            passes = [(0, times, self._prepare(held, each, height, width, threads))]
             if rest:
-                passes.append((times * each, 1, self._prepare(rest, height, width, threads)))
+                passes.append((times * each, 1, self._prepare(held, rest, height, width, threads)))
             plan = _Plan((batch, *last.sides(height, width), last.channels), passes, threads)
-            self._plans[*shape, threads] = plan
+            held.plans[*shape, threads] = plan
         return plan
+
+    def _hold(self) -> _Held:
+        """A new start with the weights as they are."""
+        attentions = [step.layer for step in self._steps if step.kind in (CASCADE, WINDOW)]
+        for attention in attentions:
+            attention._cache.entries.clear()
+        layers = [layer for step in self._steps for layer in (step.layer, *chain(*step.heads)) if layer is not None]
+        return _Held(Contents(module for layer in layers for module in layer.modules()), {}, {})
 
     def _together(self, height: int, width: int) -> int:
         """How many images run at a time."""
@@ -367,7 +412,7 @@ class Program:
 
     # ----------------------------------------------------------------------------------------------- preparing
 
-    def _prepare(self, batch: int, height: int, width: int, threads: int) -> _Prepared:
+    def _prepare(self, held: _Held, batch: int, height: int, width: int, threads: int) -> _Prepared:
         layers = (_Layer * len(self._steps))()
         kept: list[Any] = []
         own = 0
@@ -376,20 +421,21 @@ class Program:
             rows, columns = step.source.sides(height, width)
             layer.kind, layer.act = step.kind, ACTS[step.act]
             layer.source, layer.to = step.source.number, step.to.number
-            layer.residual = -1 if step.other is None else step.other.number
+            layer.other = -1 if step.other is None else step.other.number
             layer.rows = rows * columns * (batch if step.kind in (LINEAR, NORM) else 1)
             layer.inputs, layer.outputs = step.source.channels, step.to.channels
             layer.height, layer.width, layer.half = rows, columns, half
             if step.kind == CASCADE:
-                kept += self._prepare_window(layer, step, *_window(step.layer, rows, columns))
+                kept += self._prepare_window(held, layer, step, *_window(step.layer, rows, columns))
             elif step.kind == WINDOW:
                 kept += self._prepare_windows(layer, step, make_grid(rows, columns, *step.rule))
             elif step.kind in (ROTATE, MIX):
                 kept.append(self._prepare_mix(layer, step))
             elif step.kind in WITH_WEIGHTS:
-                weight, bias = self._arrange(step.layer, self.planes and step.source is self.input)
                 layer.planes = self.planes and step.source is self.input
-                layer.weight, layer.bias = weight.data_ptr(), bias.data_ptr()
+                arranged = self._arrange(held, step.layer, layer.planes)
+                layer.weight, layer.bias = (tensor.data_ptr() for tensor in arranged)
+                kept += arranged
                 if step.kind in (DEPTHWISE, CONV):
                     layer.kernel, layer.stride = step.layer.kernel_size[0], step.layer.stride[0]
                 elif step.kind == NORM:
@@ -399,25 +445,25 @@ class Program:
         places = (ctypes.c_int64 * len(offsets))(*offsets)
         return _Prepared(batch, layers, places, between, own, between + threads * own, kept)
 
-    def _arrange(self, layer: Any, planes: bool = False) -> tuple[Tensor, Tensor]:
+    def _arrange(self, held: _Held, layer: Any, planes: bool = False) -> tuple[Tensor, Tensor]:
         """Weights and bias as the kernels read them. A product's: columns in panels side by side, (in, panel) each, the
         last as wide as whole vectors; of a convolution `in` is (k, k, C), of planes (C, k, k). A depthwise
         convolution's: (k * k, C). A norm's: as they are.
         """
-        found = self._arranged.get(id(layer))
+        found = held.arranged.get(id(layer))
         if found is None:
             with constants():
                 weight, out = layer.weight.detach(), len(layer.weight)
                 if isinstance(layer, nn.LayerNorm):
-                    weight = weight.float().contiguous()
+                    weight = weight.to(torch.float32, copy=True)
                 elif getattr(layer, "groups", 1) > 1:
                     weight = weight.float().flatten(1).t().contiguous()
                 else:
                     weight = weight.permute(0, 2, 3, 1) if weight.ndim == 4 and not planes else weight
                     weight = self._panels(weight.flatten(1))
-                bias = torch.zeros(out) if layer.bias is None else layer.bias.detach()
+                bias = torch.zeros(out, **FLOATS) if layer.bias is None else layer.bias.detach()
                 bias = F.pad(bias.float(), (0, -out % self._lanes)).contiguous()
-            found = self._arranged[id(layer)] = weight, bias
+            found = held.arranged.setdefault(id(layer), (weight, bias))
         return found
 
     def _panels(self, weight: Tensor) -> Tensor:
@@ -429,20 +475,22 @@ class Program:
             parts = tuple(part.unflatten(0, (-1, 2)).transpose(1, 2) for part in parts)
         return torch.cat([part.reshape(-1) for part in parts])
 
-    def _prepare_window(self, layer: Any, step: _Step, height: int, width: int) -> list[Any]:
+    def _prepare_window(self, held: _Held, layer: Any, step: _Step, height: int, width: int) -> list[Any]:
         """What an attention in such windows points to."""
         with constants():
             bias = step.layer._bias(height, width, torch.float32)
             bias = F.pad(bias, (0, -height * width % self._lanes), value=-torch.inf).contiguous()
         heads = (_Head * len(step.heads))()
+        kept: list[Any] = [bias, heads]
         for head, pair in zip(heads, step.heads, strict=True):
-            pointers = (tensor.data_ptr() for part in pair for tensor in self._arrange(part))
-            head.qkv, head.qkv_bias, head.taps, head.tap_bias = pointers
+            arranged = [tensor for part in pair for tensor in self._arrange(held, part)]
+            head.qkv, head.qkv_bias, head.taps, head.tap_bias = (tensor.data_ptr() for tensor in arranged)
+            kept += arranged
             head.kernel = pair[1].kernel_size[0]
         layer.window_height, layer.window_width = height, width
         layer.heads, layer.key = len(heads), step.layer.key_dim
         layer.bias, layer.head = bias.data_ptr(), ctypes.addressof(heads)
-        return [bias, heads]
+        return kept
 
     def _prepare_windows(self, layer: Any, step: _Step, grid: Grid) -> list[Any]:
         """What a window attention's layer points to."""
@@ -452,7 +500,7 @@ class Program:
         with constants():
             bias = attention.kind_biases(grid, torch.float32)
             bias = F.pad(bias, (0, -grid.area % self._lanes), value=-torch.inf).contiguous()
-            kept = [bias, attention.padded().detach().float().contiguous()]
+            kept = [bias, attention.padded().detach().to(torch.float32, copy=True)]
             factors = getattr(attention, "factors", None)
             if factors is not None:
                 kept.append(factors[0, :, 0].float().contiguous())

@@ -1,13 +1,12 @@
 """torch.compile with batch, height and width dynamic."""
 
 import copy
-from itertools import chain
-from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from muntin.layers.contents import Contents
 from muntin.layers.opaque import OpaqueStage
 from muntin.runtime.optimize import optimize, take_over
 
@@ -73,7 +72,7 @@ class _Copy:
 
     def __init__(self, model: nn.Module, options: dict[str, Any]) -> None:
         self.model = model
-        self.seen = _Contents(model)
+        self.seen = Contents(model.modules())
         self.fast = optimize(model)
         for module in self.fast.modules():
             if isinstance(module, OpaqueStage) and next(module.parameters()).device.type == "cpu":
@@ -86,32 +85,8 @@ class _Copy:
             return True
         with torch.no_grad():
             fresh = optimize(self.model)
-            self.seen = _Contents(self.model)
+            self.seen = Contents(self.model.modules())
             return take_over(self.fast, fresh)
-
-
-class _Contents:
-    """Every module, parameter and buffer of a model; of tensors how often they were written to, and where they are: a
-    move to another type or device counts as no writing. Asked before every call, so in loops that C runs.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._groups: Any = [g for m in model.modules() for g in (m._modules, m._parameters, m._buffers)]
-        self._held = self._values()
-        self._tensors = [value for value in self._held if isinstance(value, Tensor)]
-        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
-        self._versions = self._numbers()
-
-    def unchanged(self) -> bool:
-        found = self._values()
-        same = len(found) == len(self._held) and all(map(is_, found, self._held))
-        return same and self._numbers() == self._versions
-
-    def _values(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self._groups)))
-
-    def _numbers(self) -> tuple[list[int], list[int]]:
-        return [tensor._version for tensor in self._counted], [tensor.data_ptr() for tensor in self._tensors]
 
 
 def compile(model: nn.Module, **options: Any) -> Compiled:

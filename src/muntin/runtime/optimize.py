@@ -87,8 +87,6 @@ def take_over(old: nn.Module, new: nn.Module) -> bool:
     for module in old.modules():
         if isinstance(module, Packed):
             module.repack()
-        if isinstance(module, Programmed) and module.program is not None:
-            module.program.forget()
         if isinstance(getattr(module, "_cache", None), BiasCache):
             _forget(module, None)
     return True

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from muntin.layers.opaque import Programmed
+
 STEM, HEAD, WHOLE = "stem", "head", "whole model"
 _CONTAINERS = ("stages", "layers", "blocks", "features")
 
@@ -46,8 +48,10 @@ class Stages:
     ) -> Iterator[None]:
         """Tell `enter` the stage and the module when one of the modules begins, and when it ends those around it.
 
-        modules: with their paths in the model.
+        modules: with their paths in the model. Those below a module that runs as a program do not run themselves.
         """
+        modules = list(modules)
+        whole = tuple(f"{p}." for p, m in modules if isinstance(m, Programmed) and m.program is not None)
         around: list[tuple[str | None, nn.Module | None]] = [(None, None)]
 
         def begin(path: str) -> Callable[..., None]:
@@ -62,7 +66,7 @@ class Stages:
             enter(*around[-1])
 
         hooks: list[Any] = []
-        for path, module in modules:
+        for path, module in (item for item in modules if not item[0].startswith(whole)):
             hooks += [module.register_forward_pre_hook(begin(path)), module.register_forward_hook(end)]
         try:
             yield
