@@ -24,6 +24,7 @@ from muntin.layers.conv import ConvNorm, Residual
 from muntin.layers.reference import efficientvit as reference
 from muntin.measure.cost import cost
 from muntin.models import create_backbone, create_model, efficientvit
+from muntin.native import program
 from muntin.runtime import fold, packed
 from muntin.weights import convert, load_checkpoint
 
@@ -667,6 +668,7 @@ def test_packing_falls_back_where_an_operator_is_missing(
 
     for kind in (packed.PackedLinear, packed.PackedPointwise, packed.PackedConv):
         monkeypatch.setattr(kind, "forward", missing)
+    monkeypatch.setattr(program, "available", lambda: False)
     model = settle(randomise(create_model("efficientvit_m0", 10, **TINY))).eval()
     fast = muntin.optimize(model)
     assert not any(isinstance(module, packed.Packed) for module in fast.modules())
