@@ -47,7 +47,7 @@ static inline vec spread(float x) { return x - vec{}; }
 static inline vec larger(vec bound, vec x) { return bound > x ? bound : x; }
 static inline vec smaller(vec bound, vec x) { return bound < x ? bound : x; }
 
-// exp to 2 units in the last place up to e^88; 0 below -87
+// exp to 1 unit in the last place up to e^88; 0 below -87
 static inline vec exponential(vec x) {
     const vec low = spread(-87.0f);
     const vec clamped = smaller(spread(88.0f), larger(low, x));
