@@ -114,6 +114,11 @@ def _keeps_shape(conv: nn.Conv2d) -> bool:
     return conv.padding == padding and conv.padding_mode == "zeros" and conv.groups == conv.out_channels
 
 
+def is_pointwise(conv: nn.Conv2d) -> bool:
+    """Whether it is a linear layer over the channels."""
+    return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+
+
 def crop(x: Tensor, like: Tensor) -> Tensor:
     """The top left part of a map, as high and wide as another map."""
     height, width = like.shape[2:]

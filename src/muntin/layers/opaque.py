@@ -38,7 +38,7 @@ class Programmed(nn.Module):
 
     def programmed(self) -> Program:
         """The module, folded, as a program. Raises Unsuitable for what the kernels do not serve."""
-        raise NotImplementedError
+        raise Unsuitable(type(self).__name__)
 
     def add_program(self) -> None:
         """Run as a program from now on, where the kernels serve the module; not before its norms are folded."""
@@ -74,9 +74,6 @@ class OpaqueStage(Programmed):
         super().__init__(*layers)
         self.channels, self.stride = channels, stride
         self.number: int | None = None
-
-    def programmed(self) -> Program:
-        raise Unsuitable(type(self).__name__)
 
     def whole(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """The stage, uncompiled: its input and the sides of that map -> its output, of the same kind."""

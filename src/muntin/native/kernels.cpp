@@ -295,8 +295,8 @@ static void depthwise_row(const float* x, int64_t pixel, int height, int width, 
         const int begin = left < 0 ? -left : 0, end = least(k, width - left);
         const bool inside = begin == 0 && column + TOGETHER <= out_width && left + (TOGETHER - 1) * stride + k <= width;
         if (inside) {
-            depthwise_columns<TOGETHER>(x + ((int64_t)top * width + left) * pixel, pixel, (int64_t)width * pixel, channels,
-                                        k, stride, first, last, taps, bias, act,
+            depthwise_columns<TOGETHER>(x + ((int64_t)top * width + left) * pixel, pixel, (int64_t)width * pixel,
+                                        channels, k, stride, first, last, taps, bias, act,
                                         residual ? residual + column * out_pixel : nullptr, y + column * out_pixel,
                                         out_pixel);
             column += TOGETHER - 1;
@@ -580,8 +580,8 @@ static void run_window(const Layer& l, const float* x, float* y, int batch, floa
             const int row = (down_at * wh + t / ww + l.shift_height) % (down * wh);
             const int column = (across_at * ww + t % ww + l.shift_width) % (across * ww);
             const bool real = row < height && column < width;
-            const float* from = (real ? x + (((int64_t)image * height + row) * width + column) * 3 * channels : (const float*)l.weight) +
-                                head * dim;
+            const float* token = x + (((int64_t)image * height + row) * width + column) * 3 * channels;
+            const float* from = (real ? token : (const float*)l.weight) + head * dim;
             std::memcpy(query + (int64_t)t * dim, from, dim * sizeof(float));
             for (int c = 0; c < dim; ++c) keys[(int64_t)c * padded + t] = from[channels + c];
             std::memcpy(values + (int64_t)t * dim, from + 2 * channels, dim * sizeof(float));
@@ -741,8 +741,9 @@ extern "C" int muntin_patches() { return PATCHES; }
 extern "C" int muntin_layer_bytes() { return sizeof(Layer); }
 
 // `batch` images at a time, `times` times, so that what is between the layers stays in cache. `offsets` has a place in
-// `scratch` for each of `values` values, but the first is the input x and the one called `last` the output y, which move
-// on by so many floats. After `own` floats of the scratch come `each` floats for every thread. `clock`, unless it is null, gets the seconds of each layer added.
+// `scratch` for each of `values` values, but the first is the input x and the one called `last` the output y, which
+// move on by so many floats. After `own` floats of the scratch come `each` floats for every thread. `clock`, unless it
+// is null, gets the seconds of each layer added.
 extern "C" void muntin_run(const Layer* layers, int count, const int64_t* offsets, int values, int last, float* x,
                            float* y, int batch, int times, int64_t input, int64_t output, float* scratch, int64_t own,
                            int64_t each, int threads, double* clock) {

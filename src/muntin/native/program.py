@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muntin.layers.contents import Contents
+from muntin.layers.conv import is_pointwise
 from muntin.layers.manhattan import log_gamma, rotation
 from muntin.layers.position import constants
 from muntin.layers.window import Grid, make_grid
@@ -242,7 +243,7 @@ class Program:
 
     def linear(self, x: Value, layer: nn.Module, act: str = "none", residual: Value | None = None) -> Value:
         """act(layer(x)) + residual, of a linear layer or a 1x1 convolution. The residual is not to be used again."""
-        if not (isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and _is_pointwise(layer))):
+        if not (isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and is_pointwise(layer))):
             raise Unsuitable(repr(layer))
         return self._add(LINEAR, x, self._sum(residual, len(layer.weight), x.halved), residual, act, layer)
 
@@ -622,10 +623,6 @@ def _window(attention: Any, height: int, width: int) -> tuple[int, int]:
     """A map that fits the window is one."""
     fits = height <= attention.window and width <= attention.window
     return (height, width) if fits else (attention.window, attention.window)
-
-
-def _is_pointwise(conv: nn.Conv2d) -> bool:
-    return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
 
 
 def _stride(conv: Any, depthwise: bool) -> int:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muntin.layers.conv import Residual, crop
+from muntin.layers.conv import Residual, crop, is_pointwise
 from muntin.layers.folding import note
 from muntin.layers.mlp import Mlp
 from muntin.layers.position import constants
@@ -243,7 +243,7 @@ def pack(model: nn.Module) -> nn.Module:
     if type(model) is nn.Linear:
         return _packed(PackedLinear, model)
     if isinstance(model, nn.Conv2d) and model.padding_mode == "zeros" and isinstance(model.padding, tuple):
-        kind = PackedPointwise if _is_pointwise(model) else PackedConv
+        kind = PackedPointwise if is_pointwise(model) else PackedConv
         return _packed(kind, model)
     if isinstance(model, Mlp):
         model.act = _fuse(model.fc1, model.act) or nn.Identity()
@@ -259,10 +259,6 @@ def _packed(kind: type[Packed], layer: Any) -> nn.Module:
         return layer
     note("weights packed for oneDNN")
     return kind(layer)
-
-
-def _is_pointwise(conv: nn.Conv2d) -> bool:
-    return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
 
 
 def _fuse(layer: nn.Module, act: nn.Module) -> nn.Module | None:
