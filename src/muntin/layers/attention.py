@@ -11,6 +11,7 @@ from muntin.layers.folding import SCALE, fold_before, note, with_weights
 from muntin.layers.position import BiasCache, bias_matrix, constant_relative_index, constants
 from muntin.layers.tracing import in_graph, symbolic
 from muntin.layers.window import Grid, Group, SymbolicGrid, kind_masks, move, window_masks, window_runs
+from muntin.native import training
 
 
 class SplitLinear(nn.Module):
@@ -91,6 +92,15 @@ class WindowAttention(nn.Module):
         qkv = self.project(x, None)
         mixed = window_attention(qkv, self.bias_table, self.padded(), self.heads, grid, extent, self.scale)
         return self.proj(mixed)
+
+    def trains(self) -> bool:
+        """Whether the kernels for training on a CPU compute what is between the linear layers."""
+        return training.unhooked(self) and training.divides(self.proj.in_features // self.heads)
+
+    def trained(self, qkv: Tensor, grid: Grid) -> Tensor:
+        """q, k and v (B, N, 3C) in raster order -> (B, N, C), by these kernels."""
+        bias = self._matrix(self.table(grid.window), grid.window)
+        return training.window(qkv, bias, self.padded(), grid, self.scale)
 
     def padded(self) -> Tensor:
         """q, k and v of a token that is padding: (3C,)."""

@@ -10,6 +10,7 @@ from muntin.layers.mlp import NORMS, TokenBatchNorm
 from muntin.layers.opaque import OpaqueStage
 from muntin.layers.tracing import flat_rows, symbolic
 from muntin.layers.window import Grid, fresh, merge_move
+from muntin.native import training
 from muntin.native.program import Program, Value
 
 
@@ -93,6 +94,14 @@ class PatchMerging(nn.Module):
         """Stream (n, B, A, C) of a map of this size, in the source's order -> stream in the target's order."""
         x = neighbours(x, source, target, size)
         return self.reduction(self.norm(flat_rows(x))).view(*x.shape[:-1], -1)
+
+    def trains(self) -> bool:
+        """Whether the kernels for training on a CPU compute the reduction."""
+        return training.unhooked(self) and training.fits(self.reduction)
+
+    def trained(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """(1, B, N, C) in raster order of a map of this size -> (B, N / 4, 2C), by these kernels."""
+        return training.linear(neighbours(x, None, None, size)[0], self.reduction, self.norm)
 
     def add_to(self, program: Program, x: Value) -> Value:
         """Adds the folded layer to a program. Raises Unsuitable."""

@@ -33,6 +33,7 @@ from muntin.layers.window import (
     same_order,
 )
 from muntin.models.windowed import MeanHead, WindowBackbone, WindowStage, drop_rates, initialise
+from muntin.native import training
 from muntin.native.program import Program, Value, activation
 
 
@@ -180,6 +181,22 @@ class SwinBlock(nn.Module):
             y = self.attention.forward_raster(y, grid) if isinstance(grid, Grid) else self._by_gathers(y, grid)
             x = x + self.drop_path(y)
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def trains(self) -> bool:
+        """Whether the kernels for training on a CPU compute this block."""
+        layers = [self.mlp.fc1, self.mlp.act, self.mlp.fc2, self.drop_path]
+        if self.attention is not None:
+            layers += [self.attention.qkv, self.attention.proj]
+            if type(self.attention) is not WindowAttention or not self.attention.trains():
+                return False
+        return type(self.mlp) is Mlp and training.unhooked(self, self.mlp) and training.fits(*layers)
+
+    def forward_trained(self, x: Tensor, grid: Grid) -> Tensor:
+        """The same as `forward_raster`, by these kernels."""
+        if self.norm1 is not None and self.attention is not None:
+            y = self.attention.trained(training.linear(x, self.attention.qkv, self.norm1), grid)
+            x = training.linear(y, self.attention.proj, None, x, self.drop_path)
+        return training.mlp(x, self.mlp, self.norm2, self.drop_path)
 
     def add_to(self, program: Program, x: Value) -> Value:
         """Adds the folded block to a program. Raises Unsuitable."""

@@ -24,6 +24,7 @@ from muntin.layers.patch import PatchEmbed
 from muntin.layers.tracing import symbolic
 from muntin.layers.window import Grid, SymbolicGrid, make_grid, reorder, symbolic_grid
 from muntin.models.backbone import Backbone, call_block, select_outputs
+from muntin.native import training
 from muntin.native.program import Program
 
 
@@ -43,6 +44,9 @@ class WindowStage(OpaqueStage):
         if program is not None:
             y = program(x[0].unflatten(1, size).permute(0, 3, 1, 2))
             return y.flatten(2).transpose(1, 2)[None], None, (y.shape[2], y.shape[3])
+        if source is None and self.trains(x):
+            x, size = self._trained(x, size, run)
+            return x[None], None, size
         if self.merge is not None:
             half = (size[0] + 1) // 2, (size[1] + 1) // 2
             first: Any = self.blocks[0]
@@ -53,6 +57,25 @@ class WindowStage(OpaqueStage):
             x = run(block, x, source, size)
             source = block.order(source, size)
         return x, source, size
+
+    def trains(self, x: Tensor) -> bool:
+        """Whether the kernels for training on a CPU compute the stage."""
+        if not training.serve(x):
+            return False
+        blocks: Any = self.blocks
+        return (self.merge is None or self.merge.trains()) and all(block.trains() for block in blocks)
+
+    def _trained(self, x: Tensor, size: tuple[int, int], run: Callable[..., Tensor]) -> tuple[Tensor, tuple[int, int]]:
+        """(1, B, N, C) in raster order -> (B, N', C'), and the sides of its map."""
+        if self.merge is None:
+            x = x[0]
+        else:
+            x, size = self.merge.trained(x, size), ((size[0] + 1) // 2, (size[1] + 1) // 2)
+        block: Any
+        for block in self.blocks:
+            grid = make_grid(*size, block.window, block.shifted, block.small_maps)
+            x = run(block.forward_trained, x, grid)
+        return x, size
 
     def programmed(self) -> Program:
         program = Program(self.channels // 2 if self.merge else self.channels)

@@ -1,4 +1,4 @@
-"""Compiling kernels.cpp for the machine that runs it, once."""
+"""Compiling kernels for the machine that runs them, once: those of programs, and those of training."""
 
 import ctypes
 import hashlib
@@ -12,7 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+FOLDER = Path(__file__).parent
+PROGRAMS, TRAINING = "kernels.cpp", "training.cpp"
 FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC"]
 SECONDS = 120  # a compiler that takes longer has hung
 
@@ -24,26 +25,26 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "muntin"
 
 
-@lru_cache(maxsize=1)
-def library() -> Any:
+@lru_cache(maxsize=2)
+def library(source: str = PROGRAMS) -> Any:
     """The compiled kernels, or None where MUNTIN_NATIVE=0 is set or no compiler is at hand that makes them."""
     compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "")
     if os.environ.get("MUNTIN_NATIVE") == "0" or not compiler or os.name == "nt":
         return None
     try:
-        path = _path(compiler)
+        path = _path(compiler, source)
         if not path.exists():
-            _build(compiler, path)
+            _build(compiler, source, path)
         try:
-            return _opened(path)
+            return ctypes.CDLL(str(path), mode=os.RTLD_NOW)
         except OSError:  # a damaged file
-            _build(compiler, path)
-            return _opened(path)
+            _build(compiler, source, path)
+            return ctypes.CDLL(str(path), mode=os.RTLD_NOW)
     except (OSError, subprocess.SubprocessError, RuntimeError) as error:  # RuntimeError: no home folder
         told = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
         reason = told[-1] if told else error
         warnings.warn(
-            f"muntin.optimize runs slower than it could: its kernels cannot be compiled by {shlex.join(compiler)} "
+            f"muntin runs slower than it could: its kernels cannot be compiled by {shlex.join(compiler)} "
             f"({reason}). CXX names another compiler, MUNTIN_CACHE another folder; MUNTIN_NATIVE=0 turns them off.",
             RuntimeWarning,
             stacklevel=2,
@@ -51,20 +52,21 @@ def library() -> Any:
         return None
 
 
-def _path(compiler: list[str]) -> Path:
+def _path(compiler: list[str], source: str) -> Path:
     """Of the compiled file. It is named by all that it is made from: the source, the flags, and the macros by which the
     compiler describes itself and this machine.
     """
+    parts = [(FOLDER / name).read_bytes() for name in ("products.h", source)]
     macros = _run(*compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), macros])).hexdigest()[:24]
-    return cache_folder() / f"kernels-{key}.so"
+    key = hashlib.sha256(b"\0".join([*parts, " ".join(FLAGS).encode(), macros])).hexdigest()[:24]
+    return cache_folder() / f"{Path(source).stem}-{key}.so"
 
 
-def _build(compiler: list[str], path: Path) -> None:
+def _build(compiler: list[str], source: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
-        _run(*compiler, *FLAGS, "-c", str(SOURCE), "-o", str(made))
+        _run(*compiler, *FLAGS, "-c", str(FOLDER / source), "-o", str(made))
         # without a library for threads: torch's own is there already, and two would fight for the cores
         _run(*compiler, "-shared", str(made), "-o", str(linked))
         os.replace(linked, path)
@@ -72,11 +74,3 @@ def _build(compiler: list[str], path: Path) -> None:
 
 def _run(*command: str) -> bytes:
     return subprocess.run(command, check=True, capture_output=True, timeout=SECONDS).stdout
-
-
-def _opened(path: Path) -> Any:
-    found = ctypes.CDLL(str(path), mode=os.RTLD_NOW)
-    kinds: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64}
-    found.muntin_run.argtypes = [kinds[kind] for kind in "pipiippiillpllip"]
-    found.muntin_run.restype = None
-    return found

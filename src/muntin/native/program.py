@@ -39,6 +39,7 @@ CACHED = 1 << 20
 """Floats of the largest value: as many images run at a time as stay below, so that caches hold them."""
 FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}
 _INT, _POINTER = ctypes.c_int32, ctypes.c_void_p
+KINDS: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64}
 
 
 class _Head(ctypes.Structure):
@@ -198,6 +199,7 @@ class Program:
         self._rows, self._patches = kernels.muntin_rows(), kernels.muntin_patches()
         self._most, self._halves = kernels.muntin_values(), kernels.muntin_half()
         self._run = kernels.muntin_run
+        self._run.argtypes, self._run.restype = [KINDS[kind] for kind in "pipiippiillpllip"], None
         self._served = all(self._fits(step) for step in self._steps)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,0 +1,256 @@
+// Vectors, and products of tiles that stay in registers: what the programs (kernels.cpp) and the layers of training
+// (training.cpp) are made from. LANES floats are a vector.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <type_traits>
+
+#include <omp.h>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, WIDE = 4;
+#elif defined(__AVX__)
+constexpr int LANES = 8, WIDE = 2;
+#else
+constexpr int LANES = 4, WIDE = 4;
+#endif
+constexpr int ROWS = 6;               // of a tile: ROWS * WIDE accumulators stay in registers
+constexpr int PANEL = LANES * WIDE;   // columns of a tile
+constexpr int HALVES = 8 * ROWS;       // rows that are rounded to bfloat16 at a time
+
+typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t ivec __attribute__((vector_size(LANES * sizeof(float))));
+
+static inline int least(int a, int b) { return a < b ? a : b; }
+
+static inline vec load(const float* p) {
+    vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+static inline vec spread(float x) { return x - vec{}; }
+// Of a bound and x; NaN stays NaN
+static inline vec larger(vec bound, vec x) { return bound > x ? bound : x; }
+static inline vec smaller(vec bound, vec x) { return bound < x ? bound : x; }
+
+// exp to 1 unit in the last place up to e^88; 0 below -87
+static inline vec exponential(vec x) {
+    const vec low = spread(-87.0f);
+    const vec clamped = smaller(spread(88.0f), larger(low, x));
+    const vec turns = clamped == clamped ? clamped * 1.44269504088896341f : vec{};
+    const ivec n = __builtin_convertvector(turns + (turns < 0 ? spread(-0.5f) : spread(0.5f)), ivec);
+    const vec whole = __builtin_convertvector(n, vec);
+    const vec r = clamped - whole * 0.693359375f + whole * 2.12194440e-4f;
+    vec y = spread(1.9875691500e-4f);
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    const ivec power = (n + 127) << 23;
+    vec scale;
+    std::memcpy(&scale, &power, sizeof scale);
+    return x < low ? vec{} : y * scale;
+}
+
+// The rational approximation of single precision that Eigen and XLA use
+static inline vec error_function(vec x) {
+    x = smaller(spread(4.0f), larger(spread(-4.0f), x));
+    const vec s = x * x;
+    vec p = spread(-2.72614225801306e-10f);
+    for (const float c : {2.77068142495902e-08f, -2.10102402082508e-06f, -5.69250639462346e-05f, -7.34990630326855e-04f,
+                          -2.95459980854025e-03f, -1.60960333262415e-02f})
+        p = p * s + c;
+    vec q = spread(-1.45660718464996e-05f);
+    for (const float c : {-2.13374055278905e-04f, -1.68282697438203e-03f, -7.37332916720468e-03f,
+                          -1.42647390514189e-02f})
+        q = q * s + c;
+    return x * p / q;
+}
+
+#if defined(__clang__)
+#define SHUFFLED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#else
+#define SHUFFLED(x, ...) __builtin_shuffle(x, ivec{__VA_ARGS__})
+#endif
+
+// Neighbours change places
+static inline vec swapped(vec x) {
+#if defined(__AVX512F__)
+    return SHUFFLED(x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif defined(__AVX__)
+    return SHUFFLED(x, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+    return SHUFFLED(x, 1, 0, 3, 2);
+#endif
+}
+
+static inline float total(vec x) {
+    float sum = 0.0f;
+    for (int c = 0; c < LANES; ++c) sum += x[c];
+    return sum;
+}
+
+enum Act { NONE = 0, RELU = 1, HARDSWISH = 2, SIGMOID = 3, GELU = 4 };
+
+static inline vec activated(vec x, int act) {
+    switch (act) {
+        case RELU: return larger(vec{}, x);
+        case HARDSWISH: return x * smaller(spread(6.0f), larger(vec{}, x + 3.0f)) * (1.0f / 6.0f);
+        case SIGMOID: return 1.0f / (1.0f + exponential(-x));
+        case GELU: {
+            const vec y = x * 0.5f * (1.0f + error_function(x * 0.70710678118654752f));
+            return x < -6.0f ? vec{} : y;  // where the approximation of erf is not quite -1
+        }
+        default: return x;
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------- products
+
+// Two bfloat16 that follow each other along the depth of a product
+struct Pair {
+    uint32_t bits;
+};
+
+static inline uint32_t rounded(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (bits >> 16) | 0x40u;  // not a number
+    return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+
+// (rows, depth) -> pairs (rows, depth / 2, rounded up)
+static void halve(const float* x, int64_t ldx, int rows, int depth, Pair* y) {
+    for (int r = 0; r < rows; ++r, x += ldx) {
+        int k = 0;
+#if defined(__AVX512BF16__)
+        for (; k + 32 <= depth; k += 32, y += 16) {
+            const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + k + 16), _mm512_loadu_ps(x + k));
+            std::memcpy(y, &both, sizeof both);
+        }
+#endif
+        for (; k < depth; k += 2, ++y) y->bits = rounded(x[k]) | (k + 1 < depth ? rounded(x[k + 1]) << 16 : 0u);
+    }
+}
+
+// Where a product goes: act(a @ b + bias) + residual. `columns` of the panel are real.
+struct Out {
+    float* y;
+    int64_t stride;
+    const float* bias;      // of the panel, or null
+    const float* residual;  // laid out as y, or null
+    int act;
+    int columns;
+};
+
+// T: float, or Pair, of which there is half the depth. TURNED: a is (depth, rows)
+template <int R, int W, bool TURNED, typename T>
+static void tile(const T* a, int64_t lda, int depth, const T* b, int64_t ldb, const Out& out) {
+    vec sums[R][W];
+    for (int i = 0; i < R; ++i)
+        for (int j = 0; j < W; ++j) sums[i][j] = out.bias ? load(out.bias + j * LANES) : vec{};
+    for (int k = 0; k < depth; ++k, b += ldb) {
+        if constexpr (std::is_same_v<T, float>) {
+            vec columns[W];
+            for (int j = 0; j < W; ++j) columns[j] = load(b + j * LANES);
+            for (int i = 0; i < R; ++i)
+                for (int j = 0; j < W; ++j) sums[i][j] += a[TURNED ? k * lda + i : i * lda + k] * columns[j];
+        } else {
+#if defined(__AVX512BF16__)
+            __m512i columns[W];
+            for (int j = 0; j < W; ++j) columns[j] = _mm512_loadu_si512(b + j * LANES);
+            for (int i = 0; i < R; ++i) {
+                const __m512bh both = (__m512bh)_mm512_set1_epi32((int)a[i * lda + k].bits);
+                for (int j = 0; j < W; ++j)
+                    sums[i][j] = (vec)_mm512_dpbf16_ps((__m512)sums[i][j], both, (__m512bh)columns[j]);
+            }
+#endif
+        }
+    }
+    for (int i = 0; i < R; ++i) {
+        float* y = out.y + i * out.stride;
+        const float* residual = out.residual ? out.residual + i * out.stride : nullptr;
+        for (int j = 0; j < W; ++j) {
+            vec v = activated(sums[i][j], out.act);
+            const int left = out.columns - j * LANES;
+            if (left >= LANES) {
+                if (residual) v += load(residual + j * LANES);
+                store(y + j * LANES, v);
+            } else {
+                for (int c = 0; c < left; ++c) y[j * LANES + c] = v[c] + (residual ? residual[j * LANES + c] : 0.0f);
+            }
+        }
+    }
+}
+
+template <int W, bool TURNED, typename T>
+static void tile_rows(int rows, const T* a, int64_t lda, int depth, const T* b, int64_t ldb, const Out& out) {
+    switch (rows) {
+        case 1: return tile<1, W, TURNED>(a, lda, depth, b, ldb, out);
+        case 2: return tile<2, W, TURNED>(a, lda, depth, b, ldb, out);
+        case 3: return tile<3, W, TURNED>(a, lda, depth, b, ldb, out);
+        case 4: return tile<4, W, TURNED>(a, lda, depth, b, ldb, out);
+        case 5: return tile<5, W, TURNED>(a, lda, depth, b, ldb, out);
+        default: return tile<6, W, TURNED>(a, lda, depth, b, ldb, out);
+    }
+}
+
+// (rows <= ROWS, depth) @ (depth, columns <= PANEL); b may be read up to the next multiple of LANES columns
+template <bool TURNED = false, typename T>
+static void block(int rows, const T* a, int64_t lda, int depth, const T* b, int64_t ldb, const Out& out) {
+    switch ((out.columns + LANES - 1) / LANES) {
+        case 1: return tile_rows<1, TURNED>(rows, a, lda, depth, b, ldb, out);
+        case 2: return tile_rows<2, TURNED>(rows, a, lda, depth, b, ldb, out);
+#if !defined(__AVX__) || defined(__AVX512F__)
+        case 3: return tile_rows<3, TURNED>(rows, a, lda, depth, b, ldb, out);
+        default: return tile_rows<4, TURNED>(rows, a, lda, depth, b, ldb, out);
+#else
+        default: return tile_rows<2, TURNED>(rows, a, lda, depth, b, ldb, out);
+#endif
+    }
+}
+
+// What a product multiplies with: panels of float, or of Pair. Of `halves`, HALVES rows of pairs fit.
+struct Weights {
+    const void* panels;
+    const float* bias;
+    int inputs, outputs;
+    Pair* halves;  // null: panels of float
+};
+
+// Rows from `first` to `last` of x @ w, panel by panel; x begins at the row `base`
+template <typename T>
+static void product(const T* x, int base, int64_t ldx, int depth, const Weights& w, int act, const float* residual,
+                    float* y, int64_t ldy, int first, int last, int from, int to) {
+    for (int p = from; p < to; ++p) {
+        const int width = least(PANEL, w.outputs - p * PANEL), padded = (width + LANES - 1) / LANES * LANES;
+        const T* panel = (const T*)w.panels + (int64_t)p * PANEL * depth;
+        for (int r = first; r < last; r += ROWS) {
+            const Out out{y + r * ldy + p * PANEL, ldy, w.bias + p * PANEL,
+                          residual ? residual + r * ldy + p * PANEL : nullptr, act, width};
+            block(least(ROWS, last - r), x + (r - base) * ldx, ldx, depth, panel, padded, out);
+        }
+    }
+}
+
+// The same for panels `from` to `to` of weights of either kind
+static void linear(const float* x, int64_t ldx, const Weights& w, int act, const float* residual, float* y, int64_t ldy,
+                   int first, int last, int from, int to) {
+    if (!w.halves) return product(x, 0, ldx, w.inputs, w, act, residual, y, ldy, first, last, from, to);
+    const int depth = (w.inputs + 1) / 2;
+    for (int start = first; start < last; start += HALVES) {
+        const int stop = least(last, start + HALVES);
+        halve(x + start * ldx, ldx, stop - start, w.inputs, w.halves);
+        product((const Pair*)w.halves, start, depth, depth, w, act, residual, y, ldy, start, stop, from, to);
+    }
+}

@@ -1,0 +1,872 @@
+// Layers of a transformer's block for training on the CPU: forward, and backward with the gradients of inputs and
+// weights. What lies between the layers of one call stays in cache: a backward pass goes through a few hundred rows at a
+// time, and computes again what is cheap (norms, activations, attention weights) rather than keep it.
+//
+// Legend: rows = tokens of all images, K channels in, N channels out, H hidden channels, A tokens of a window, h heads,
+// D channels of a head. S: what activations are kept in, float or Half; weights, biases and their gradients are float.
+// With Half the products of linear layers are of bfloat16, summed in float. All widths are multiples of LANES (of Half,
+// K, N and H of 2 * LANES).
+
+#include "products.h"
+
+#include <cstdlib>
+
+constexpr int BLOCK = 8 * ROWS;  // rows that a thread takes at a time
+
+// A bfloat16 in memory
+struct Half {
+    uint16_t bits;
+};
+
+template <typename S>
+struct Packs {  // what products of S multiply
+    typedef float type;
+    static constexpr int EACH = 1;
+};
+template <>
+struct Packs<Half> {
+    typedef Pair type;
+    static constexpr int EACH = 2;
+};
+
+#if defined(__AVX512BF16__)
+static inline __m512i widened(const Half* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+static inline vec load(const Half* p) { return (vec)_mm512_slli_epi32(widened(p), 16); }
+static inline void store(Half* p, vec v) {
+    const __m256bh bits = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(p, &bits, sizeof bits);
+}
+#endif
+
+// Memory that a thread keeps from call to call
+struct Kept {
+    void* at = nullptr;
+    size_t bytes = 0;
+    ~Kept() { std::free(at); }
+    char* get(size_t wanted) {
+        if (wanted > bytes) {
+            std::free(at);
+            bytes = (wanted + 4095) / 4096 * 4096;
+            at = std::aligned_alloc(4096, bytes);
+            if (!at) std::abort();
+        }
+        return (char*)at;
+    }
+};
+static thread_local Kept kept_shared, kept_own;
+
+// Pieces of one allocation; with a null base it only counts
+struct Pieces {
+    char* base;
+    size_t used = 0;
+    template <typename T>
+    T* take(size_t count) {
+        T* p = (T*)(base + used);
+        used += (count * sizeof(T) + 4 * PANEL + 63) / 64 * 64;  // and room to read beyond
+        return p;
+    }
+};
+
+// ------------------------------------------------------------------------------------------ operands in their order
+
+// The d-th step of a product's depth that runs along the rows of x, for LANES columns: zeros beyond the last row
+template <typename S>
+static inline vec step_of(const S* x, int64_t ld, int rows, int d) {
+    if constexpr (std::is_same_v<S, float>) {
+        return d < rows ? load(x + d * ld) : vec{};
+    } else {
+#if defined(__AVX512BF16__)
+        if (2 * d >= rows) return vec{};
+        const __m512i upper = widened(x + 2 * d * ld);
+        if (2 * d + 1 == rows) return (vec)upper;
+        return (vec)_mm512_or_si512(upper, _mm512_slli_epi32(widened(x + (2 * d + 1) * ld), 16));
+#else
+        return vec{};
+#endif
+    }
+}
+
+// LANES x LANES values of 32 bits
+static inline void turn(vec (&a)[LANES]) {
+#if defined(__clang__)
+    float from[LANES][LANES], to[LANES][LANES];
+    std::memcpy(from, a, sizeof from);
+    for (int i = 0; i < LANES; ++i)
+        for (int j = 0; j < LANES; ++j) to[j][i] = from[i][j];
+    std::memcpy(a, to, sizeof to);
+#else
+#pragma GCC unroll 4
+    for (int step = 1; step < LANES; step *= 2) {
+        ivec low, high;
+        for (int j = 0; j < LANES; ++j) {
+            low[j] = j & step ? LANES + j - step : j;
+            high[j] = j & step ? LANES + j : j + step;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i)
+            if (!(i & step)) {
+                const vec x = a[i], y = a[i + step];
+                a[i] = __builtin_shuffle(x, y, low);
+                a[i + step] = __builtin_shuffle(x, y, high);
+            }
+    }
+#endif
+}
+
+// x (rows, columns) -> (columns, rows packed), whose lines are `ld` long: rows are the depth
+template <typename S>
+static void pack_turned(const S* x, int64_t ldx, int rows, int columns, typename Packs<S>::type* y, int64_t ld) {
+    const int depth = (rows + Packs<S>::EACH - 1) / Packs<S>::EACH;
+    for (int d = 0; d < depth; d += LANES)
+        for (int c = 0; c < columns; c += LANES) {
+            vec a[LANES];
+            for (int i = 0; i < LANES; ++i) a[i] = step_of(x + c, ldx, rows, d + i);
+            turn(a);
+            for (int i = 0; i < LANES; ++i) store((float*)(y + (c + i) * ld + d), a[i]);
+        }
+}
+
+// x (rows, columns) -> a panel (rows packed, columns)
+template <typename S>
+static void pack_panel(const S* x, int64_t ldx, int rows, int columns, typename Packs<S>::type* y) {
+    const int depth = (rows + Packs<S>::EACH - 1) / Packs<S>::EACH;
+    for (int d = 0; d < depth; ++d, y += columns)
+        for (int c = 0; c < columns; c += LANES) store((float*)(y + c), step_of(x + c, ldx, rows, d));
+}
+
+// Weights (N, K) -> the panel of `columns` outputs from w on, whose depth is K
+template <typename S>
+static void panel_of_outputs(const float* w, int inputs, int columns, typename Packs<S>::type* y) {
+    for (int k = 0; k < inputs; k += LANES * Packs<S>::EACH)
+        for (int n = 0; n < columns; n += LANES) {
+            vec a[LANES];
+            for (int i = 0; i < LANES; ++i) {
+                const float* from = w + (int64_t)(n + i) * inputs + k;
+                if constexpr (std::is_same_v<S, float>) {
+                    a[i] = load(from);
+                } else {
+#if defined(__AVX512BF16__)
+                    a[i] = (vec)(__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
+#endif
+                }
+            }
+            turn(a);
+            for (int i = 0; i < LANES; ++i)
+                store((float*)(y + (int64_t)(k / Packs<S>::EACH + i) * columns + n), a[i]);
+        }
+}
+
+// Weights (N, K) -> the panel of `columns` inputs from w on, whose depth is N
+template <typename S>
+static void panel_of_inputs(const float* w, int inputs, int outputs, int columns, typename Packs<S>::type* y) {
+    if constexpr (std::is_same_v<S, float>) {
+        pack_panel(w, inputs, outputs, columns, y);
+    } else {
+#if defined(__AVX512BF16__)
+        for (int n = 0; n < outputs; n += 2, y += columns)
+            for (int c = 0; c < columns; c += LANES) {
+                const __m512 one = _mm512_loadu_ps(w + (int64_t)n * inputs + c);
+                const __m512 two = _mm512_loadu_ps(w + (int64_t)(n + 1) * inputs + c);
+                const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(one));
+                const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(two));
+                store((float*)(y + c), (vec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            }
+#endif
+    }
+}
+
+// All panels of a weight, by all threads
+template <typename S>
+static void pack_outputs(const float* w, int inputs, int outputs, typename Packs<S>::type* y) {
+#pragma omp for schedule(static)
+    for (int n = 0; n < outputs; n += PANEL)
+        panel_of_outputs<S>(w + (int64_t)n * inputs, inputs, least(PANEL, outputs - n),
+                            y + (int64_t)n * (inputs / Packs<S>::EACH));
+}
+template <typename S>
+static void pack_inputs(const float* w, int inputs, int outputs, typename Packs<S>::type* y) {
+#pragma omp for schedule(static)
+    for (int k = 0; k < inputs; k += PANEL)
+        panel_of_inputs<S>(w + k, inputs, outputs, least(PANEL, inputs - k),
+                           y + (int64_t)k * (outputs / Packs<S>::EACH));
+}
+
+// (rows, depth) @ panels of `columns` in all; finish(row, column, sums) gets LANES of them at a time
+template <typename P, typename Finish>
+static void multiply(const P* a, int64_t lda, int rows, int depth, const P* panels, int columns, Finish finish) {
+    alignas(64) float sums[ROWS * PANEL];
+    for (int p = 0; p < columns; p += PANEL) {
+        const int width = least(PANEL, columns - p);
+        const Out out{sums, PANEL, nullptr, nullptr, NONE, width};
+        for (int r = 0; r < rows; r += ROWS) {
+            const int count = least(ROWS, rows - r);
+            block(count, a + r * lda, lda, depth, panels + (int64_t)p * depth, width, out);
+            for (int i = 0; i < count; ++i)
+                for (int c = 0; c < width; c += LANES) finish(r + i, p + c, load(sums + i * PANEL + c));
+        }
+    }
+}
+
+// The same for rows as they are kept
+template <typename S, typename Finish>
+static void multiply_rows(const S* a, int64_t lda, int rows, int depth, const typename Packs<S>::type* panels,
+                          int columns, Finish finish) {
+    typedef typename Packs<S>::type P;
+    multiply((const P*)a, lda / Packs<S>::EACH, rows, depth / Packs<S>::EACH, panels, columns, finish);
+}
+
+// ------------------------------------------------------------------------------------------------------------ norms
+
+// LayerNorm over the channels; weight null: none
+struct Norm {
+    const float *weight, *bias;
+    float epsilon;
+};
+
+template <typename S>
+static inline void moments(const S* x, int channels, float epsilon, float& mean, float& inverse) {
+    vec sum = vec{}, squares = vec{};
+    for (int c = 0; c < channels; c += LANES) sum += load(x + c);
+    mean = total(sum) / channels;
+    for (int c = 0; c < channels; c += LANES) {
+        const vec d = load(x + c) - mean;
+        squares += d * d;
+    }
+    inverse = 1.0f / std::sqrt(total(squares) / channels + epsilon);
+}
+
+template <typename S>
+static void normalise(const S* x, int rows, int channels, const Norm& norm, S* y) {
+    for (int r = 0; r < rows; ++r, x += channels, y += channels) {
+        float mean, inverse;
+        moments(x, channels, norm.epsilon, mean, inverse);
+        for (int c = 0; c < channels; c += LANES)
+            store(y + c, (load(x + c) - mean) * inverse * load(norm.weight + c) + load(norm.bias + c));
+    }
+}
+
+// dn: the gradient of the normalised rows. Adds to those of weight and bias; dx = the gradient of x, plus `beside`.
+template <typename S>
+static void normalise_backward(const S* x, const float* dn, int rows, int channels, const Norm& norm, const S* beside,
+                               S* dx, float* dweight, float* dbias) {
+    for (int r = 0; r < rows; ++r, x += channels, dn += channels) {
+        float mean, inverse;
+        moments(x, channels, norm.epsilon, mean, inverse);
+        vec sum = vec{}, along = vec{};
+        for (int c = 0; c < channels; c += LANES) {
+            const vec d = load(dn + c), unit = (load(x + c) - mean) * inverse, g = d * load(norm.weight + c);
+            sum += g;
+            along += g * unit;
+            store(dweight + c, load(dweight + c) + d * unit);
+            store(dbias + c, load(dbias + c) + d);
+        }
+        if (!dx) continue;
+        const float shift = total(sum) / channels, slope = total(along) / channels;
+        for (int c = 0; c < channels; c += LANES) {
+            const vec unit = (load(x + c) - mean) * inverse;
+            vec v = (load(dn + c) * load(norm.weight + c) - shift - unit * slope) * inverse;
+            if (beside) v += load(beside + (int64_t)r * channels + c);
+            store(dx + (int64_t)r * channels + c, v);
+        }
+    }
+}
+
+// The derivative of an activation at x, and its value
+static inline vec slope_of(vec x, int act, vec& value) {
+    if (act == GELU) {
+        const vec below = 0.5f * (1.0f + error_function(x * 0.70710678118654752f));
+        const vec bell = exponential(x * x * -0.5f) * 0.3989422804014327f;
+        value = x < -6.0f ? vec{} : x * below;
+        return x < -6.0f ? vec{} : below + x * bell;
+    }
+    value = activated(x, act);
+    return act == RELU ? (x > 0.0f ? spread(1.0f) : vec{}) : spread(1.0f);
+}
+
+// --------------------------------------------------------------------------------------------------- gradients of weights
+
+// Rows of a chunk, as both operands of a weight's gradient: `turned` (N, rows), `panels` of (rows, K)
+template <typename P>
+struct Operands {
+    P *turned, *panels;
+    int64_t ld;  // of turned
+};
+
+// Of the chunk's dy (rows, N) and x (rows, K), by all threads, without a barrier at the end. Adds the sums of dy's
+// columns to dbias.
+template <typename S>
+static void pack_operands(const S* dy, int outputs, const S* x, int inputs, int rows, float* dbias,
+                          const Operands<typename Packs<S>::type>& to) {
+    const int depth = (rows + Packs<S>::EACH - 1) / Packs<S>::EACH;
+#pragma omp for schedule(static) nowait
+    for (int n = 0; n < outputs; n += LANES) {
+        pack_turned(dy + n, outputs, rows, LANES, to.turned + n * to.ld, to.ld);
+        if (!dbias) continue;
+        vec sum = vec{};
+        for (int r = 0; r < rows; ++r) sum += load(dy + (int64_t)r * outputs + n);
+        store(dbias + n, load(dbias + n) + sum);
+    }
+#pragma omp for schedule(static) nowait
+    for (int k = 0; k < inputs; k += PANEL)
+        pack_panel(x + k, inputs, rows, least(PANEL, inputs - k), to.panels + (int64_t)k * depth);
+}
+
+// dw (N, K) += dy^T x, by all threads, without a barrier at the end
+template <typename P>
+static void add_gradient(const Operands<P>& from, int outputs, int inputs, int depth, float* dw) {
+    const int groups = (outputs + BLOCK - 1) / BLOCK, panels = (inputs + PANEL - 1) / PANEL;
+#pragma omp for schedule(static) nowait
+    for (int task = 0; task < groups * panels; ++task) {
+        const int k = task / groups * PANEL, n = task % groups * BLOCK;
+        multiply(from.turned + n * from.ld, from.ld, least(BLOCK, outputs - n), depth,
+                 from.panels + (int64_t)k * depth, least(PANEL, inputs - k), [=](int r, int c, vec v) {
+                     float* to = dw + (int64_t)(n + r) * inputs + k + c;
+                     store(to, load(to) + v);
+                 });
+    }
+}
+
+static inline int64_t chunk_rows(int64_t rows, int threads) {
+    const int64_t most = BLOCK * (int64_t)(threads < 4 ? 8 : 2 * threads);
+    return rows < most ? rows : most;
+}
+
+template <typename S>
+static void scaled(const S* x, int64_t first, int rows, int channels, const float* scale, int64_t tokens, S* y) {
+    for (int r = 0; r < rows; ++r)
+        for (int c = 0; c < channels; c += LANES) {
+            const int64_t at = (int64_t)r * channels + c;
+            store(y + at, load(x + at) * scale[(first + r) / tokens]);
+        }
+}
+
+static void add_parts(const float* parts, int count, int width, float* to) {
+    if (to)
+        for (int p = 0; p < count; ++p)
+            for (int c = 0; c < width; ++c) to[c] += parts[(int64_t)p * width + c];
+}
+
+// --------------------------------------------------------------------------------------------------- linear layers
+
+// What a layer does with its rows: y = residual + scale * (norm(x) @ w^T + bias), `scale` one factor per image
+struct Linear {
+    const void *x, *residual;
+    const float *norm_weight, *norm_bias, *weight, *bias, *scale;
+    void* y;
+    int64_t rows, tokens;  // tokens: of an image
+    float epsilon;
+    int32_t inputs, outputs;
+};
+
+template <typename S>
+static void linear_forward(const Linear& l, int threads) {
+    typedef typename Packs<S>::type P;
+    const int inputs = l.inputs, outputs = l.outputs;
+    const Norm norm{l.norm_weight, l.norm_bias, l.epsilon};
+    P* panels = (P*)kept_shared.get((int64_t)inputs * outputs * sizeof(float) + 4 * PANEL);
+#pragma omp parallel num_threads(threads)
+    {
+        S* own = (S*)kept_own.get((int64_t)BLOCK * inputs * sizeof(S) + 64);
+        pack_outputs<S>(l.weight, inputs, outputs, panels);
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < l.rows; first += BLOCK) {
+            const int count = (int)(l.rows - first < BLOCK ? l.rows - first : BLOCK);
+            const S *x = (const S*)l.x + first * inputs, *residual = (const S*)l.residual;
+            if (norm.weight) {
+                normalise(x, count, inputs, norm, own);
+                x = own;
+            }
+            multiply_rows(x, inputs, count, inputs, panels, outputs, [=](int r, int c, vec v) {
+                const int64_t at = (first + r) * outputs + c;
+                if (l.bias) v += load(l.bias + c);
+                if (l.scale) v *= l.scale[(first + r) / l.tokens];
+                if (residual) v += load(residual + at);
+                store((S*)l.y + at, v);
+            });
+        }
+    }
+}
+
+// Gradients, those of weights added to what is there; null: not wanted
+struct LinearGradient {
+    const void* dy;
+    void* dx;
+    float *dweight, *dbias, *dnorm_weight, *dnorm_bias;
+};
+
+template <typename S>
+static void linear_backward(const Linear& l, const LinearGradient& g, int threads) {
+    typedef typename Packs<S>::type P;
+    const int inputs = l.inputs, outputs = l.outputs;
+    const Norm norm{l.norm_weight, l.norm_bias, l.epsilon};
+    const int64_t chunk = chunk_rows(l.rows, threads), depth = (chunk + LANES) / LANES * LANES;
+    Operands<P> operands;
+    P* panels = nullptr;
+    S *normal = nullptr, *scales = nullptr;
+    float* parts = nullptr;
+    for (const bool counting : {true, false}) {
+        static thread_local size_t wanted;
+        Pieces pieces{counting ? nullptr : kept_shared.get(wanted)};
+        panels = pieces.take<P>((int64_t)inputs * outputs);
+        operands = {pieces.take<P>(outputs * depth), pieces.take<P>(inputs * depth), depth};
+        normal = pieces.take<S>(chunk * inputs);
+        scales = pieces.take<S>(chunk * outputs);
+        parts = pieces.take<float>((int64_t)threads * 2 * inputs);
+        wanted = pieces.used;
+    }
+    std::memset(parts, 0, (int64_t)threads * 2 * inputs * sizeof(float));
+    const bool into_rows = g.dx || norm.weight;
+#pragma omp parallel num_threads(threads)
+    {
+        float* own = (float*)kept_own.get((int64_t)BLOCK * inputs * sizeof(float) + 64);
+        float* mine = parts + (int64_t)omp_get_thread_num() * 2 * inputs;
+        if (into_rows) pack_inputs<S>(l.weight, inputs, outputs, panels);
+        for (int64_t start = 0; start < l.rows; start += chunk) {
+            const int count = (int)(l.rows - start < chunk ? l.rows - start : chunk);
+            const S *x = (const S*)l.x + start * inputs, *dy = (const S*)g.dy + start * outputs;
+            if (norm.weight || l.scale) {
+#pragma omp for schedule(static)
+                for (int r = 0; r < count; r += BLOCK) {
+                    const int n = least(BLOCK, count - r);
+                    if (norm.weight) normalise(x + (int64_t)r * inputs, n, inputs, norm, normal + (int64_t)r * inputs);
+                    if (l.scale)
+                        scaled(dy + (int64_t)r * outputs, start + r, n, outputs, l.scale, l.tokens,
+                               scales + (int64_t)r * outputs);
+                }
+            }
+            const S *into = norm.weight ? normal : x, *from = l.scale ? scales : dy;
+            if (g.dweight) {
+                pack_operands(from, outputs, into, inputs, count, g.dbias, operands);
+#pragma omp barrier
+                add_gradient(operands, outputs, inputs, (count + Packs<S>::EACH - 1) / Packs<S>::EACH, g.dweight);
+            }
+            if (into_rows) {
+#pragma omp for schedule(static)
+                for (int r = 0; r < count; r += BLOCK) {
+                    const int n = least(BLOCK, count - r);
+                    S* dx = g.dx ? (S*)g.dx + (start + r) * inputs : nullptr;
+                    if (!norm.weight) {
+                        multiply_rows(from + (int64_t)r * outputs, outputs, n, outputs, panels, inputs,
+                                      [=](int i, int c, vec v) { store(dx + (int64_t)i * inputs + c, v); });
+                        continue;
+                    }
+                    multiply_rows(from + (int64_t)r * outputs, outputs, n, outputs, panels, inputs,
+                                  [=](int i, int c, vec v) { store(own + (int64_t)i * inputs + c, v); });
+                    normalise_backward(x + (int64_t)r * inputs, own, n, inputs, norm, (const S*)nullptr, dx, mine,
+                                       mine + inputs);
+                }
+            } else {
+#pragma omp barrier
+            }
+        }
+    }
+    for (int t = 0; t < threads; ++t) {
+        add_parts(parts + (int64_t)t * 2 * inputs, 1, inputs, g.dnorm_weight);
+        add_parts(parts + (int64_t)t * 2 * inputs + inputs, 1, inputs, g.dnorm_bias);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ feed-forward layers
+
+// y = residual + scale * (act(hidden) @ w2^T + bias2), hidden = norm(x) @ w1^T + bias1 (rows, H) is kept
+struct Mlp {
+    const void *x, *residual;
+    const float *norm_weight, *norm_bias, *weight1, *bias1, *weight2, *bias2, *scale;
+    void *hidden, *y;
+    int64_t rows, tokens;
+    float epsilon;
+    int32_t inputs, width, outputs, act;
+};
+
+template <typename S>
+static void mlp_forward(const Mlp& l, int threads) {
+    typedef typename Packs<S>::type P;
+    const int inputs = l.inputs, width = l.width, outputs = l.outputs;
+    const Norm norm{l.norm_weight, l.norm_bias, l.epsilon};
+    P* first_panels = (P*)kept_shared.get(((int64_t)inputs + outputs) * width * sizeof(float) + 4 * PANEL);
+    P* second_panels = first_panels + (int64_t)inputs * width / Packs<S>::EACH;
+#pragma omp parallel num_threads(threads)
+    {
+        S* own = (S*)kept_own.get((int64_t)BLOCK * (inputs + width) * sizeof(S) + 64);
+        S* made = own + (int64_t)BLOCK * inputs;
+        pack_outputs<S>(l.weight1, inputs, width, first_panels);
+        pack_outputs<S>(l.weight2, width, outputs, second_panels);
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < l.rows; first += BLOCK) {
+            const int count = (int)(l.rows - first < BLOCK ? l.rows - first : BLOCK);
+            const S *x = (const S*)l.x + first * inputs, *residual = (const S*)l.residual;
+            if (norm.weight) {
+                normalise(x, count, inputs, norm, own);
+                x = own;
+            }
+            multiply_rows(x, inputs, count, inputs, first_panels, width, [=](int r, int c, vec v) {
+                v += load(l.bias1 + c);
+                store((S*)l.hidden + (first + r) * width + c, v);
+                store(made + (int64_t)r * width + c, activated(v, l.act));
+            });
+            multiply_rows(made, width, count, width, second_panels, outputs, [=](int r, int c, vec v) {
+                const int64_t at = (first + r) * outputs + c;
+                v += load(l.bias2 + c);
+                if (l.scale) v *= l.scale[(first + r) / l.tokens];
+                if (residual) v += load(residual + at);
+                store((S*)l.y + at, v);
+            });
+        }
+    }
+}
+
+// As LinearGradient; dx has dy added where x is the residual too
+struct MlpGradient {
+    const void* dy;
+    void* dx;
+    float *dweight1, *dbias1, *dweight2, *dbias2, *dnorm_weight, *dnorm_bias;
+    int32_t beside;
+};
+
+template <typename S>
+static void mlp_backward(const Mlp& l, const MlpGradient& g, int threads) {
+    typedef typename Packs<S>::type P;
+    const int inputs = l.inputs, width = l.width, outputs = l.outputs;
+    const Norm norm{l.norm_weight, l.norm_bias, l.epsilon};
+    const int64_t chunk = chunk_rows(l.rows, threads), depth = (chunk + LANES) / LANES * LANES;
+    Operands<P> first{}, second{};
+    P *first_panels = nullptr, *second_panels = nullptr;
+    S *normal = nullptr, *scales = nullptr, *made = nullptr, *slopes = nullptr;
+    float* parts = nullptr;
+    for (const bool counting : {true, false}) {
+        static thread_local size_t wanted;
+        Pieces pieces{counting ? nullptr : kept_shared.get(wanted)};
+        first_panels = pieces.take<P>((int64_t)inputs * width);
+        second_panels = pieces.take<P>((int64_t)outputs * width);
+        first = {pieces.take<P>(width * depth), pieces.take<P>(inputs * depth), depth};
+        second = {pieces.take<P>(outputs * depth), pieces.take<P>(width * depth), depth};
+        normal = pieces.take<S>(chunk * inputs);
+        scales = pieces.take<S>(chunk * outputs);
+        made = pieces.take<S>(chunk * width);
+        slopes = pieces.take<S>(chunk * width);
+        parts = pieces.take<float>((int64_t)threads * 2 * inputs);
+        wanted = pieces.used;
+    }
+    std::memset(parts, 0, (int64_t)threads * 2 * inputs * sizeof(float));
+#pragma omp parallel num_threads(threads)
+    {
+        float* own = (float*)kept_own.get((int64_t)BLOCK * inputs * sizeof(float) + 64);
+        float* mine = parts + (int64_t)omp_get_thread_num() * 2 * inputs;
+        pack_inputs<S>(l.weight1, inputs, width, first_panels);
+        pack_inputs<S>(l.weight2, width, outputs, second_panels);
+        for (int64_t start = 0; start < l.rows; start += chunk) {
+            const int count = (int)(l.rows - start < chunk ? l.rows - start : chunk);
+            const int steps = (count + Packs<S>::EACH - 1) / Packs<S>::EACH;
+            const S *x = (const S*)l.x + start * inputs, *dy = (const S*)g.dy + start * outputs;
+            const S* hidden = (const S*)l.hidden + start * width;
+#pragma omp for schedule(static)
+            for (int r = 0; r < count; r += BLOCK) {
+                const int n = least(BLOCK, count - r);
+                const S* from = dy + (int64_t)r * outputs;
+                if (norm.weight) normalise(x + (int64_t)r * inputs, n, inputs, norm, normal + (int64_t)r * inputs);
+                if (l.scale) {
+                    scaled(from, start + r, n, outputs, l.scale, l.tokens, scales + (int64_t)r * outputs);
+                    from = scales + (int64_t)r * outputs;
+                }
+                multiply_rows(from, outputs, n, outputs, second_panels, width, [=](int i, int c, vec v) {
+                    const int64_t at = (int64_t)(r + i) * width + c;
+                    vec value;
+                    const vec slope = slope_of(load(hidden + at), l.act, value);
+                    store(made + at, value);
+                    store(slopes + at, v * slope);
+                });
+            }
+            const S *into = norm.weight ? normal : x, *from = l.scale ? scales : dy;
+            if (g.dweight2) pack_operands(from, outputs, made, width, count, g.dbias2, second);
+            if (g.dweight1) pack_operands(slopes, width, into, inputs, count, g.dbias1, first);
+#pragma omp barrier
+            if (g.dweight2) add_gradient(second, outputs, width, steps, g.dweight2);
+            if (g.dweight1) add_gradient(first, width, inputs, steps, g.dweight1);
+#pragma omp for schedule(static)
+            for (int r = 0; r < count; r += BLOCK) {
+                const int n = least(BLOCK, count - r);
+                S* dx = g.dx ? (S*)g.dx + (start + r) * inputs : nullptr;
+                const S* beside = g.beside ? dy + (int64_t)r * inputs : nullptr;
+                if (!norm.weight) {
+                    if (dx)
+                        multiply_rows(slopes + (int64_t)r * width, width, n, width, first_panels, inputs,
+                                      [=](int i, int c, vec v) {
+                                          const int64_t at = (int64_t)i * inputs + c;
+                                          store(dx + at, beside ? v + load(beside + at) : v);
+                                      });
+                    continue;
+                }
+                multiply_rows(slopes + (int64_t)r * width, width, n, width, first_panels, inputs,
+                              [=](int i, int c, vec v) { store(own + (int64_t)i * inputs + c, v); });
+                normalise_backward(x + (int64_t)r * inputs, own, n, inputs, norm, beside, dx, mine, mine + inputs);
+            }
+        }
+    }
+    for (int t = 0; t < threads; ++t) {
+        add_parts(parts + (int64_t)t * 2 * inputs, 1, inputs, g.dnorm_weight);
+        add_parts(parts + (int64_t)t * 2 * inputs + inputs, 1, inputs, g.dnorm_bias);
+    }
+}
+
+// -------------------------------------------------------------------------------------------------- window attention
+
+// softmax(scale q k^T + bias) v in windows of a map in raster order that is shifted, qkv (tokens, 3C) side by side. bias:
+// (kinds, h, A, A up to a multiple of LANES), -inf beyond; kinds are 1, or 4 with a shift: 1 at the right end, 2 at the
+// bottom, 3 at both. padding (3C): q, k and v of a token beside the map. factors (h): of unit vectors q and k in place
+// of the scale, or null.
+struct Window {
+    const void* qkv;
+    const float *bias, *padding, *factors;
+    void* y;
+    float scale;
+    int32_t batch, height, width, heads, dim, window_height, window_width, shift_height, shift_width;
+};
+
+struct WindowGradient {
+    const void* dy;
+    void* dqkv;
+    float *dbias, *dpadding, *dfactors;  // (splits, h, A, padded), (splits, 3C), (splits, h), zeros before
+    int32_t splits;
+};
+
+// One window of one head, in scratch of its thread
+template <typename S>
+struct Cut {
+    const Window& w;
+    int area, padded, down, across, channels;
+    float *q, *k, *v, *keys, *lengths, *weights, *out;  // q, k, v, out: (A, D); keys: (D, padded); lengths: (2, A)
+    int64_t* rows;                                      // the tokens of the window, -1: padding
+
+    explicit Cut(const Window& w)
+        : w(w), area(w.window_height * w.window_width), padded((area + LANES - 1) / LANES * LANES),
+          down((w.height + w.window_height - 1) / w.window_height),
+          across((w.width + w.window_width - 1) / w.window_width), channels(w.heads * w.dim) {}
+
+    void place(Pieces& pieces) {
+        const int64_t wide = (int64_t)padded * w.dim;
+        q = pieces.take<float>(wide), k = pieces.take<float>(wide), v = pieces.take<float>(wide);
+        keys = pieces.take<float>(wide), out = pieces.take<float>(wide);
+        lengths = pieces.take<float>(2 * padded);
+        weights = pieces.take<float>((int64_t)padded * padded);
+        rows = pieces.take<int64_t>(padded);
+    }
+
+    // The tokens of a window, and its kind
+    int find(int image, int place) {
+        const int top = place / across, left = place % across;
+        for (int t = 0; t < area; ++t) {
+            const int y = (top * w.window_height + t / w.window_width + w.shift_height) % (down * w.window_height);
+            const int x = (left * w.window_width + t % w.window_width + w.shift_width) % (across * w.window_width);
+            rows[t] = y < w.height && x < w.width ? ((int64_t)image * w.height + y) * w.width + x : -1;
+        }
+        return (w.shift_height && top == down - 1 ? 2 : 0) + (w.shift_width && left == across - 1);
+    }
+
+    // One of q, k and v (`part`), times a factor; unit: to unit length first, whose inverse lengths are kept
+    void gather(int head, int part, float factor, float* to, float* inverse) {
+        for (int t = 0; t < padded; ++t, to += w.dim) {
+            const int64_t at = (int64_t)part * channels + head * w.dim;
+            vec squares = vec{};
+            for (int c = 0; c < w.dim; c += LANES) {
+                const vec x = t >= area          ? vec{}
+                              : rows[t] < 0 ? load(w.padding + at + c)
+                                            : load((const S*)w.qkv + rows[t] * 3 * channels + at + c);
+                store(to + c, x * factor);
+                squares += x * x;
+            }
+            if (!inverse) continue;
+            const float length = std::sqrt(total(squares));
+            inverse[t] = length > 1e-12f ? 1.0f / length : 0.0f;
+            for (int c = 0; c < w.dim; c += LANES) store(to + c, load(to + c) * inverse[t]);
+        }
+    }
+
+    // (padded, D) -> (D, padded)
+    void turned(const float* x, float* y) { pack_turned(x, w.dim, padded, w.dim, y, padded); }
+
+    // softmax(q keys + bias): (A, padded)
+    void attend(const float* bias) {
+        for (int r = 0; r < area; r += ROWS) {
+            const int count = least(ROWS, area - r);
+            float* lines = weights + (int64_t)r * padded;
+            for (int c = 0; c < padded; c += PANEL)
+                block(count, q + r * w.dim, w.dim, w.dim, keys + c, padded,
+                      Out{lines + c, padded, nullptr, nullptr, NONE, least(PANEL, padded - c)});
+            for (int i = 0; i < count; ++i, lines += padded) {
+                vec most = spread(-INFINITY);
+                for (int c = 0; c < padded; c += LANES) {
+                    const vec logits = load(lines + c) + load(bias + (int64_t)(r + i) * padded + c);
+                    store(lines + c, logits);
+                    most = larger(most, logits);
+                }
+                float top = most[0];
+                for (int c = 1; c < LANES; ++c) top = most[c] > top ? most[c] : top;
+                vec sum = vec{};
+                for (int c = 0; c < padded; c += LANES) {
+                    const vec e = exponential(load(lines + c) - top);
+                    sum += e;
+                    store(lines + c, e);
+                }
+                const vec inverse = spread(1.0f / total(sum));
+                for (int c = 0; c < padded; c += LANES) store(lines + c, load(lines + c) * inverse);
+            }
+        }
+    }
+
+    // q and k as they are multiplied, v, and the attention weights
+    void prepare(int head, int kind) {
+        gather(head, 0, w.factors ? w.factors[head] : w.scale, q, w.factors ? lengths : nullptr);
+        gather(head, 1, 1.0f, k, w.factors ? lengths + padded : nullptr);
+        gather(head, 2, 1.0f, v, nullptr);
+        turned(k, keys);
+        attend(w.bias + ((int64_t)kind * w.heads + head) * area * padded);
+    }
+
+    // to (rows, columns) = a @ b, b (depth, columns); TURNED: a is (depth, rows)
+    template <bool TURNED>
+    static void product(const float* a, int64_t lda, int rows, int depth, const float* b, int64_t columns, float* to) {
+        for (int c = 0; c < columns; c += PANEL)
+            for (int r = 0; r < rows; r += ROWS)
+                block<TURNED>(least(ROWS, rows - r), TURNED ? a + r : a + r * lda, lda, depth, b + c, columns,
+                              Out{to + r * columns + c, columns, nullptr, nullptr, NONE, least(PANEL, (int)columns - c)});
+    }
+};
+
+template <typename S>
+static void window_forward(const Window& w, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        Cut<S> cut(w);
+        Pieces count{nullptr};
+        cut.place(count);
+        Pieces pieces{kept_own.get(count.used)};
+        cut.place(pieces);
+        const int places = cut.down * cut.across;
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < (int64_t)w.batch * places * w.heads; ++task) {
+            const int head = task % w.heads, place = task / w.heads % places;
+            cut.prepare(head, cut.find(task / w.heads / places, place));
+            Cut<S>::template product<false>(cut.weights, cut.padded, cut.area, cut.area, cut.v, w.dim, cut.out);
+            for (int t = 0; t < cut.area; ++t)
+                if (cut.rows[t] >= 0)
+                    for (int c = 0; c < w.dim; c += LANES)
+                        store((S*)w.y + cut.rows[t] * cut.channels + head * w.dim + c, load(cut.out + t * w.dim + c));
+        }
+    }
+}
+
+template <typename S>
+static void window_backward(const Window& w, const WindowGradient& g, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        Cut<S> cut(w);
+        float *dy = nullptr, *values = nullptr, *slopes = nullptr, *made = nullptr;
+        for (const bool counting : {true, false}) {
+            static thread_local size_t wanted;
+            Pieces pieces{counting ? nullptr : kept_own.get(wanted)};
+            cut.place(pieces);
+            dy = pieces.take<float>(cut.padded * w.dim);
+            values = pieces.take<float>(cut.padded * w.dim);  // (D, padded)
+            slopes = pieces.take<float>((int64_t)cut.padded * cut.padded);
+            made = pieces.take<float>(cut.padded * w.dim);
+            wanted = pieces.used;
+        }
+        const int places = cut.down * cut.across, area = cut.area, padded = cut.padded, dim = w.dim;
+        const int64_t windows = (int64_t)w.batch * places;
+        // a split of a head's windows adds up what they share
+#pragma omp for schedule(static)
+        for (int task = 0; task < w.heads * g.splits; ++task) {
+            const int head = task / g.splits, split = task % g.splits;
+            float* dbias = g.dbias ? g.dbias + ((int64_t)split * w.heads + head) * area * padded : nullptr;
+            float* dpadding = g.dpadding + (int64_t)split * 3 * cut.channels;
+            for (int64_t window = windows * split / g.splits; window < windows * (split + 1) / g.splits; ++window) {
+                cut.prepare(head, cut.find(window / places, window % places));
+                for (int t = 0; t < padded; ++t)
+                    for (int c = 0; c < dim; c += LANES)
+                        store(dy + t * dim + c,
+                              t < area && cut.rows[t] >= 0
+                                  ? load((const S*)g.dy + cut.rows[t] * cut.channels + head * dim + c)
+                                  : vec{});
+                const auto scatter = [&](int part, const float* from) {
+                    const int64_t at = (int64_t)part * cut.channels + head * dim;
+                    for (int t = 0; t < area; ++t)
+                        for (int c = 0; c < dim; c += LANES) {
+                            const vec x = load(from + t * dim + c);
+                            if (cut.rows[t] >= 0)
+                                store((S*)g.dqkv + cut.rows[t] * 3 * cut.channels + at + c, x);
+                            else
+                                store(dpadding + at + c, load(dpadding + at + c) + x);
+                        }
+                };
+                // of the unit vectors that `x` has, times `factor`, to those of the vectors themselves
+                const auto to_unit = [&](float* d, const float* x, const float* inverse, float factor) {
+                    float sum = 0.0f;
+                    for (int t = 0; t < area; ++t) {
+                        vec along = vec{};
+                        for (int c = 0; c < dim; c += LANES) along += load(d + t * dim + c) * load(x + t * dim + c);
+                        const float a = total(along) / factor;  // of the unit vector
+                        sum += a;
+                        for (int c = 0; c < dim; c += LANES)
+                            store(d + t * dim + c, (load(d + t * dim + c) * factor - load(x + t * dim + c) * a) *
+                                                       inverse[t]);
+                    }
+                    return sum;
+                };
+                cut.template product<true>(cut.weights, padded, area, area, dy, dim, made);
+                scatter(2, made);
+                cut.turned(cut.v, values);
+                cut.template product<false>(dy, dim, area, dim, values, padded, slopes);
+                for (int t = 0; t < area; ++t) {
+                    float *line = slopes + (int64_t)t * padded, *weights = cut.weights + (int64_t)t * padded;
+                    vec along = vec{};
+                    for (int c = 0; c < padded; c += LANES) along += load(line + c) * load(weights + c);
+                    const float mean = total(along);
+                    for (int c = 0; c < padded; c += LANES) {
+                        const vec d = load(weights + c) * (load(line + c) - mean);
+                        store(line + c, d);
+                        if (dbias) store(dbias + (int64_t)t * padded + c, load(dbias + (int64_t)t * padded + c) + d);
+                    }
+                }
+                cut.template product<true>(slopes, padded, area, area, cut.q, dim, made);
+                if (w.factors) to_unit(made, cut.k, cut.lengths + padded, 1.0f);
+                scatter(1, made);
+                cut.template product<false>(slopes, padded, area, area, cut.k, dim, made);
+                if (w.factors) {
+                    g.dfactors[split * w.heads + head] += to_unit(made, cut.q, cut.lengths, w.factors[head]);
+                } else {
+                    for (int i = 0; i < area * dim; i += LANES) store(made + i, load(made + i) * w.scale);
+                }
+                scatter(0, made);
+            }
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------ entry points
+
+#if defined(__AVX512BF16__)
+#define EITHER(call, ...) half ? call<Half>(__VA_ARGS__) : call<float>(__VA_ARGS__)
+#else
+#define EITHER(call, ...) call<float>(__VA_ARGS__)
+#endif
+
+extern "C" int muntin_lanes() { return LANES; }
+extern "C" int muntin_half() {
+#if defined(__AVX512BF16__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+extern "C" void muntin_linear(const Linear* l, int half, int threads) { EITHER(linear_forward, *l, threads); }
+extern "C" void muntin_linear_backward(const Linear* l, const LinearGradient* g, int half, int threads) {
+    EITHER(linear_backward, *l, *g, threads);
+}
+extern "C" void muntin_mlp(const Mlp* l, int half, int threads) { EITHER(mlp_forward, *l, threads); }
+extern "C" void muntin_mlp_backward(const Mlp* l, const MlpGradient* g, int half, int threads) {
+    EITHER(mlp_backward, *l, *g, threads);
+}
+extern "C" void muntin_window(const Window* w, int half, int threads) { EITHER(window_forward, *w, threads); }
+extern "C" void muntin_window_backward(const Window* w, const WindowGradient* g, int half, int threads) {
+    EITHER(window_backward, *w, *g, threads);
+}
