@@ -87,8 +87,7 @@ static void attend(int rows, const float* q, int64_t ldq, int depth, const float
             store(line + c, logits);
             most = larger(most, logits);
         }
-        float top = most[0];
-        for (int c = 1; c < LANES; ++c) top = most[c] > top ? most[c] : top;
+        const float top = largest(most);
         vec sum = vec{};
         for (int c = 0; c < padded; c += LANES) {
             const vec e = exponential(load(line + c) - top);

@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #include <omp.h>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -95,9 +95,23 @@ static inline vec swapped(vec x) {
 }
 
 static inline float total(vec x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
     float sum = 0.0f;
     for (int c = 0; c < LANES; ++c) sum += x[c];
     return sum;
+#endif
+}
+
+static inline float largest(vec x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float top = x[0];
+    for (int c = 1; c < LANES; ++c) top = x[c] > top ? x[c] : top;
+    return top;
+#endif
 }
 
 enum Act { NONE = 0, RELU = 1, HARDSWISH = 2, SIGMOID = 3, GELU = 4 };

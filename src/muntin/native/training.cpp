@@ -207,6 +207,9 @@ static void multiply(const P* a, int64_t lda, int rows, int depth, const P* pane
     }
 }
 
+// What the next tile reads, or writes: a tile's rows are too short for a processor to see where they lead
+#define AHEAD(p, stride, write) __builtin_prefetch((p) + (int64_t)ROWS * (stride), write)
+
 // The same for rows as they are kept
 template <typename S, typename Finish>
 static void multiply_rows(const S* a, int64_t lda, int rows, int depth, const typename Packs<S>::type* panels,
@@ -271,13 +274,18 @@ static void normalise_backward(const S* x, const float* dn, int rows, int channe
     }
 }
 
-// The derivative of an activation at x, and its value
+// The derivative of an activation at x, and its value. Of GELU by the density and the distribution function of the normal
+// distribution (Abramowitz and Stegun 7.1.26, to 1.5e-7).
 static inline vec slope_of(vec x, int act, vec& value) {
     if (act == GELU) {
-        const vec below = 0.5f * (1.0f + error_function(x * 0.70710678118654752f));
-        const vec bell = exponential(x * x * -0.5f) * 0.3989422804014327f;
-        value = x < -6.0f ? vec{} : x * below;
-        return x < -6.0f ? vec{} : below + x * bell;
+        const vec bell = exponential(x * x * -0.5f), far = x < 0.0f ? -x : x;
+        const vec t = 1.0f / (1.0f + far * (0.3275911f * 0.70710678118654752f));
+        vec p = spread(0.5f * 1.061405429f);
+        for (const float c : {-0.5f * 1.453152027f, 0.5f * 1.421413741f, -0.5f * 0.284496736f, 0.5f * 0.254829592f})
+            p = p * t + c;
+        const vec beyond = p * t * bell, below = x < 0.0f ? beyond : 1.0f - beyond;
+        value = x * below;
+        return below + x * bell * 0.3989422804014327f;
     }
     value = activated(x, act);
     return act == RELU ? (x > 0.0f ? spread(1.0f) : vec{}) : spread(1.0f);
@@ -311,9 +319,9 @@ static void pack_operands(const S* dy, int outputs, const S* x, int inputs, int 
         pack_panel(x + k, inputs, rows, least(PANEL, inputs - k), to.panels + (int64_t)k * depth);
 }
 
-// dw (N, K) += dy^T x, by all threads, without a barrier at the end
+// dw (N, K) += dy^T x, or = where `first`, by all threads, without a barrier at the end
 template <typename P>
-static void add_gradient(const Operands<P>& from, int outputs, int inputs, int depth, float* dw) {
+static void add_gradient(const Operands<P>& from, int outputs, int inputs, int depth, bool first, float* dw) {
     const int groups = (outputs + BLOCK - 1) / BLOCK, panels = (inputs + PANEL - 1) / PANEL;
 #pragma omp for schedule(static) nowait
     for (int task = 0; task < groups * panels; ++task) {
@@ -321,11 +329,12 @@ static void add_gradient(const Operands<P>& from, int outputs, int inputs, int d
         multiply(from.turned + n * from.ld, from.ld, least(BLOCK, outputs - n), depth,
                  from.panels + (int64_t)k * depth, least(PANEL, inputs - k), [=](int r, int c, vec v) {
                      float* to = dw + (int64_t)(n + r) * inputs + k + c;
-                     store(to, load(to) + v);
+                     store(to, first ? v : load(to) + v);
                  });
     }
 }
 
+// Rows that go through a backward pass at a time: larger chunks fell out of the caches
 static inline int64_t chunk_rows(int64_t rows, int threads) {
     const int64_t most = BLOCK * (int64_t)(threads < 4 ? 8 : 2 * threads);
     return rows < most ? rows : most;
@@ -380,14 +389,18 @@ static void linear_forward(const Linear& l, int threads) {
                 const int64_t at = (first + r) * outputs + c;
                 if (l.bias) v += load(l.bias + c);
                 if (l.scale) v *= l.scale[(first + r) / l.tokens];
-                if (residual) v += load(residual + at);
+                AHEAD((S*)l.y + at, outputs, 1);
+                if (residual) {
+                    AHEAD(residual + at, outputs, 0);
+                    v += load(residual + at);
+                }
                 store((S*)l.y + at, v);
             });
         }
     }
 }
 
-// Gradients, those of weights added to what is there; null: not wanted
+// Gradients; null: not wanted. Those of biases and norms are added to what is there
 struct LinearGradient {
     const void* dy;
     void* dx;
@@ -399,7 +412,8 @@ static void linear_backward(const Linear& l, const LinearGradient& g, int thread
     typedef typename Packs<S>::type P;
     const int inputs = l.inputs, outputs = l.outputs;
     const Norm norm{l.norm_weight, l.norm_bias, l.epsilon};
-    const int64_t chunk = chunk_rows(l.rows, threads), depth = (chunk + LANES) / LANES * LANES;
+    const int64_t chunk = chunk_rows(l.rows, threads);
+    const int64_t depth = (chunk + LANES) / LANES * LANES;
     Operands<P> operands;
     P* panels = nullptr;
     S *normal = nullptr, *scales = nullptr;
@@ -438,7 +452,8 @@ static void linear_backward(const Linear& l, const LinearGradient& g, int thread
             if (g.dweight) {
                 pack_operands(from, outputs, into, inputs, count, g.dbias, operands);
 #pragma omp barrier
-                add_gradient(operands, outputs, inputs, (count + Packs<S>::EACH - 1) / Packs<S>::EACH, g.dweight);
+                add_gradient(operands, outputs, inputs, (count + Packs<S>::EACH - 1) / Packs<S>::EACH, start == 0,
+                             g.dweight);
             }
             if (into_rows) {
 #pragma omp for schedule(static)
@@ -447,7 +462,10 @@ static void linear_backward(const Linear& l, const LinearGradient& g, int thread
                     S* dx = g.dx ? (S*)g.dx + (start + r) * inputs : nullptr;
                     if (!norm.weight) {
                         multiply_rows(from + (int64_t)r * outputs, outputs, n, outputs, panels, inputs,
-                                      [=](int i, int c, vec v) { store(dx + (int64_t)i * inputs + c, v); });
+                                      [=](int i, int c, vec v) {
+                                          AHEAD(dx + (int64_t)i * inputs + c, inputs, 1);
+                                          store(dx + (int64_t)i * inputs + c, v);
+                                      });
                         continue;
                     }
                     multiply_rows(from + (int64_t)r * outputs, outputs, n, outputs, panels, inputs,
@@ -501,6 +519,7 @@ static void mlp_forward(const Mlp& l, int threads) {
             }
             multiply_rows(x, inputs, count, inputs, first_panels, width, [=](int r, int c, vec v) {
                 v += load(l.bias1 + c);
+                AHEAD((S*)l.hidden + (first + r) * width + c, width, 1);
                 store((S*)l.hidden + (first + r) * width + c, v);
                 store(made + (int64_t)r * width + c, activated(v, l.act));
             });
@@ -508,7 +527,11 @@ static void mlp_forward(const Mlp& l, int threads) {
                 const int64_t at = (first + r) * outputs + c;
                 v += load(l.bias2 + c);
                 if (l.scale) v *= l.scale[(first + r) / l.tokens];
-                if (residual) v += load(residual + at);
+                AHEAD((S*)l.y + at, outputs, 1);
+                if (residual) {
+                    AHEAD(residual + at, outputs, 0);
+                    v += load(residual + at);
+                }
                 store((S*)l.y + at, v);
             });
         }
@@ -528,7 +551,8 @@ static void mlp_backward(const Mlp& l, const MlpGradient& g, int threads) {
     typedef typename Packs<S>::type P;
     const int inputs = l.inputs, width = l.width, outputs = l.outputs;
     const Norm norm{l.norm_weight, l.norm_bias, l.epsilon};
-    const int64_t chunk = chunk_rows(l.rows, threads), depth = (chunk + LANES) / LANES * LANES;
+    const int64_t chunk = chunk_rows(l.rows, threads);
+    const int64_t depth = (chunk + LANES) / LANES * LANES;
     Operands<P> first{}, second{};
     P *first_panels = nullptr, *second_panels = nullptr;
     S *normal = nullptr, *scales = nullptr, *made = nullptr, *slopes = nullptr;
@@ -571,6 +595,7 @@ static void mlp_backward(const Mlp& l, const MlpGradient& g, int threads) {
                 multiply_rows(from, outputs, n, outputs, second_panels, width, [=](int i, int c, vec v) {
                     const int64_t at = (int64_t)(r + i) * width + c;
                     vec value;
+                    AHEAD(hidden + at, width, 0);
                     const vec slope = slope_of(load(hidden + at), l.act, value);
                     store(made + at, value);
                     store(slopes + at, v * slope);
@@ -580,8 +605,8 @@ static void mlp_backward(const Mlp& l, const MlpGradient& g, int threads) {
             if (g.dweight2) pack_operands(from, outputs, made, width, count, g.dbias2, second);
             if (g.dweight1) pack_operands(slopes, width, into, inputs, count, g.dbias1, first);
 #pragma omp barrier
-            if (g.dweight2) add_gradient(second, outputs, width, steps, g.dweight2);
-            if (g.dweight1) add_gradient(first, width, inputs, steps, g.dweight1);
+            if (g.dweight2) add_gradient(second, outputs, width, steps, start == 0, g.dweight2);
+            if (g.dweight1) add_gradient(first, width, inputs, steps, start == 0, g.dweight1);
 #pragma omp for schedule(static)
             for (int r = 0; r < count; r += BLOCK) {
                 const int n = least(BLOCK, count - r);
@@ -635,7 +660,7 @@ struct Cut {
     const Window& w;
     int area, padded, down, across, channels;
     float *q, *k, *v, *keys, *lengths, *weights, *out;  // q, k, v, out: (A, D); keys: (D, padded); lengths: (2, A)
-    int64_t* rows;                                      // the tokens of the window, -1: padding
+    const int32_t* tokens;                              // of the window in its image, -1: padding
 
     explicit Cut(const Window& w)
         : w(w), area(w.window_height * w.window_width), padded((area + LANES - 1) / LANES * LANES),
@@ -648,31 +673,36 @@ struct Cut {
         keys = pieces.take<float>(wide), out = pieces.take<float>(wide);
         lengths = pieces.take<float>(2 * padded);
         weights = pieces.take<float>((int64_t)padded * padded);
-        rows = pieces.take<int64_t>(padded);
     }
 
-    // The tokens of a window, and its kind
-    int find(int image, int place) {
-        const int top = place / across, left = place % across;
-        for (int t = 0; t < area; ++t) {
-            const int y = (top * w.window_height + t / w.window_width + w.shift_height) % (down * w.window_height);
-            const int x = (left * w.window_width + t % w.window_width + w.shift_width) % (across * w.window_width);
-            rows[t] = y < w.height && x < w.width ? ((int64_t)image * w.height + y) * w.width + x : -1;
-        }
-        return (w.shift_height && top == down - 1 ? 2 : 0) + (w.shift_width && left == across - 1);
+    // The tokens of all windows of an image: (windows, A)
+    void tabulate(int32_t* table) const {
+        for (int place = 0; place < down * across; ++place)
+            for (int t = 0; t < area; ++t) {
+                const int y = (place / across * w.window_height + t / w.window_width + w.shift_height) %
+                              (down * w.window_height);
+                const int x = (place % across * w.window_width + t % w.window_width + w.shift_width) %
+                              (across * w.window_width);
+                *table++ = y < w.height && x < w.width ? y * w.width + x : -1;
+            }
+    }
+
+    int kind(int place) const {
+        return (w.shift_height && place / across == down - 1 ? 2 : 0) +
+               (w.shift_width && place % across == across - 1);
     }
 
     // One of q, k and v (`part`), times a factor; unit: to unit length first, whose inverse lengths are kept
-    void gather(int head, int part, float factor, float* to, float* inverse) {
-        for (int t = 0; t < padded; ++t, to += w.dim) {
-            const int64_t at = (int64_t)part * channels + head * w.dim;
+    void gather(const S* image, int head, int part, float factor, float* to, float* inverse) {
+        const int64_t at = (int64_t)part * channels + head * w.dim;
+        std::memset(to + (int64_t)area * w.dim, 0, (padded - area) * w.dim * sizeof(float));
+        for (int t = 0; t < area; ++t, to += w.dim) {
+            const S* from = image + (int64_t)tokens[t] * 3 * channels + at;
             vec squares = vec{};
             for (int c = 0; c < w.dim; c += LANES) {
-                const vec x = t >= area          ? vec{}
-                              : rows[t] < 0 ? load(w.padding + at + c)
-                                            : load((const S*)w.qkv + rows[t] * 3 * channels + at + c);
+                const vec x = tokens[t] < 0 ? load(w.padding + at + c) : load(from + c);
                 store(to + c, x * factor);
-                squares += x * x;
+                if (inverse) squares += x * x;
             }
             if (!inverse) continue;
             const float length = std::sqrt(total(squares));
@@ -699,8 +729,7 @@ struct Cut {
                     store(lines + c, logits);
                     most = larger(most, logits);
                 }
-                float top = most[0];
-                for (int c = 1; c < LANES; ++c) top = most[c] > top ? most[c] : top;
+                const float top = largest(most);
                 vec sum = vec{};
                 for (int c = 0; c < padded; c += LANES) {
                     const vec e = exponential(load(lines + c) - top);
@@ -713,13 +742,15 @@ struct Cut {
         }
     }
 
-    // q and k as they are multiplied, v, and the attention weights
-    void prepare(int head, int kind) {
-        gather(head, 0, w.factors ? w.factors[head] : w.scale, q, w.factors ? lengths : nullptr);
-        gather(head, 1, 1.0f, k, w.factors ? lengths + padded : nullptr);
-        gather(head, 2, 1.0f, v, nullptr);
+    // Of a window: q and k as they are multiplied, v, and the attention weights
+    void prepare(int image, int place, int head, const int32_t* table) {
+        const S* from = (const S*)w.qkv + (int64_t)image * w.height * w.width * 3 * channels;
+        tokens = table + (int64_t)place * area;
+        gather(from, head, 0, w.factors ? w.factors[head] : w.scale, q, w.factors ? lengths : nullptr);
+        gather(from, head, 1, 1.0f, k, w.factors ? lengths + padded : nullptr);
+        gather(from, head, 2, 1.0f, v, nullptr);
         turned(k, keys);
-        attend(w.bias + ((int64_t)kind * w.heads + head) * area * padded);
+        attend(w.bias + ((int64_t)kind(place) * w.heads + head) * area * padded);
     }
 
     // to (rows, columns) = a @ b, b (depth, columns); TURNED: a is (depth, rows)
@@ -734,6 +765,10 @@ struct Cut {
 
 template <typename S>
 static void window_forward(const Window& w, int threads) {
+    const Cut<S> all(w);
+    const int places = all.down * all.across;
+    int32_t* table = (int32_t*)kept_shared.get((int64_t)places * all.area * sizeof(int32_t));
+    all.tabulate(table);
 #pragma omp parallel num_threads(threads)
     {
         Cut<S> cut(w);
@@ -741,22 +776,26 @@ static void window_forward(const Window& w, int threads) {
         cut.place(count);
         Pieces pieces{kept_own.get(count.used)};
         cut.place(pieces);
-        const int places = cut.down * cut.across;
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < (int64_t)w.batch * places * w.heads; ++task) {
-            const int head = task % w.heads, place = task / w.heads % places;
-            cut.prepare(head, cut.find(task / w.heads / places, place));
+            const int head = task % w.heads, place = task / w.heads % places, image = task / w.heads / places;
+            cut.prepare(image, place, head, table);
             Cut<S>::template product<false>(cut.weights, cut.padded, cut.area, cut.area, cut.v, w.dim, cut.out);
+            S* y = (S*)w.y + (int64_t)image * w.height * w.width * cut.channels + head * w.dim;
             for (int t = 0; t < cut.area; ++t)
-                if (cut.rows[t] >= 0)
+                if (cut.tokens[t] >= 0)
                     for (int c = 0; c < w.dim; c += LANES)
-                        store((S*)w.y + cut.rows[t] * cut.channels + head * w.dim + c, load(cut.out + t * w.dim + c));
+                        store(y + (int64_t)cut.tokens[t] * cut.channels + c, load(cut.out + t * w.dim + c));
         }
     }
 }
 
 template <typename S>
 static void window_backward(const Window& w, const WindowGradient& g, int threads) {
+    const Cut<S> all(w);
+    const int places = all.down * all.across;
+    int32_t* table = (int32_t*)kept_shared.get((int64_t)places * all.area * sizeof(int32_t));
+    all.tabulate(table);
 #pragma omp parallel num_threads(threads)
     {
         Cut<S> cut(w);
@@ -771,29 +810,29 @@ static void window_backward(const Window& w, const WindowGradient& g, int thread
             made = pieces.take<float>(cut.padded * w.dim);
             wanted = pieces.used;
         }
-        const int places = cut.down * cut.across, area = cut.area, padded = cut.padded, dim = w.dim;
+        const int area = cut.area, padded = cut.padded, dim = w.dim, channels = cut.channels;
         const int64_t windows = (int64_t)w.batch * places;
         // a split of a head's windows adds up what they share
 #pragma omp for schedule(static)
         for (int task = 0; task < w.heads * g.splits; ++task) {
             const int head = task / g.splits, split = task % g.splits;
             float* dbias = g.dbias ? g.dbias + ((int64_t)split * w.heads + head) * area * padded : nullptr;
-            float* dpadding = g.dpadding + (int64_t)split * 3 * cut.channels;
+            float* dpadding = g.dpadding + (int64_t)split * 3 * channels;
             for (int64_t window = windows * split / g.splits; window < windows * (split + 1) / g.splits; ++window) {
-                cut.prepare(head, cut.find(window / places, window % places));
-                for (int t = 0; t < padded; ++t)
+                const int64_t before = window / places * w.height * w.width;  // tokens
+                cut.prepare(window / places, window % places, head, table);
+                for (int t = 0; t < area; ++t) {
+                    const S* from = (const S*)g.dy + (before + cut.tokens[t]) * channels + head * dim;
                     for (int c = 0; c < dim; c += LANES)
-                        store(dy + t * dim + c,
-                              t < area && cut.rows[t] >= 0
-                                  ? load((const S*)g.dy + cut.rows[t] * cut.channels + head * dim + c)
-                                  : vec{});
+                        store(dy + t * dim + c, cut.tokens[t] >= 0 ? load(from + c) : vec{});
+                }
                 const auto scatter = [&](int part, const float* from) {
-                    const int64_t at = (int64_t)part * cut.channels + head * dim;
+                    const int64_t at = (int64_t)part * channels + head * dim;
                     for (int t = 0; t < area; ++t)
                         for (int c = 0; c < dim; c += LANES) {
                             const vec x = load(from + t * dim + c);
-                            if (cut.rows[t] >= 0)
-                                store((S*)g.dqkv + cut.rows[t] * 3 * cut.channels + at + c, x);
+                            if (cut.tokens[t] >= 0)
+                                store((S*)g.dqkv + (before + cut.tokens[t]) * 3 * channels + at + c, x);
                             else
                                 store(dpadding + at + c, load(dpadding + at + c) + x);
                         }
@@ -807,8 +846,8 @@ static void window_backward(const Window& w, const WindowGradient& g, int thread
                         const float a = total(along) / factor;  // of the unit vector
                         sum += a;
                         for (int c = 0; c < dim; c += LANES)
-                            store(d + t * dim + c, (load(d + t * dim + c) * factor - load(x + t * dim + c) * a) *
-                                                       inverse[t]);
+                            store(d + t * dim + c,
+                                  (load(d + t * dim + c) * factor - load(x + t * dim + c) * a) * inverse[t]);
                     }
                     return sum;
                 };

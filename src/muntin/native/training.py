@@ -147,7 +147,10 @@ def _again(plain: Callable[..., Tensor], given: Sequence[Any], grad: Tensor) -> 
 
 
 def _like(parameter: Tensor | None, wanted: bool) -> Tensor | None:
-    return torch.zeros_like(parameter) if wanted and parameter is not None else None
+    """For a gradient: zeros where it is added to."""
+    if not wanted or parameter is None:
+        return None
+    return torch.zeros_like(parameter) if parameter.ndim == 1 else torch.empty_like(parameter)
 
 
 # ------------------------------------------------------------------------------------------------------ linear layers
