@@ -97,8 +97,9 @@ class WindowAttention(nn.Module):
         """Whether the kernels for training on a CPU compute what is between the linear layers."""
         return training.unhooked(self) and training.divides(self.proj.in_features // self.heads)
 
-    def trained(self, qkv: Tensor, grid: Grid) -> Tensor:
-        """q, k and v (B, N, 3C) in raster order -> (B, N, C), by these kernels."""
+    def trained(self, x: Tensor, grid: Grid, norm: nn.Module | None = None) -> Tensor:
+        """norm(x) (B, N, C) in raster order -> (B, N, C), what the projection takes, by these kernels."""
+        qkv = training.linear(x, self.qkv, norm)
         bias = self._matrix(self.table(grid.window), grid.window)
         return training.window(qkv, bias, self.padded(), grid, self.scale)
 

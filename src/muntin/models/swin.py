@@ -194,7 +194,7 @@ class SwinBlock(nn.Module):
     def forward_trained(self, x: Tensor, grid: Grid) -> Tensor:
         """The same as `forward_raster`, by these kernels."""
         if self.norm1 is not None and self.attention is not None:
-            y = self.attention.trained(training.linear(x, self.attention.qkv, self.norm1), grid)
+            y = self.attention.trained(x, grid, self.norm1)
             x = training.linear(y, self.attention.proj, None, x, self.drop_path)
         return training.mlp(x, self.mlp, self.norm2, self.drop_path)
 

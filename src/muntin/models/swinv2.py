@@ -25,6 +25,7 @@ from muntin.layers.position import BiasCache, bias_matrix, constant_relative_ind
 from muntin.layers.tracing import flat_rows, in_graph, symbolic
 from muntin.layers.window import Grid, SymbolicGrid, make_grid, move, pieces, reorder, same_order
 from muntin.models.windowed import MeanHead, WindowBackbone, WindowStage, drop_rates, initialise
+from muntin.native import training
 from muntin.native.program import Program, Value, activation
 
 
@@ -217,11 +218,19 @@ class CosineAttention(WindowAttention):
         """(B, N, C) in raster order -> the same, by the operator that cuts the windows itself."""
         from muntin.kernels.window import window_attention
 
-        bias = self.qkv.bias if self.qv_bias is None else self._qkv_bias(self.qv_bias)
-        qkv, padding = self._whole(self.project(x, None)), self._whole(bias)
+        qkv, padding = self._whole(self.project(x, None)), self._whole(self.padded())
         extent = (self.window, self.window) if symbolic(grid.height) else grid.window
         table = self.symbolic_table(grid.window) if symbolic(grid.height) else self.table(grid.window)
         return self.proj(window_attention(qkv, table, padding, self.heads, grid, extent, self.scale))
+
+    def trained(self, x: Tensor, grid: Grid, norm: nn.Module | None = None) -> Tensor:
+        qkv_bias = self.padded()
+        qkv = training.linear(x, self.qkv, norm, bias=qkv_bias)
+        bias = self._matrix(self.table(grid.window), grid.window)
+        return training.window(qkv, bias, qkv_bias, grid, factors=self._factors()[0, :, 0])
+
+    def padded(self) -> Tensor:
+        return self.qkv.bias if self.qv_bias is None else self._qkv_bias(self.qv_bias)
 
     def _whole(self, qkv: Tensor) -> Tensor:
         """(..., 3C) -> the same with q and k as above."""
@@ -307,6 +316,18 @@ class SwinV2Block(nn.Module):
             y.add_(self.norm2(self.mlp(y)))
         return out.view(-1, batch, grid.area, channels)
 
+    def trains(self) -> bool:
+        """Whether the kernels for training on a CPU compute this block."""
+        layers = self.mlp.fc1, self.mlp.act, self.mlp.fc2, self.attention.qkv, self.attention.proj
+        exact = type(self.mlp) is Mlp and type(self.attention) is CosineAttention and self.attention.trains()
+        return exact and training.unhooked(self, self.mlp) and training.fits(*layers)
+
+    def forward_trained(self, x: Tensor, grid: Grid) -> Tensor:
+        """The same as `forward_raster`, by these kernels."""
+        y = training.linear(self.attention.trained(x, grid), self.attention.proj)
+        x = x + self.drop_path(self.norm1(y))
+        return x + self.drop_path(self.norm2(training.mlp(x, self.mlp, residual=False)))
+
     def add_to(self, program: Program, x: Value) -> Value:
         """Adds the folded block to a program. Raises Unsuitable."""
         qkv = program.linear(x, self.attention.qkv)
@@ -336,6 +357,14 @@ class PostNormMerging(nn.Module):
         super().__init__()
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(2 * dim)
+
+    def trains(self) -> bool:
+        """Whether the kernels for training on a CPU compute the reduction."""
+        return training.unhooked(self) and training.fits(self.reduction)
+
+    def trained(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """(1, B, N, C) in raster order of a map of this size -> (B, N / 4, 2C), by these kernels."""
+        return self.norm(training.linear(neighbours(x, None, None, size)[0], self.reduction))
 
     def add_to(self, program: Program, x: Value) -> Value:
         """Adds the layer to a program. Raises Unsuitable."""

@@ -232,11 +232,13 @@ def linear(
     norm: nn.Module | None = None,
     residual: Tensor | None = None,
     drop_path: DropPath | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """residual + drop_path(layer(norm(x))): (B, N, C) -> (B, N, C')."""
+    """residual + drop_path(layer(norm(x))): (B, N, C) -> (B, N, C'). `bias` takes the place of the layer's own."""
     x, given = _normed(x, norm)
     residual = None if residual is None else _rows(residual)
-    return _Linear.apply(_rows(x), layer.weight, layer.bias, *given, residual, _factors(drop_path, x))
+    bias = layer.bias if bias is None else bias
+    return _Linear.apply(_rows(x), layer.weight, bias, *given, residual, _factors(drop_path, x))
 
 
 def _factors(drop_path: DropPath | None, x: Tensor) -> Tensor | None:
