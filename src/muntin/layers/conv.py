@@ -1,5 +1,9 @@
 """Convolution and norm on NCHW maps, and residuals."""
 
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,6 +12,7 @@ from muntin.layers.folding import RESIDUAL, fold_after, note, with_weights
 from muntin.layers.mlp import recomputing
 from muntin.layers.tracing import symbolic
 from muntin.layers.window import fresh
+from muntin.native import maps
 
 
 class MapBatchNorm(nn.BatchNorm2d):
@@ -79,11 +84,45 @@ class ConvNorm(nn.Module):
         nn.init.constant_(self.norm.weight, scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
+        return self.norm(self.conv(x)) if not self.trains(x) else maps.conv_norm(x, self)
+
+    def trains(self, x: Tensor) -> bool:
+        """Whether the kernels for training on a CPU compute the layer on this input."""
+        if not (self.training and type(self.conv) is Conv and type(self.norm) is MapBatchNorm and maps.serve(x)):
+            return False
+        several = x.shape[0] * x.shape[2] * x.shape[3] > self.conv.stride[0] ** 2  # values of a channel
+        return several and maps.fits(self)
 
     def folded(self) -> nn.Module:
         """One convolution that computes the same in evaluation mode; with LayerNorm the layer itself."""
         return fold_after(self.norm, self.conv) if isinstance(self.norm, MapBatchNorm) else self
+
+
+def in_turn(layers: Iterable[Any], x: Tensor) -> Tensor:
+    """x through all layers; a `ConvNorm` and the activation after it as one where the kernels for training serve."""
+    waiting: list[Any] = list(layers)
+    while waiting:
+        layer, follows = waiting.pop(0), waiting[:1]
+        if isinstance(layer, ConvNorm) and follows and maps.activates(follows[0]) and layer.trains(x):
+            x = maps.conv_norm(x, layer, waiting.pop(0))
+        else:
+            x = layer(x)
+    return x
+
+
+class ConvMlp(nn.Sequential):
+    """`expand`, `act` and `project`, on each pixel: (B, C, H, W) -> the same."""
+
+    def __init__(self, dim: int, hidden: int, act: str, norm: str) -> None:
+        expand, project = ConvNorm(dim, hidden, norm=norm), ConvNorm(hidden, dim, scale=0.0, norm=norm)
+        super().__init__(OrderedDict(expand=expand, act=MAP_ACTIVATIONS[act](), project=project))
+
+    def forward(self, input: Tensor) -> Tensor:
+        expand, act, project = self
+        layers = isinstance(expand, ConvNorm) and isinstance(project, ConvNorm)  # folded, they are convolutions
+        if layers and maps.activates(act) and expand.trains(input) and project.trains(input):
+            return maps.mlp(input, expand, act, project)
+        return super().forward(input)
 
 
 class Residual(nn.Module):

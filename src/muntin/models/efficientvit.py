@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from muntin.errors import UserError
 from muntin.layers.cascaded import CascadedAttention, MapAttention, PlainAttention
-from muntin.layers.conv import MAP_ACTIVATIONS, MAP_NORMS, ConvNorm, Residual, renew
+from muntin.layers.conv import MAP_ACTIVATIONS, MAP_NORMS, ConvMlp, ConvNorm, Residual, in_turn, renew
 from muntin.layers.folding import FoldedHead, fold_before, note, with_weights
 from muntin.layers.opaque import OpaqueStage
 from muntin.layers.patch import check_image
@@ -128,7 +128,7 @@ class Stem(OpaqueStage, nn.Sequential):
         if program is not None:
             return program(input)
         # under export and compile: a convolution guards on sizes that it has hints of
-        return renew(nn.Sequential.forward(self, renew(input).contiguous(memory_format=torch.channels_last)))
+        return renew(in_turn(self, renew(input).contiguous(memory_format=torch.channels_last)))
 
     def whole(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return self(x)
@@ -139,17 +139,10 @@ class Stem(OpaqueStage, nn.Sequential):
 
 def _unit(config: EfficientViT, dim: int) -> nn.Sequential:
     """Token interaction, a depthwise 3x3 convolution, then a feed-forward layer of twice the width."""
-    ffn = nn.Sequential(
-        OrderedDict(
-            expand=ConvNorm(dim, 2 * dim, norm=config.norm),
-            act=MAP_ACTIVATIONS[config.act](),
-            project=ConvNorm(2 * dim, dim, scale=0.0, norm=config.norm),
-        )
-    )
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     if config.interaction:
         parts["interaction"] = Residual(ConvNorm(dim, dim, 3, groups=dim, scale=0.0, norm=config.norm))
-    parts["ffn"] = Residual(ffn)
+    parts["ffn"] = Residual(ConvMlp(dim, 2 * dim, config.act, config.norm))
     return nn.Sequential(parts)
 
 
@@ -185,10 +178,17 @@ class SqueezeExcite(nn.Module):
         return x * self.expand(self.act(self.reduce(x.mean((2, 3))))).sigmoid()[:, :, None, None]
 
 
+class Reduction(nn.Sequential):
+    """Layers one after the other."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return in_turn(self, input)
+
+
 def _subsample(config: EfficientViT, stage: int) -> nn.Sequential:
     """Between stages: a unit, an inverted residual of stride 2, a unit."""
     dim, out, hidden = config.dims[stage - 1], config.dims[stage], 4 * config.dims[stage - 1]
-    reduce = nn.Sequential(
+    reduce = Reduction(
         OrderedDict(
             expand=ConvNorm(dim, hidden, norm=config.norm),
             act1=MAP_ACTIVATIONS[config.act](),

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-PROGRAMS, TRAINING = "kernels.cpp", "training.cpp"
+PROGRAMS, TRAINING, MAPS = "kernels.cpp", "training.cpp", "maps.cpp"
+HEADERS = "products.h", "operands.h", "maps.h"
 FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC"]
 SECONDS = 120  # a compiler that takes longer has hung
 
@@ -25,7 +26,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "muntin"
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)
 def library(source: str = PROGRAMS) -> Any:
     """The compiled kernels, or None where MUNTIN_NATIVE=0 is set or no compiler is at hand that makes them."""
     compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "")
@@ -56,7 +57,7 @@ def _path(compiler: list[str], source: str) -> Path:
     """Of the compiled file. It is named by all that it is made from: the source, the flags, and the macros by which the
     compiler describes itself and this machine.
     """
-    parts = [(FOLDER / name).read_bytes() for name in ("products.h", source)]
+    parts = [(FOLDER / name).read_bytes() for name in (*HEADERS, source)]
     macros = _run(*compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
     key = hashlib.sha256(b"\0".join([*parts, " ".join(FLAGS).encode(), macros])).hexdigest()[:24]
     return cache_folder() / f"{Path(source).stem}-{key}.so"

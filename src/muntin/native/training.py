@@ -26,37 +26,37 @@ _SERVED = (nn.Linear, nn.LayerNorm, DropPath, *_ACTS)
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
-def _structure(name: str, *fields: tuple[Any, str]) -> Any:
+def structure(name: str, *fields: tuple[Any, str]) -> Any:
     """A C structure of fields by type, whose names stand in one string."""
     parts = [(field, kind) for kind, names in fields for field in names.split()]
     return type(name, (ctypes.Structure,), {"_fields_": parts})
 
 
-_LINEAR = _structure(
+_LINEAR = structure(
     "Linear",
     (_POINTER, "x residual norm_weight norm_bias weight bias scale y"),
     (_LONG, "rows tokens"),
     (_FLOAT, "epsilon"),
     (_INT, "inputs outputs"),
 )
-_LINEAR_GRADIENT = _structure("LinearGradient", (_POINTER, "dy dx dweight dbias dnorm_weight dnorm_bias"))
-_MLP = _structure(
+_LINEAR_GRADIENT = structure("LinearGradient", (_POINTER, "dy dx dweight dbias dnorm_weight dnorm_bias"))
+_MLP = structure(
     "Mlp",
     (_POINTER, "x residual norm_weight norm_bias weight1 bias1 weight2 bias2 scale hidden y"),
     (_LONG, "rows tokens"),
     (_FLOAT, "epsilon"),
     (_INT, "inputs width outputs act"),
 )
-_MLP_GRADIENT = _structure(
+_MLP_GRADIENT = structure(
     "MlpGradient", (_POINTER, "dy dx dweight1 dbias1 dweight2 dbias2 dnorm_weight dnorm_bias"), (_INT, "beside")
 )
-_WINDOW = _structure(
+_WINDOW = structure(
     "Window",
     (_POINTER, "qkv bias padding factors y"),
     (_FLOAT, "scale"),
     (_INT, "batch height width heads dim window_height window_width shift_height shift_width"),
 )
-_WINDOW_GRADIENT = _structure(
+_WINDOW_GRADIENT = structure(
     "WindowGradient", (_POINTER, "dy dqkv dbias dpadding dfactors"), (_INT, "splits")
 )
 
@@ -124,12 +124,29 @@ def _plain(module: nn.Module) -> bool:
     return all(type(p) is nn.Parameter and p.dtype == torch.float32 for p in module._parameters.values() if p is not None)
 
 
-def _pointer(x: Tensor | None) -> int | None:
+def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
 def _run(name: str, *structures: Any, half: bool) -> None:
     getattr(library(TRAINING), name)(*map(ctypes.byref, structures), int(half), torch.get_num_threads())
+
+
+def linear_rows(x: Tensor, weight: Tensor, y: Tensor, rows: int) -> None:
+    """y = x @ weight^T for rows of float32: (rows, K), (N, K) and (rows, N)."""
+    sizes = rows, rows, 0.0, weight.shape[1], weight.shape[0]
+    given = map(pointer, (x, None, None, None, weight, None, None, y))
+    _run("muntin_linear", _LINEAR(*given, *sizes), half=False)
+
+
+def linear_rows_backward(
+    x: Tensor, weight: Tensor, dy: Tensor, dx: Tensor | None, dweight: Tensor | None, rows: int
+) -> None:
+    """Its gradients, where they are wanted."""
+    sizes = rows, rows, 0.0, weight.shape[1], weight.shape[0]
+    given = map(pointer, (x, None, None, None, weight, None, None, None))
+    gradient = _LINEAR_GRADIENT(*map(pointer, (dy, dx, dweight, None, None, None)))
+    _run("muntin_linear_backward", _LINEAR(*given, *sizes), gradient, half=False)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -138,7 +155,7 @@ def _rows(x: Tensor) -> Tensor:
     return (x if kept is None else x.to(kept)).contiguous()
 
 
-def _again(plain: Callable[..., Tensor], given: Sequence[Any], grad: Tensor) -> tuple[Tensor | None, ...]:
+def again(plain: Callable[..., Tensor], given: Sequence[Any], grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients that can be differentiated again, through PyTorch's own operators."""
     wanted = [t for t in given if isinstance(t, Tensor) and t.requires_grad]
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
@@ -182,18 +199,18 @@ class _Linear(torch.autograd.Function):
         x, weight, bias, norm_weight, norm_bias, residual, scale = ctx.saved_tensors
         if torch.is_grad_enabled():
             given = (x, weight, bias, norm_weight, norm_bias, ctx.epsilon, residual, scale)
-            return _again(_plain_linear, given, grads[0])
+            return again(_plain_linear, given, grads[0])
         dy, wanted = grads[0].contiguous(), ctx.needs_input_grad
         dx = torch.empty_like(x) if wanted[0] else None
         parts = [_like(t, w) for t, w in zip((weight, bias, norm_weight, norm_bias), wanted[1:5], strict=True)]
-        gradient = _LINEAR_GRADIENT(*map(_pointer, (dy, dx, *parts)))
+        gradient = _LINEAR_GRADIENT(*map(pointer, (dy, dx, *parts)))
         _run("muntin_linear_backward", _linear(ctx, None, None), gradient, half=x.dtype == torch.bfloat16)
         return dx, *parts, None, dy if wanted[6] else None, None
 
 
 def _linear(ctx: Any, residual: Tensor | None, y: Tensor | None) -> Any:
     x, weight, bias, norm_weight, norm_bias, _, scale = ctx.saved_tensors if y is None else ctx.to_save
-    tensors = map(_pointer, (x, residual, norm_weight, norm_bias, weight, bias, scale, y))
+    tensors = map(pointer, (x, residual, norm_weight, norm_bias, weight, bias, scale, y))
     return _LINEAR(*tensors, x.shape[:-1].numel(), x.shape[-2], ctx.epsilon, weight.shape[1], weight.shape[0])
 
 
@@ -281,12 +298,12 @@ class _Mlp(torch.autograd.Function):
         x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, scale, _ = saved = ctx.saved_tensors
         if torch.is_grad_enabled():
             given = (x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, *ctx.given, scale)
-            return _again(_plain_mlp, given, grads[0])
+            return again(_plain_mlp, given, grads[0])
         dy, wanted = grads[0].contiguous(), ctx.needs_input_grad
         dx = torch.empty_like(x) if wanted[0] else None
         parameters = weight1, bias1, weight2, bias2, norm_weight, norm_bias
         parts = [_like(t, w) for t, w in zip(parameters, wanted[1:7], strict=True)]
-        gradient = _MLP_GRADIENT(*map(_pointer, (dy, dx, *parts)), int(ctx.given[2]))
+        gradient = _MLP_GRADIENT(*map(pointer, (dy, dx, *parts)), int(ctx.given[2]))
         _run("muntin_mlp_backward", _mlp(ctx, saved, None), gradient, half=x.dtype == torch.bfloat16)
         return dx, *parts, None, None, None, None
 
@@ -297,7 +314,7 @@ def _mlp(ctx: Any, saved: Sequence[Tensor | None], y: Tensor | None) -> Any:
     epsilon, act, residual = ctx.given
     tensors = (x, x if residual else None, norm_weight, norm_bias, weight1, bias1, weight2, bias2, scale, hidden, y)
     sizes = x.shape[-1], weight1.shape[0], weight2.shape[0], act
-    return _MLP(*map(_pointer, tensors), x.shape[:-1].numel(), x.shape[-2], epsilon, *sizes)
+    return _MLP(*map(pointer, tensors), x.shape[:-1].numel(), x.shape[-2], epsilon, *sizes)
 
 
 def _plain_mlp(
@@ -359,7 +376,7 @@ class _Window(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         qkv, bias, padding, factors, lined = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _again(_plain_window, (qkv, bias, padding, factors, ctx.grid, ctx.scale), grads[0])
+            return again(_plain_window, (qkv, bias, padding, factors, ctx.grid, ctx.scale), grads[0])
         heads, area, _ = bias.shape
         rows, columns = ctx.grid.counts
         splits = max(1, min(-(-torch.get_num_threads() // heads), len(qkv) * rows * columns))
@@ -367,7 +384,7 @@ class _Window(torch.autograd.Function):
         dbias = bias.new_zeros(splits, heads, area, lined.shape[-1]) if ctx.needs_input_grad[1] else None
         dpadding = padding.new_zeros(splits, len(padding))
         dfactors = None if factors is None else factors.new_zeros(splits, heads)
-        gradient = _WINDOW_GRADIENT(*map(_pointer, (dy, dqkv, dbias, dpadding, dfactors)), splits)
+        gradient = _WINDOW_GRADIENT(*map(pointer, (dy, dqkv, dbias, dpadding, dfactors)), splits)
         _run("muntin_window_backward", _window(ctx, ctx.saved_tensors, None), gradient,
              half=qkv.dtype == torch.bfloat16)  # fmt: skip
         dbias = None if dbias is None else dbias[..., :area].sum(0)
@@ -378,7 +395,7 @@ def _window(ctx: Any, saved: Sequence[Tensor | None], y: Tensor | None) -> Any:
     qkv, bias, padding, factors, lined = saved
     assert qkv is not None and bias is not None
     grid, heads = ctx.grid, len(bias)
-    tensors = map(_pointer, (qkv, lined, padding, factors, y))
+    tensors = map(pointer, (qkv, lined, padding, factors, y))
     sizes = len(qkv), grid.height, grid.width, heads, qkv.shape[-1] // (3 * heads)
     return _WINDOW(*tensors, ctx.scale, *sizes, *grid.window, *grid.shift)
 

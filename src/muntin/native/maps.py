@@ -1,0 +1,325 @@
+"""Convolutions with BatchNorm in training on the CPU, with their gradients, see maps.cpp.
+
+Each keeps its input, statistics, and where that is cheaper than computing it again, what the convolution made. In
+float32, and not under autocast. A second derivative is taken through PyTorch's own operators.
+
+Legend: B images, maps (B, C, H, W) in channels-last memory, k the side of a kernel.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from muntin.layers.mlp import recomputing
+from muntin.native import training
+from muntin.native.build import MAPS, library
+from muntin.native.training import again, pointer, structure
+
+ACTS: dict[type[nn.Module], int] = {nn.ReLU: 1, nn.Hardswish: 2}
+_TAPS = (1, 3, 5, 7)
+_INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+_CONV = structure("Conv", (_POINTER, "x weight y"), (_INT, "batch height width inputs outputs kernel stride"))
+_CONV_GRADIENT = structure("ConvGradient", (_POINTER, "dy dx dweight"))
+_BATCH = structure(
+    "Batch",
+    (_POINTER, "z weight bias mean inverse variance y"),
+    (_LONG, "rows"),
+    (_FLOAT, "epsilon"),
+    (_INT, "channels act"),
+)
+_BATCH_GRADIENT = structure("BatchGradient", (_POINTER, "dy dz dweight dbias"))
+
+
+@lru_cache(maxsize=1)
+def _available() -> bool:
+    return library(MAPS) is not None
+
+
+def _run(name: str, *given: Any) -> None:
+    """Structures by reference, numbers as they are, then the number of threads."""
+    given = tuple(ctypes.byref(g) if isinstance(g, ctypes.Structure) else g for g in given)
+    getattr(library(MAPS), name)(*given, torch.get_num_threads())
+
+
+def serve(x: Tensor) -> bool:
+    """Whether these layers train on this input, whatever they are."""
+    plain = x.dtype == torch.float32 and x.ndim == 4 and not torch.is_autocast_enabled("cpu")
+    return plain and training.serve(x) and _available()
+
+
+def activates(module: nn.Module) -> bool:
+    """Whether the kernels compute this activation after a norm."""
+    return type(module) in ACTS and training.unhooked(module)
+
+
+def fits(layer: Any) -> bool:
+    """Whether the kernels compute this `ConvNorm`, which is in training, and nothing waits for its parts."""
+    conv, norm = layer.conv, layer.norm
+    if not isinstance(norm, nn.BatchNorm2d) or isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return False
+    if norm.momentum is None or not norm.track_running_stats or not training.unhooked(layer, conv, norm):
+        return False
+    parameters = conv.weight, norm.weight, norm.bias
+    if conv.bias is not None or not all(type(p) is nn.Parameter and p.dtype == torch.float32 for p in parameters):
+        return False
+    if conv.groups == 1:
+        point = conv.kernel_size == (1, 1) and conv.stride == (1, 1)
+        return not point or (training.divides(conv.in_channels) and training.divides(conv.out_channels))
+    depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.kernel_size[0] in _TAPS
+    return depthwise and training.divides(conv.in_channels)
+
+
+# ------------------------------------------------------------------------------------------------------- convolutions
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Of a convolution: dense, depthwise, or of single pixels."""
+
+    kernel: int
+    stride: int
+    depthwise: bool
+
+    @property
+    def pointwise(self) -> bool:
+        return self.kernel == self.stride == 1 and not self.depthwise
+
+    def outputs(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Memory for what comes out."""
+        sides = ((side - 1) // self.stride + 1 for side in x.shape[2:])
+        return _map(x, weight.shape[0], *sides)
+
+
+def _map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    return like.new_empty((like.shape[0], height, width, channels)).permute(0, 3, 1, 2)
+
+
+def _last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _rows(x: Tensor) -> int:
+    return x.shape[0] * x.shape[2] * x.shape[3]
+
+
+def _conv(x: Tensor, weight: Tensor, shape: _Shape) -> Tensor:
+    z = shape.outputs(x, weight)
+    if shape.pointwise:
+        training.linear_rows(x, weight.flatten(1), z, _rows(x))
+    else:
+        ordered = _ordered(weight, shape)
+        _run("muntin_depthwise" if shape.depthwise else "muntin_conv", _structure(x, ordered, z, shape, len(weight)))
+    return z
+
+
+def _ordered(weight: Tensor, shape: _Shape) -> Tensor:
+    """As the kernels read it: taps (k * k, C), or (N, k * k * K)."""
+    if shape.depthwise:
+        return weight.flatten(1).t().contiguous()
+    return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+
+
+def _structure(x: Tensor, weight: Tensor, y: Tensor | None, shape: _Shape, outputs: int) -> Any:
+    batch, inputs, height, width = x.shape
+    return _CONV(*map(pointer, (x, weight, y)), batch, height, width, inputs, outputs, shape.kernel, shape.stride)
+
+
+def _conv_backward(
+    x: Tensor, weight: Tensor, dz: Tensor, shape: _Shape, into_input: bool, into_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    dx = _map(x, *x.shape[1:]) if into_input else None
+    if shape.pointwise:
+        dweight = torch.empty_like(weight) if into_weight else None
+        training.linear_rows_backward(x, weight.flatten(1), dz, dx, dweight, _rows(x))
+        return dx, dweight
+    threads, ordered = torch.get_num_threads(), _ordered(weight, shape)
+    given = _structure(x, ordered, None, shape, len(weight))
+    if not shape.depthwise:
+        parts = ordered.new_zeros(threads, *ordered.shape) if into_weight else None
+        _run("muntin_conv_backward", given, _CONV_GRADIENT(*map(pointer, (dz, dx, parts))))
+        n, channels, k, _ = weight.shape
+        return dx, None if parts is None else parts.sum(0).view(n, k, k, channels).permute(0, 3, 1, 2).contiguous()
+    splits = max(1, min(len(x), -(-threads * 16 // len(weight))))
+    parts = ordered.new_zeros(splits, *ordered.shape) if into_weight else None
+    _run("muntin_depthwise_backward", given, _CONV_GRADIENT(*map(pointer, (dz, dx, parts))), splits)
+    return dx, None if parts is None else parts.sum(0).t().reshape(weight.shape)
+
+
+# --------------------------------------------------------------------------------------------------------- BatchNorms
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """What a BatchNorm does besides its weights: `running` (mean, variance, batches) is None where they stay."""
+
+    epsilon: float
+    momentum: float
+    running: tuple[Tensor, Tensor, Tensor] | None
+    act: int
+
+
+def _norm_of(norm: Any, act: int) -> _Norm:
+    running = None if recomputing.get() else (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    return _Norm(norm.eps, norm.momentum, running, act)
+
+
+def _moments(z: Tensor, norm: _Norm) -> Tensor:
+    """Mean and 1 / deviation of each channel: (2, C). Moves the running ones."""
+    found, rows = z.new_empty(3, z.shape[1]), _rows(z)
+    _run("muntin_moments", _batch(z, None, None, found, None, norm))
+    if norm.running is not None:
+        mean, variance, batches = norm.running
+        mean.lerp_(found[0], norm.momentum)
+        variance.lerp_(found[2] * (rows / (rows - 1)), norm.momentum)
+        batches.add_(1)
+    return found[:2]
+
+
+def _batch(
+    z: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Tensor, y: Tensor | None, norm: _Norm
+) -> Any:
+    rows = [moments[i] for i in range(len(moments))]
+    tensors = (z, weight, bias, *rows, *[None] * (3 - len(rows)), y)
+    return _BATCH(*map(pointer, tensors), _rows(z), norm.epsilon, z.shape[1], norm.act)
+
+
+def _normalise(z: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, norm: _Norm, y: Tensor) -> Tensor:
+    """act(norm(z)) into y, which may be z."""
+    _run("muntin_normalise", _batch(z, weight, bias, moments, y, norm))
+    return y
+
+
+def _normalise_backward(
+    dy: Tensor, z: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, norm: _Norm, dz: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of z into dz, which may be dy; those of weight and bias."""
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    gradient = _BATCH_GRADIENT(*map(pointer, (dy, dz, dweight, dbias)))
+    _run("muntin_normalise_backward", _batch(z, weight, bias, moments, None, norm), gradient)
+    return dweight, dbias
+
+
+_PLAIN = {0: lambda x: x, 1: F.relu, 2: F.hardswish}
+
+
+def _plain(x: Tensor, weight: Tensor, gain: Tensor, bias: Tensor, shape: _Shape, norm: _Norm) -> Tensor:
+    groups = x.shape[1] if shape.depthwise else 1
+    z = F.conv2d(x, weight, None, shape.stride, shape.kernel // 2, groups=groups)
+    return _PLAIN[norm.act](F.batch_norm(z, None, None, gain, bias, True, 0.0, norm.epsilon))
+
+
+# ------------------------------------------------------------------------------------------------------------- layers
+
+
+class _ConvNorm(torch.autograd.Function):
+    """act(norm(conv(x)))"""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, gain: Tensor, bias: Tensor, shape: _Shape, norm: _Norm
+    ) -> Tensor:
+        z = _conv(x, weight, shape)
+        moments = _moments(z, norm)
+        # depthwise, and of a few channels, it is made again in less time than memory takes to hold it
+        kept = z if shape.pointwise and weight.shape[0] <= 2 * weight.shape[1] else None
+        y = _normalise(z, gain, bias, moments, norm, z if kept is None else _map(z, *z.shape[1:]))
+        ctx.save_for_backward(x, weight, gain, bias, moments, kept)
+        ctx.given = shape, norm
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, gain, bias, moments, kept = ctx.saved_tensors
+        shape, norm = ctx.given
+        if torch.is_grad_enabled():
+            return again(_plain, (x, weight, gain, bias, shape, norm), grads[0])
+        z = _conv(x, weight, shape) if kept is None else kept
+        dy = _last(grads[0])
+        dz = z if kept is None else _map(z, *z.shape[1:])
+        dgain, dbias = _normalise_backward(dy, z, gain, bias, moments, norm, dz)
+        dx, dweight = _conv_backward(x, weight, dz, shape, *ctx.needs_input_grad[:2])
+        return dx, dweight, dgain, dbias, None, None
+
+
+class _Mlp(torch.autograd.Function):
+    """norm2(conv2(act(norm1(conv1(x))))), both convolutions of single pixels"""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight1: Tensor,
+        gain1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        gain2: Tensor,
+        bias2: Tensor,
+        norm1: _Norm,
+        norm2: _Norm,
+    ) -> Tensor:
+        hidden = _conv(x, weight1, _POINT)
+        moments1 = _moments(hidden, norm1)
+        inner = _normalise(hidden, gain1, bias1, moments1, norm1, _map(hidden, *hidden.shape[1:]))
+        z = _conv(inner, weight2, _POINT)
+        moments2 = _moments(z, norm2)
+        ctx.save_for_backward(x, weight1, gain1, bias1, moments1, hidden, weight2, gain2, bias2, moments2, z)
+        ctx.given = norm1, norm2
+        return _normalise(z, gain2, bias2, moments2, norm2, _map(z, *z.shape[1:]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight1, gain1, bias1, moments1, hidden, weight2, gain2, bias2, moments2, z = ctx.saved_tensors
+        norm1, norm2 = ctx.given
+        if torch.is_grad_enabled():
+            given = (x, weight1, gain1, bias1, weight2, gain2, bias2, norm1, norm2)
+            return again(_plain_mlp, given, grads[0])
+        wanted = ctx.needs_input_grad
+        dz = _map(z, *z.shape[1:])
+        dgain2, dbias2 = _normalise_backward(_last(grads[0]), z, gain2, bias2, moments2, norm2, dz)
+        inner = _normalise(hidden, gain1, bias1, moments1, norm1, _map(hidden, *hidden.shape[1:]))
+        d, dweight2 = _conv_backward(inner, weight2, dz, _POINT, True, wanted[4])
+        assert d is not None
+        del inner
+        dgain1, dbias1 = _normalise_backward(d, hidden, gain1, bias1, moments1, norm1, d)
+        dx, dweight1 = _conv_backward(x, weight1, d, _POINT, wanted[0], wanted[1])
+        return dx, dweight1, dgain1, dbias1, dweight2, dgain2, dbias2, None, None
+
+
+_POINT = _Shape(1, 1, False)
+
+
+def _plain_mlp(
+    x: Tensor,
+    weight1: Tensor,
+    gain1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    gain2: Tensor,
+    bias2: Tensor,
+    norm1: _Norm,
+    norm2: _Norm,
+) -> Tensor:
+    return _plain(_plain(x, weight1, gain1, bias1, _POINT, norm1), weight2, gain2, bias2, _POINT, norm2)
+
+
+def conv_norm(x: Tensor, layer: Any, act: nn.Module | None = None) -> Tensor:
+    """act(layer(x)) for a `ConvNorm`: (B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
+    conv, norm = layer.conv, layer.norm
+    shape = _Shape(conv.kernel_size[0], conv.stride[0], conv.groups > 1)
+    known = _norm_of(norm, 0 if act is None else ACTS[type(act)])
+    return _ConvNorm.apply(_last(x), conv.weight, norm.weight, norm.bias, shape, known)
+
+
+def mlp(x: Tensor, expand: Any, act: nn.Module, project: Any) -> Tensor:
+    """project(act(expand(x))) for two `ConvNorm`s of single pixels: (B, C, H, W) -> the same."""
+    parts = [
+        (layer.conv.weight, layer.norm.weight, layer.norm.bias) for layer in (expand, project)
+    ]
+    norms = _norm_of(expand.norm, ACTS[type(act)]), _norm_of(project.norm, 0)
+    return _Mlp.apply(_last(x), *parts[0], *parts[1], *norms)
