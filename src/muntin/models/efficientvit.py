@@ -128,7 +128,10 @@ class Stem(OpaqueStage, nn.Sequential):
         if program is not None:
             return program(input)
         # under export and compile: a convolution guards on sizes that it has hints of
-        return renew(in_turn(self, renew(input).contiguous(memory_format=torch.channels_last)))
+        x, first = renew(input), self[0]
+        if not (isinstance(first, ConvNorm) and first.trains(x)):  # which reads an image as it is
+            x = x.contiguous(memory_format=torch.channels_last)
+        return renew(in_turn(self, x))
 
     def whole(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return self(x)

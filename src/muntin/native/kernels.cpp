@@ -181,20 +181,6 @@ static void run_mix(const Layer& l, const float* x, const float* v, float* y, in
     }
 }
 
-// The patch of a map (C, H, W) whose top left corner is at (top, left), as (C, k, k)
-template <int K>
-static void patch_of_planes(const float* x, int height, int width, int channels, int k, int top, int left, float* to) {
-    const int side = K ? K : k;
-    const bool inside = top >= 0 && left >= 0 && top + side <= height && left + side <= width;
-    for (int c = 0; c < channels; ++c, x += (int64_t)height * width)
-        for (int i = 0; i < side; ++i)
-            for (int j = 0; j < side; ++j) {
-                const int row = top + i, column = left + j;
-                const bool real = inside || (row >= 0 && row < height && column >= 0 && column < width);
-                *to++ = real ? x[(int64_t)row * width + column] : 0.0f;
-            }
-}
-
 // A convolution of a k x k kernel: patches side by side, and their product with the weights (k * k * C, columns)
 static void run_conv(const Layer& l, const float* x, float* y, int batch, float* scratch) {
     const int out_height = (l.height - 1) / l.stride + 1, out_width = (l.width - 1) / l.stride + 1;

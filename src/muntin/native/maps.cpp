@@ -31,15 +31,25 @@ static inline void put(float* p, vec v, int n) {
 
 // ------------------------------------------------------------------------------------------------- dense convolutions
 
-// weight: (N, k * k * K), a pixel's channels side by side
+// weight: (N, k * k * K), a pixel's channels side by side; planes: x is (B, K, H, W), and weight (N, K * k * k)
 struct Conv {
     const float *x, *weight;
     float* y;
-    int32_t batch, height, width, inputs, outputs, kernel, stride;
+    int32_t batch, height, width, inputs, outputs, kernel, stride, planes;
     int depth() const { return kernel * kernel * inputs; }
     int out_height() const { return (height - 1) / stride + 1; }
     int out_width() const { return (width - 1) / stride + 1; }
 };
+
+// The patch of an output, whose top left corner is at (top, left) of an image
+static void patch(const Conv& l, const float* image, int top, int left, float* to) {
+    if (!l.planes)
+        patch_of_pixels(image, l.height, l.width, l.inputs, l.kernel, top, left, to);
+    else if (l.kernel == 3)
+        patch_of_planes<3>(image, l.height, l.width, l.inputs, 3, top, left, to);
+    else
+        patch_of_planes<0>(image, l.height, l.width, l.inputs, l.kernel, top, left, to);
+}
 
 // x (rows, columns) -> (columns, rows)
 static void turned(const float* x, int64_t ldx, int rows, int columns, float* y, int64_t ldy) {
@@ -92,8 +102,7 @@ extern "C" void muntin_conv(const Conv* l, int threads) {
             for (int start = 0; start < out_width; start += BLOCK) {
                 const int count = least(BLOCK, out_width - start);
                 for (int p = 0; p < count; ++p)
-                    patch_of_pixels(image, l->height, l->width, l->inputs, l->kernel, top,
-                                    (start + p) * l->stride - l->kernel / 2, patches + (int64_t)p * depth);
+                    patch(*l, image, top, (start + p) * l->stride - l->kernel / 2, patches + (int64_t)p * depth);
                 times_panels<false>(patches, depth, count, depth, panels, l->outputs,
                                     l->y + ((int64_t)task * out_width + start) * l->outputs, l->outputs);
             }
@@ -101,7 +110,7 @@ extern "C" void muntin_conv(const Conv* l, int threads) {
     }
 }
 
-// dx: null where it is not wanted. dweight: one for each thread (threads, N, k * k * K), zeros before; or null
+// dx: null where it is not wanted, as with planes. dweight: one for each thread (threads, N, k * k * K), zeros before; or null
 struct ConvGradient {
     const float* dy;
     float *dx, *dweight;
@@ -154,8 +163,7 @@ extern "C" void muntin_conv_backward(const Conv* l, const ConvGradient* g, int t
                     for (int p = 0; p < count; ++p) {
                         int top, left;
                         corner(p, top, left);
-                        patch_of_pixels(x, l->height, l->width, l->inputs, l->kernel, top, left,
-                                        patches + (int64_t)p * depth);
+                        patch(*l, x, top, left, patches + (int64_t)p * depth);
                     }
                     panels_of(patches, depth, count, depth, in_panels);
                     turned(from, outputs, count, outputs, sideways, ld);

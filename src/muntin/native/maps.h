@@ -63,6 +63,20 @@ static void depthwise_row(const float* x, int64_t pixel, int height, int width, 
 
 // ------------------------------------------------------------------------------------------------------- patches
 
+// The patch of a map (C, H, W) whose top left corner is at (top, left), as (C, k, k)
+template <int K>
+static void patch_of_planes(const float* x, int height, int width, int channels, int k, int top, int left, float* to) {
+    const int side = K ? K : k;
+    const bool inside = top >= 0 && left >= 0 && top + side <= height && left + side <= width;
+    for (int c = 0; c < channels; ++c, x += (int64_t)height * width)
+        for (int i = 0; i < side; ++i)
+            for (int j = 0; j < side; ++j) {
+                const int row = top + i, column = left + j;
+                const bool real = inside || (row >= 0 && row < height && column >= 0 && column < width);
+                *to++ = real ? x[(int64_t)row * width + column] : 0.0f;
+            }
+}
+
 // The patch of a map (H, W, C) whose top left corner is at (top, left), as (k, k, C)
 static void patch_of_pixels(const float* x, int height, int width, int channels, int k, int top, int left, float* to) {
     const int begin = left < 0 ? -left : 0, end = least(k, width - left);

@@ -24,7 +24,7 @@ ACTS: dict[type[nn.Module], int] = {nn.ReLU: 1, nn.Hardswish: 2}
 _TAPS = (1, 3, 5, 7)
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
-_CONV = structure("Conv", (_POINTER, "x weight y"), (_INT, "batch height width inputs outputs kernel stride"))
+_CONV = structure("Conv", (_POINTER, "x weight y"), (_INT, "batch height width inputs outputs kernel stride planes"))
 _CONV_GRADIENT = structure("ConvGradient", (_POINTER, "dy dx dweight"))
 _BATCH = structure(
     "Batch",
@@ -84,7 +84,8 @@ class _Shape:
 
     kernel: int
     stride: int
-    depthwise: bool
+    depthwise: bool = False
+    planes: bool = False  # the input is (B, C, H, W) in memory
 
     @property
     def pointwise(self) -> bool:
@@ -97,6 +98,7 @@ class _Shape:
 
 
 def _map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """Memory for a map."""
     return like.new_empty((like.shape[0], height, width, channels)).permute(0, 3, 1, 2)
 
 
@@ -122,12 +124,13 @@ def _ordered(weight: Tensor, shape: _Shape) -> Tensor:
     """As the kernels read it: taps (k * k, C), or (N, k * k * K)."""
     if shape.depthwise:
         return weight.flatten(1).t().contiguous()
-    return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+    return weight.flatten(1) if shape.planes else weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
 
 
 def _structure(x: Tensor, weight: Tensor, y: Tensor | None, shape: _Shape, outputs: int) -> Any:
     batch, inputs, height, width = x.shape
-    return _CONV(*map(pointer, (x, weight, y)), batch, height, width, inputs, outputs, shape.kernel, shape.stride)
+    sizes = batch, height, width, inputs, outputs, shape.kernel, shape.stride, shape.planes
+    return _CONV(*map(pointer, (x, weight, y)), *sizes)
 
 
 def _conv_backward(
@@ -144,7 +147,9 @@ def _conv_backward(
         parts = ordered.new_zeros(threads, *ordered.shape) if into_weight else None
         _run("muntin_conv_backward", given, _CONV_GRADIENT(*map(pointer, (dz, dx, parts))))
         n, channels, k, _ = weight.shape
-        return dx, None if parts is None else parts.sum(0).view(n, k, k, channels).permute(0, 3, 1, 2).contiguous()
+        if parts is None or shape.planes:
+            return dx, None if parts is None else parts.sum(0).view(weight.shape)
+        return dx, parts.sum(0).view(n, k, k, channels).permute(0, 3, 1, 2).contiguous()
     splits = max(1, min(len(x), -(-threads * 16 // len(weight))))
     parts = ordered.new_zeros(splits, *ordered.shape) if into_weight else None
     _run("muntin_depthwise_backward", given, _CONV_GRADIENT(*map(pointer, (dz, dx, parts))), splits)
@@ -291,7 +296,7 @@ class _Mlp(torch.autograd.Function):
         return dx, dweight1, dgain1, dbias1, dweight2, dgain2, dbias2, None, None
 
 
-_POINT = _Shape(1, 1, False)
+_POINT = _Shape(1, 1)
 
 
 def _plain_mlp(
@@ -311,9 +316,10 @@ def _plain_mlp(
 def conv_norm(x: Tensor, layer: Any, act: nn.Module | None = None) -> Tensor:
     """act(layer(x)) for a `ConvNorm`: (B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
     conv, norm = layer.conv, layer.norm
-    shape = _Shape(conv.kernel_size[0], conv.stride[0], conv.groups > 1)
+    planes = not x.requires_grad and conv.groups == 1 and conv.kernel_size[0] > 1 and x.is_contiguous()  # an image
+    shape = _Shape(conv.kernel_size[0], conv.stride[0], conv.groups > 1, planes)
     known = _norm_of(norm, 0 if act is None else ACTS[type(act)])
-    return _ConvNorm.apply(_last(x), conv.weight, norm.weight, norm.bias, shape, known)
+    return _ConvNorm.apply(x if planes else _last(x), conv.weight, norm.weight, norm.bias, shape, known)
 
 
 def mlp(x: Tensor, expand: Any, act: nn.Module, project: Any) -> Tensor:
