@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from muntin import kernels
 from muntin.layers.position import constants
 from muntin.layers.tokens import on_map
+from muntin.native import training
 
 DECAYS = ("softmax", "no_softmax", "none")
 KEPT = 1 << 23
@@ -134,17 +135,17 @@ class ManhattanAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        v = self.v(x)
+        v = training.applied(self.v, x)
         if self.decay != "no_softmax" and kernels.serve(x):
             mixed = self._mix_by_operator(self.qk(x), v, size)
         elif torch.compiler.is_compiling():
             mixed = self._mix_symbolic(*self._rotate_symbolic(x), v, size)
         else:
             mix = self._mix_axes if self.decomposed else self._mix_whole
-            mixed = mix(self._rotate(self.qk(x)), v, size)
+            mixed = mix(self._rotate(training.applied(self.qk, x)), v, size)
         if self.local is not None:
             mixed = mixed + on_map(self.local, v, size)
-        return self.proj(mixed)
+        return training.applied(self.proj, mixed)
 
     def _mix_by_operator(self, qk: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, N, 2C), neither turned nor scaled, and (B, N, C) -> (B, N, C)"""

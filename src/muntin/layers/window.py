@@ -156,7 +156,8 @@ class Move:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(rows, C) -> (rows', C)"""
-        if torch.is_grad_enabled() and x.requires_grad:
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by torch.func, which takes no Function
+        if torch.is_grad_enabled() and x.requires_grad and not transformed:
             return _Gather.apply(x, self.index, self.keep, self.back_index, self.back_keep)
         return _gather(x, self.index, self.keep)
 

@@ -26,6 +26,7 @@ from muntin.layers.tokens import after, on_map
 from muntin.layers.tracing import symbolic
 from muntin.layers.window import fresh
 from muntin.models.backbone import Backbone, call_block, select_outputs
+from muntin.native import training
 from muntin.native.program import Program, Unsuitable, Value, activation, convolutions
 
 SWITCHES = ("decomposed", "layer_scale", "patch_norm", "position_conv", "local_enhancement", "ffn_conv")
@@ -239,8 +240,8 @@ class FeedForward(Mlp):
         self.mix: nn.Module | None = ResidualConv(hidden) if conv else None
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
-        x = self.act(self.fc1(x))
-        return self.fc2(x if self.mix is None else self.mix(x, size))
+        x = self.act(training.applied(self.fc1, x))
+        return training.applied(self.fc2, x if self.mix is None else self.mix(x, size))
 
 
 class RmtBlock(nn.Module):

@@ -157,10 +157,12 @@ def _rows(x: Tensor) -> Tensor:
 
 def again(plain: Callable[..., Tensor], given: Sequence[Any], grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients that can be differentiated again, through PyTorch's own operators."""
-    wanted = [t for t in given if isinstance(t, Tensor) and t.requires_grad]
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        found = iter(torch.autograd.grad(plain(*given), wanted, grad, create_graph=True, allow_unused=True))
-    return tuple(next(found) if isinstance(t, Tensor) and t.requires_grad else None for t in given)
+        # one may have been made from another: each as a node of its own, where the way back ends
+        nodes = [t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in given]
+        wanted = [n for n in nodes if isinstance(n, Tensor) and n.requires_grad]
+        found = iter(torch.autograd.grad(plain(*nodes), wanted, grad, create_graph=True, allow_unused=True))
+    return tuple(next(found) if isinstance(n, Tensor) and n.requires_grad else None for n in nodes)
 
 
 def _like(parameter: Tensor | None, wanted: bool) -> Tensor | None:
@@ -191,25 +193,27 @@ class _Linear(torch.autograd.Function):
         y = x.new_empty(*x.shape[:-1], weight.shape[0])
         ctx.save_for_backward(x, weight, bias, norm_weight, norm_bias, residual, scale)
         ctx.epsilon = epsilon
-        _run("muntin_linear", _linear(ctx, residual, y), half=x.dtype == torch.bfloat16)
+        _run("muntin_linear", _linear(ctx, ctx.to_save, residual, y), half=x.dtype == torch.bfloat16)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, norm_weight, norm_bias, residual, scale = ctx.saved_tensors
+        x, weight, bias, norm_weight, norm_bias, residual, scale = saved = ctx.saved_tensors
         if torch.is_grad_enabled():
             given = (x, weight, bias, norm_weight, norm_bias, ctx.epsilon, residual, scale)
             return again(_plain_linear, given, grads[0])
         dy, wanted = grads[0].contiguous(), ctx.needs_input_grad
         dx = torch.empty_like(x) if wanted[0] else None
         parts = [_like(t, w) for t, w in zip((weight, bias, norm_weight, norm_bias), wanted[1:5], strict=True)]
+        if parts[0] is None and parts[1] is not None:  # the sums of dy are a part of the gradient of the weight
+            parts[0] = torch.empty_like(weight)
         gradient = _LINEAR_GRADIENT(*map(pointer, (dy, dx, *parts)))
-        _run("muntin_linear_backward", _linear(ctx, None, None), gradient, half=x.dtype == torch.bfloat16)
-        return dx, *parts, None, dy if wanted[6] else None, None
+        _run("muntin_linear_backward", _linear(ctx, saved, None, None), gradient, half=x.dtype == torch.bfloat16)
+        return dx, parts[0] if wanted[1] else None, *parts[1:], None, dy if wanted[6] else None, None
 
 
-def _linear(ctx: Any, residual: Tensor | None, y: Tensor | None) -> Any:
-    x, weight, bias, norm_weight, norm_bias, _, scale = ctx.saved_tensors if y is None else ctx.to_save
+def _linear(ctx: Any, saved: Sequence[Any], residual: Tensor | None, y: Tensor | None) -> Any:
+    x, weight, bias, norm_weight, norm_bias, _, scale = saved
     tensors = map(pointer, (x, residual, norm_weight, norm_bias, weight, bias, scale, y))
     return _LINEAR(*tensors, x.shape[:-1].numel(), x.shape[-2], ctx.epsilon, weight.shape[1], weight.shape[0])
 
@@ -258,6 +262,11 @@ def linear(
     return _Linear.apply(_rows(x), layer.weight, bias, *given, residual, _factors(drop_path, x))
 
 
+def applied(layer: Any, x: Tensor) -> Tensor:
+    """layer(x) for a linear layer, (B, N, C) -> (B, N, C'), by the kernels where they serve."""
+    return linear(x, layer) if x.ndim == 3 and serve(x) and fits(layer) else layer(x)
+
+
 def _factors(drop_path: DropPath | None, x: Tensor) -> Tensor | None:
     """What the branch of each image is multiplied by: (B,)."""
     if drop_path is None or not drop_path.training or drop_path.rate == 0.0:
@@ -303,9 +312,13 @@ class _Mlp(torch.autograd.Function):
         dx = torch.empty_like(x) if wanted[0] else None
         parameters = weight1, bias1, weight2, bias2, norm_weight, norm_bias
         parts = [_like(t, w) for t, w in zip(parameters, wanted[1:7], strict=True)]
+        for i in (0, 2):
+            if parts[i] is None and parts[i + 1] is not None:
+                parts[i] = torch.empty_like(parameters[i])
         gradient = _MLP_GRADIENT(*map(pointer, (dy, dx, *parts)), int(ctx.given[2]))
         _run("muntin_mlp_backward", _mlp(ctx, saved, None), gradient, half=x.dtype == torch.bfloat16)
-        return dx, *parts, None, None, None, None
+        kept = [part if w else None for part, w in zip(parts, wanted[1:7], strict=True)]
+        return dx, *kept, None, None, None, None
 
 
 def _mlp(ctx: Any, saved: Sequence[Tensor | None], y: Tensor | None) -> Any:
@@ -374,7 +387,7 @@ class _Window(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, bias, padding, factors, lined = ctx.saved_tensors
+        qkv, bias, padding, factors, lined = saved = ctx.saved_tensors
         if torch.is_grad_enabled():
             return again(_plain_window, (qkv, bias, padding, factors, ctx.grid, ctx.scale), grads[0])
         heads, area, _ = bias.shape
@@ -385,7 +398,7 @@ class _Window(torch.autograd.Function):
         dpadding = padding.new_zeros(splits, len(padding))
         dfactors = None if factors is None else factors.new_zeros(splits, heads)
         gradient = _WINDOW_GRADIENT(*map(pointer, (dy, dqkv, dbias, dpadding, dfactors)), splits)
-        _run("muntin_window_backward", _window(ctx, ctx.saved_tensors, None), gradient,
+        _run("muntin_window_backward", _window(ctx, saved, None), gradient,
              half=qkv.dtype == torch.bfloat16)  # fmt: skip
         dbias = None if dbias is None else dbias[..., :area].sum(0)
         return dqkv, dbias, dpadding.sum(0), None if dfactors is None else dfactors.sum(0), None, None
