@@ -118,10 +118,11 @@ class ConvMlp(nn.Sequential):
         super().__init__(OrderedDict(expand=expand, act=MAP_ACTIVATIONS[act](), project=project))
 
     def forward(self, input: Tensor) -> Tensor:
-        expand, act, project = self
-        layers = isinstance(expand, ConvNorm) and isinstance(project, ConvNorm)  # folded, they are convolutions
-        if layers and maps.activates(act) and expand.trains(input) and project.trains(input):
-            return maps.mlp(input, expand, act, project)
+        layers = list(self)
+        if len(layers) == 3 and isinstance(layers[0], ConvNorm) and isinstance(layers[2], ConvNorm):  # not folded
+            expand, act, project = layers
+            if maps.activates(act) and expand.trains(input) and project.trains(input):
+                return maps.mlp(input, expand, act, project)
         return super().forward(input)
 
 

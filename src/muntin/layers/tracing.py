@@ -19,3 +19,8 @@ def flat_rows(x: Tensor) -> Tensor:
 def in_graph() -> bool:
     """Whether biases are computed by differentiable, traceable operators and not kept: in training and under export."""
     return torch.is_grad_enabled() or torch.compiler.is_exporting()
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation runs the model, which take no autograd function of our own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0

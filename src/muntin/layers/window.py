@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from muntin.layers.position import constants, relative_index, separation_mask
-from muntin.layers.tracing import symbolic
+from muntin.layers.tracing import symbolic, transformed
 
 
 def fresh(size: int) -> int:
@@ -156,8 +156,7 @@ class Move:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(rows, C) -> (rows', C)"""
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by torch.func, which takes no Function
-        if torch.is_grad_enabled() and x.requires_grad and not transformed:
+        if torch.is_grad_enabled() and x.requires_grad and not transformed():
             return _Gather.apply(x, self.index, self.keep, self.back_index, self.back_keep)
         return _gather(x, self.index, self.keep)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from muntin.layers.drop import DropPath
+from muntin.layers.tracing import transformed
 from muntin.layers.window import Grid, kind_masks, window_masks, window_tokens
 from muntin.native.build import TRAINING, library
 
@@ -79,7 +80,7 @@ def serve(x: Tensor) -> bool:
         return False
     if torch.jit.is_tracing() or is_in_torch_dispatch_mode() or type(x) not in (Tensor, nn.Parameter):
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+    if transformed():
         return False
     return bool(_lanes()) and _kept_in(x) is not None
 
