@@ -5,7 +5,7 @@
     python benchmarks/training.py --tables                  # the table again from stored results
 
 A step is forward, cross-entropy, backward and AdamW (fused), from the same weights at 224 pixels (SwinV2 256), under
-autocast in bfloat16. All contestants run in turns, in shuffled rounds; before that, the gradients of their first
+autocast in bfloat16, without stochastic depth. All contestants run in turns, in shuffled rounds; before that, the gradients of their first
 convolutions are compared, in float32. Memory is what a step takes at most above what a process with model and optimiser held before it, each
 in a process of its own. Results: benchmarks/results/training.json and .md.
 """
@@ -45,6 +45,15 @@ BOUND = 2e-2  # between gradients of the first convolution, in parts of the norm
 OUT = RESULTS / "training.json"
 
 
+def certain(model: nn.Module) -> nn.Module:
+    """In training, without the stochastic depth and dropout that some libraries' models come with."""
+    for module in model.modules():
+        for rate in ("drop_prob", "p"):  # timm's and transformers' paths; torchvision's, and dropout
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
+    return model.train()
+
+
 def stepping(model: nn.Module, images: Tensor, labels: Tensor, half: bool) -> Callable[[], Tensor]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
@@ -80,7 +89,7 @@ def contest(name: str, precision: str, rounds: int, progress: Any) -> dict[str, 
     family, _, labels = MODELS[name]
     peers, half = FAMILIES[family](name, 0), precision == "bf16"
     images, classes = given(name)
-    models = {label: copy.deepcopy(peers[label]).train() for label in ("muntin", *labels)}
+    models = {label: certain(copy.deepcopy(peers[label])) for label in ("muntin", *labels)}
     del peers
     wanted = stem_gradient(copy.deepcopy(models["muntin"]), images, classes)
     apart = {}
@@ -107,7 +116,7 @@ def contest(name: str, precision: str, rounds: int, progress: Any) -> dict[str, 
 def peak(name: str, label: str, precision: str) -> float:
     """MB that a step takes above what was held before it, in this process."""
     family, _, _ = MODELS[name]
-    model = FAMILIES[family](name, 0)[label].train()
+    model = certain(FAMILIES[family](name, 0)[label])
     step = stepping(model, *given(name), precision == "bf16")
     for _ in range(2):
         step()
