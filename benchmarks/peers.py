@@ -6,8 +6,9 @@
 Outputs are compared before anything is timed; then all take turns (muntin.measure.bench). Peers run as their own
 docs recommend: fused attention where they have it, BatchNorms folded, channels-last memory for convolutional models.
 In PyTorch, in float32 and with weights and images in bfloat16, and exported to ONNX Runtime and OpenVINO: ours as it
-is exported by default, for any batch and size, and for a fixed one; peers for a fixed one. With --compile also
-compiled, which takes minutes for each model.
+is exported by default, for any batch and size, and for a fixed one; peers for a fixed one. "deployed" has everybody in
+every runtime at once, for a fixed size, and ours as an optimised copy too: the best of ours beside the best of theirs.
+With --compile also compiled, which takes minutes for each model.
 
 Results: benchmarks/results/MACHINE.json, peers.md, peers_FAMILY.md, docs/peers.png. What is not measured stays there.
 """
@@ -47,7 +48,8 @@ RUNTIMES = {  # engine: suffix, precision, title
     "openvino-bf16": (".xml", "bfloat16", "OpenVINO, bf16"),
 }
 IN_PYTORCH = {"pytorch": "PyTorch", "bf16": "PyTorch, bf16", "compile": "compiled"}
-ENGINES = (*IN_PYTORCH, *RUNTIMES)
+BEST = {"deployed": ("onnx", "openvino"), "deployed-bf16": ("openvino-bf16",)}  # the runtimes of a contest of all
+ENGINES = (*IN_PYTORCH, *RUNTIMES, *BEST)
 HALF_BOUND = 0.15  # of bfloat16, in standard deviations, as in muntin bench
 EXPORTED = {  # the peers that are taken into runtimes, without what only PyTorch has (fused attention, memory formats)
     "swin": ("timm", "torchvision", "transformers (SDPA)"),
@@ -88,6 +90,31 @@ def deployed(peers: Targets, family: str, engine: str, batch: int, folder: Path)
     return found
 
 
+class InHalf(nn.Module):
+    """A model in bfloat16 that takes and gives float32, as files do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images.bfloat16()).float()
+
+
+def everywhere(peers: Targets, family: str, engine: str, batch: int, folder: Path) -> Targets:
+    """All in each runtime of a contest, for a fixed size, and our optimised copy."""
+    half = engine.endswith("bf16")
+    copies = halved(peers) if half else peers
+    optimised = dict(copies)["muntin.optimize"]
+    found: Targets = [("muntin.optimize", InHalf(optimised) if half else optimised)]
+    for runtime in BEST[engine]:
+        for label, module in deployed(peers, family, runtime, batch, folder):
+            if label != "muntin":
+                found.append((f"{label.removesuffix(', fixed')}, {RUNTIMES[runtime][2]}", module))
+    return found
+
+
 def compiled(peers: Targets, family: str) -> Targets:
     """Ours by muntin.compile, the peers by torch.compile."""
     chosen = [(label, Compiled(model)) for label, model in peers if label in COMPILED[family]]
@@ -119,6 +146,8 @@ def contests(family: str, name: str, args: argparse.Namespace, folder: Path) -> 
                 continue
             if engine in IN_PYTORCH:
                 targets = compiled(peers, family) if engine == "compile" else halved(peers)
+            elif engine in BEST:
+                targets = everywhere(peers, family, engine, batch, folder)
             else:
                 targets = deployed(peers, family, engine, batch, folder)
             given = images.bfloat16() if engine == "bf16" else images
@@ -157,6 +186,10 @@ def best_peer(rows: Sequence[Row]) -> Row:
     return min((row for row in rows if not row.target.startswith("muntin")), key=lambda row: row.median_ms)
 
 
+def best_of_ours(rows: Sequence[Row]) -> Row:
+    return min((row for row in rows if row.target.startswith("muntin")), key=lambda row: row.median_ms)
+
+
 def compared(rows: Sequence[Row]) -> list[tuple[str, tuple[float, float, float]]]:
     """Each of ours against the best peer."""
     best = best_peer(rows)
@@ -175,6 +208,9 @@ def markdown(family: str, results: dict[str, Any]) -> str:
         exported = {(n, e): r for e in RUNTIMES for n, r in _rows(results, e, batch).items()}
         if exported:
             lines += [*_runtimes(exported, family, batch), ""]
+        contests = {(n, e): r for e in BEST for n, r in _rows(results, e, batch).items()}
+        if contests:
+            lines += [*_best(contests, family, batch), ""]
     stored = [entry for models in results.values() for by in models.values() for entry in by.values()]
     off = max((e for s in stored for label, e in s["errors"].items() if s["report"]["protocol"]["dtype"] == "float32"
                and "bf16" not in s["engine"]), default=0.0)  # fmt: skip
@@ -229,6 +265,21 @@ def _runtimes(rows: dict[tuple[str, str], list[Row]], family: str, batch: int) -
     return lines
 
 
+def _best(rows: dict[tuple[str, str], list[Row]], family: str, batch: int) -> list[str]:
+    lines = [
+        f"All runtimes in one contest, batch {batch}, {SIZES.get(family, SIZE)} pixels, ms (median ± 95%)",
+        "",
+        "| model | precision | the best of ours | ms | the best of theirs | ms | over it |",
+        "| --- | --- | --- | ---: | --- | ---: | ---: |",
+    ]
+    for (name, engine), found in sorted(rows.items(), key=lambda item: list(rows).index(item[0])):
+        ours, best = best_of_ours(found), best_peer(found)
+        cells = [name, "bfloat16" if engine.endswith("bf16") else "float32", ours.target, milliseconds(ours)]
+        cells += [best.target, milliseconds(best), told(ratio(ours, best))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 SUMMARY = {  # of README.md: engine, ours, head
     "PyTorch": ("pytorch", "muntin"),
     "PyTorch, muntin.optimize": ("pytorch", "muntin.optimize"),
@@ -237,6 +288,8 @@ SUMMARY = {  # of README.md: engine, ours, head
     "ONNX Runtime": ("onnx", "muntin, fixed"),
     "OpenVINO": ("openvino", "muntin, fixed"),
     "OpenVINO, bf16": ("openvino-bf16", "muntin, fixed"),
+    "best of all runtimes": ("deployed", ""),
+    "in bf16": ("deployed-bf16", ""),
 }
 
 
@@ -249,8 +302,10 @@ def summary(families: dict[str, Any]) -> str:
                 cells = []
                 for engine, ours in SUMMARY.values():
                     entry = engines.get(engine, {}).get(str(batch))
-                    ratios = dict(compared(read(entry["report"]).rows)) if entry else {}
-                    cells.append(told(ratios[ours]) if ours in ratios else "-")
+                    rows = read(entry["report"]).rows if entry else []
+                    ratios = dict(compared(rows)) if entry else {}
+                    label = ours or (best_of_ours(rows).target if rows else "")
+                    cells.append(told(ratios[label]) if label in ratios else "-")
                 lines.append(f"| `{name}` | {batch} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -268,6 +323,8 @@ def write(out: Path, results: dict[str, Any], plot: Path) -> None:
         atomic_write(out.parent / f"peers_{family}.md", markdown(family, models).encode())
         for name, engines in models.items():
             for engine, by_batch in engines.items():
+                if engine in BEST:
+                    continue
                 title = RUNTIMES[engine][2] if engine in RUNTIMES else IN_PYTORCH[engine]
                 for batch, entry in by_batch.items():
                     found = [
@@ -283,7 +340,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=every, default=every, metavar="NAME", help=", ".join(every))
     parser.add_argument(
-        "--engines", nargs="+", choices=ENGINES, default=["pytorch", "bf16", *RUNTIMES], metavar="ENGINE"
+        "--engines", nargs="+", choices=ENGINES, default=["pytorch", "bf16", *RUNTIMES, *BEST], metavar="ENGINE"
     )
     parser.add_argument("--compile", action="store_true", help="also compiled")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
