@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "src/muntin/models/table.json"
 RESULTS = ROOT / "benchmarks/results"
 MEASURED = (
-    *("digits", "parity", "exports", "profiles", "claims", "rmt_memory"),
+    *("digits", "parity", "exports", "profiles", "claims", "rmt_memory", "training", "growth"),
     *("peers", "peers_swin", "peers_swinv2", "peers_efficientvit", "peers_rmt"),
 )
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

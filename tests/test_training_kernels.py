@@ -417,6 +417,13 @@ def test_every_layer_that_has_a_hook_is_called(name: str, randomise: Any) -> Non
     assert not [n for n in missed if not (name == "swinv2" and n.endswith("qkv"))]  # whose weight is used with a bias
 
 
+def test_hooks_of_all_modules_are_called(randomise: Any) -> None:
+    model, seen = model_of("swin", randomise), []
+    with nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m))):
+        learn(model, numbers(2, 3, 64, 64))
+    assert {nn.Linear, nn.LayerNorm, nn.GELU} <= set(seen)
+
+
 def test_other_peoples_layers_are_called(randomise: Any) -> None:
     class Adapted(nn.Linear):
         called = 0

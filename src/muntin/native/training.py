@@ -80,7 +80,7 @@ def serve(x: Tensor) -> bool:
         return False
     if torch.jit.is_tracing() or is_in_torch_dispatch_mode() or type(x) not in (Tensor, nn.Parameter):
         return False
-    if transformed():
+    if transformed() or nn.modules.module._has_any_global_hook():
         return False
     return bool(_lanes()) and _kept_in(x) is not None
 
