@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import contestants
@@ -174,10 +175,11 @@ def main() -> int:
         for name, precision in contests:
             progress.set_description(f"{name} {precision}")
             row = contest(name, precision, args.rounds, progress)
-            row["memory_mb"] = {}
-            for label in ("muntin", *MODELS[name][2]):
-                row["memory_mb"][label] = peak_apart(name, label, precision)
-                progress.update()
+            labels = "muntin", *MODELS[name][2]
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # nothing is timed here
+                found = pool.map(lambda label, n=name, p=precision: peak_apart(n, label, p), labels)
+                row["memory_mb"] = dict(zip(labels, found, strict=True))
+            progress.update(len(labels))
             results |= {"machine": machine(torch.device("cpu")), "versions": versions(), "commit": commit()}
             results["threads"] = torch.get_num_threads()
             results["models"].setdefault(name, {})[precision] = row
