@@ -57,6 +57,8 @@ bench: .venv/ready  ## what benchmarks/results holds: parity, peers, profiles, c
 	@$(BIN)/python benchmarks/parity.py
 	@$(BIN)/python benchmarks/peers.py
 	@$(BIN)/python benchmarks/profiles.py
+	@$(BIN)/python benchmarks/training.py
+	@$(BIN)/python benchmarks/growth.py
 	@$(BIN)/python benchmarks/claims.py
 	@$(BIN)/python benchmarks/exports.py
 	@$(BIN)/python benchmarks/rmt_memory.py

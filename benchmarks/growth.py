@@ -79,14 +79,15 @@ def markdown(content: dict[str, Any]) -> str:
 
     rows = read(content).rows
     lines = [
-        "| model | time ~ pixels to the | memory ~ pixels to the | linear | ms at 224 | at 1024 | MB at 224 | at 1024 |",
+        "| model | time ~ pixels^ | memory ~ pixels^ | linear | ms at 224 | at 1024 | MB at 224 | at 1024 |",
         "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
     for entry in content["scaling"]:
         its = sorted((row for row in rows if row.target == entry["target"]), key=lambda row: row.height)
         linear = max(entry["time_exponent"], entry["memory_exponent"]) <= LINEAR
         cells = [told(entry, "time"), told(entry, "memory"), "yes" if linear else "no"]
-        cells += [f"{its[i].median_ms:.3g}" for i in (0, -1)] + [f"{its[i].memory_mb:.0f}" for i in (0, -1)]
+        cells += [f"{its[i].median_ms:.3g}" for i in (0, -1)]
+        cells += [f"{its[i].memory_mb:.0f}" for i in (0, -1)]
         lines.append(f"| {entry['target']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

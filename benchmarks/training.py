@@ -5,9 +5,10 @@
     python benchmarks/training.py --tables                  # the table again from stored results
 
 A step is forward, cross-entropy, backward and AdamW (fused), from the same weights at 224 pixels (SwinV2 256), under
-autocast in bfloat16, without stochastic depth. All contestants run in turns, in shuffled rounds; before that, the gradients of their first
-convolutions are compared, in float32. Memory is what a step takes at most above what a process with model and optimiser held before it, each
-in a process of its own. Results: benchmarks/results/training.json and .md.
+autocast in bfloat16, without stochastic depth. All contestants run in turns, in shuffled rounds; before that, the
+gradients of their first convolutions are compared, in float32. Memory is what a step takes at most above what a
+process with model and optimiser held before it, each in a process of its own. Results:
+benchmarks/results/training.json and .md.
 """
 
 import argparse
@@ -163,7 +164,9 @@ def main() -> int:
     parser.add_argument("--precision", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tables", action="store_true", help="only write the table from stored results")
-    parser.add_argument("--peak", nargs=3, metavar=("NAME", "PEER", "PRECISION"), help="print one peak of memory, in MB")
+    parser.add_argument(
+        "--peak", nargs=3, metavar=("NAME", "PEER", "PRECISION"), help="print one peak of memory, in MB"
+    )
     args = parser.parse_args()
     if args.peak:
         print(peak(*args.peak))

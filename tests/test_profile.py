@@ -92,7 +92,14 @@ def test_channels_that_onnx_runtime_pads_are_not_counted():
 # ------------------------------------------------------------------------------------------- known work, by engine
 
 HEAVY = 96
-TIMES = {"copy and reshape": 16, "activation": 8, "normalisation": 8, "window shifting": 8, "softmax": 4, "element-wise": 4}
+TIMES = {
+    "copy and reshape": 16,
+    "activation": 8,
+    "normalisation": 8,
+    "window shifting": 8,
+    "softmax": 4,
+    "element-wise": 4,
+}
 """How often a kind is done in one layer: what is cheap as often as leaves no doubt beside the stem's convolution."""
 
 

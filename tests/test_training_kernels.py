@@ -69,7 +69,9 @@ def numbers(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 @pytest.mark.parametrize("half", [False, HALVES], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("batch", "tokens", "inputs", "outputs"), [(1, 1, 32, 64), (3, 49, 96, 32), (2, 411, 64, 192)])
-def test_linear_layers(batch: int, tokens: int, inputs: int, outputs: int, threads: int, half: bool, settled: Any) -> None:
+def test_linear_layers(
+    batch: int, tokens: int, inputs: int, outputs: int, threads: int, half: bool, settled: Any
+) -> None:
     settled(threads)
     scale = torch.linspace(0.5, 2, batch)
     given = [
@@ -183,7 +185,7 @@ def by_windows(qkv: Tensor, bias: Tensor, padding: Tensor, factors: Tensor | Non
     return y[:, : grid.height, : grid.width].flatten(1, 2)
 
 
-# ------------------------------------------------------------------------------------------- convolutions and BatchNorms
+# ------------------------------------------------------------------------------------------ convolutions, BatchNorms
 
 CONVOLUTIONS = {  # channels, outputs, kernel, stride, groups
     "pixels": (32, 48, 1, 1, 1),
@@ -201,7 +203,9 @@ CONVOLUTIONS = {  # channels, outputs, kernel, stride, groups
 @pytest.mark.parametrize("act", [None, nn.ReLU(), nn.Hardswish()], ids=["none", "relu", "hardswish"])
 @pytest.mark.parametrize("size", [(2, 12, 12), (3, 7, 31)], ids=str)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolutions_with_batch_norm(name: str, size: tuple[int, int, int], act: nn.Module | None, randomise: Any) -> None:
+def test_convolutions_with_batch_norm(
+    name: str, size: tuple[int, int, int], act: nn.Module | None, randomise: Any
+) -> None:
     channels, outputs, kernel, stride, groups = CONVOLUTIONS[name]
     layer = randomise(ConvNorm(channels, outputs, kernel, stride, groups)).train()
     exact = copy.deepcopy(layer).double()
@@ -293,7 +297,9 @@ def learn(model: nn.Module, image: Tensor, seed: int = 0) -> dict[str, Tensor | 
 def distance(found: dict[str, Any], wanted: dict[str, Any]) -> float:
     """The largest difference of any tensor, in parts of its norm; what is next to nothing counts by the largest."""
     most = max(t.norm().item() for t in wanted.values())
-    parts = [(found[n].double() - t.double()).norm() / t.double().norm().clamp_min(1e-3 * most) for n, t in wanted.items()]
+    parts = [
+        (found[n].double() - t.double()).norm() / t.double().norm().clamp_min(1e-3 * most) for n, t in wanted.items()
+    ]
     return max(p.item() for p in parts)
 
 
@@ -409,7 +415,9 @@ def test_every_layer_that_has_a_hook_is_called(name: str, randomise: Any) -> Non
     def count(n: str) -> Callable[..., None]:
         return lambda *_: calls.__setitem__(n, calls.get(n, 0) + 1)
 
-    inner = {n: m for n, m in plain.named_modules() if not (list(m.children()) or isinstance(m, nn.Identity | nn.ModuleDict))}
+    inner = {
+        n: m for n, m in plain.named_modules() if not (list(m.children()) or isinstance(m, nn.Identity | nn.ModuleDict))
+    }
     for n, m in inner.items():
         m.register_forward_hook(count(n))
     assert distance(learn(plain, image), wanted) < 1e-2
@@ -462,7 +470,9 @@ def test_forward_derivatives(randomise: Any) -> None:
         assert torch.autograd.forward_ad.unpack_dual(out).tangent is not None
 
 
-def test_float64_and_half_precision_weights_train_without_kernels(randomise: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float64_and_half_precision_weights_train_without_kernels(
+    randomise: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, image = model_of("swin", randomise), numbers(2, 3, 64, 64)
     seen = used(monkeypatch)
     learn(copy.deepcopy(model).double(), image.double())
@@ -518,7 +528,9 @@ def test_every_width_of_vectors(width: int, randomise: Any, monkeypatch: pytest.
         model, image = model_of(name, randomise), image_for(name)
         wanted = learn(copy.deepcopy(model).double(), image.double())
         assert distance(learn(model, image), wanted) < 2e-3, name
-    assert {"muntin_linear_backward", "muntin_mlp_backward", "muntin_window_backward", "muntin_conv_backward"} <= set(seen)
+    assert {"muntin_linear_backward", "muntin_mlp_backward", "muntin_window_backward", "muntin_conv_backward"} <= set(
+        seen
+    )
 
 
 def test_without_a_compiler_the_layers_train_themselves(monkeypatch: pytest.MonkeyPatch, randomise: Any) -> None:

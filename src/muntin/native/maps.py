@@ -226,9 +226,7 @@ class _ConvNorm(torch.autograd.Function):
     """act(norm(conv(x)))"""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, gain: Tensor, bias: Tensor, shape: _Shape, norm: _Norm
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, gain: Tensor, bias: Tensor, shape: _Shape, norm: _Norm) -> Tensor:
         z = _conv(x, weight, shape)
         moments = _moments(z, norm)
         # depthwise, and of a few channels, it is made again in less time than memory takes to hold it
@@ -324,8 +322,6 @@ def conv_norm(x: Tensor, layer: Any, act: nn.Module | None = None) -> Tensor:
 
 def mlp(x: Tensor, expand: Any, act: nn.Module, project: Any) -> Tensor:
     """project(act(expand(x))) for two `ConvNorm`s of single pixels: (B, C, H, W) -> the same."""
-    parts = [
-        (layer.conv.weight, layer.norm.weight, layer.norm.bias) for layer in (expand, project)
-    ]
+    parts = [(layer.conv.weight, layer.norm.weight, layer.norm.bias) for layer in (expand, project)]
     norms = _norm_of(expand.norm, ACTS[type(act)]), _norm_of(project.norm, 0)
     return _Mlp.apply(_last(x), *parts[0], *parts[1], *norms)

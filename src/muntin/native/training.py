@@ -57,9 +57,7 @@ _WINDOW = structure(
     (_FLOAT, "scale"),
     (_INT, "batch height width heads dim window_height window_width shift_height shift_width"),
 )
-_WINDOW_GRADIENT = structure(
-    "WindowGradient", (_POINTER, "dy dqkv dbias dpadding dfactors"), (_INT, "splits")
-)
+_WINDOW_GRADIENT = structure("WindowGradient", (_POINTER, "dy dqkv dbias dpadding dfactors"), (_INT, "splits"))
 
 
 @lru_cache(maxsize=1)
@@ -122,7 +120,9 @@ def _fits(module: nn.Module) -> bool:
 
 
 def _plain(module: nn.Module) -> bool:
-    return all(type(p) is nn.Parameter and p.dtype == torch.float32 for p in module._parameters.values() if p is not None)
+    return all(
+        type(p) is nn.Parameter and p.dtype == torch.float32 for p in module._parameters.values() if p is not None
+    )
 
 
 def pointer(x: Tensor | None) -> int | None:
