@@ -120,9 +120,12 @@ def _fits(module: nn.Module) -> bool:
 
 
 def _plain(module: nn.Module) -> bool:
-    return all(
-        type(p) is nn.Parameter and p.dtype == torch.float32 for p in module._parameters.values() if p is not None
-    )
+    return all(map(plain_parameter, (p for p in module._parameters.values() if p is not None)))
+
+
+def plain_parameter(p: Any) -> bool:
+    """Whether the kernels read it as it lies there."""
+    return type(p) is nn.Parameter and p.dtype == torch.float32 and p.is_contiguous()
 
 
 def pointer(x: Tensor | None) -> int | None:
