@@ -226,6 +226,33 @@ def test_convolutions_with_batch_norm(
         assert off(p, q.double()) < 1e-5, n
 
 
+@pytest.mark.skipif(not training._halves(), reason="this CPU has no AVX512-BF16")
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_under_autocast(name: str, randomise: Any) -> None:
+    """As near to float64 as PyTorch's own are; single pixels of odd widths are PyTorch's."""
+    channels, outputs, kernel, stride, groups = CONVOLUTIONS[name]
+    layer = randomise(ConvNorm(channels, outputs, kernel, stride, groups)).train()
+    exact, plain = copy.deepcopy(layer).double(), copy.deepcopy(layer)
+    x = 1 + numbers(3, channels, 21, 30)
+    leaves = [x.clone().requires_grad_(channels > 3), x.double().requires_grad_(), x.clone().requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.trains(x) == (kernel > 1 or not (channels % 32 or outputs % 32))
+        found, other = layer(leaves[0]), plain.norm(plain.conv(leaves[2]))
+    wanted = exact.norm(exact.conv(leaves[1]))
+    assert found.dtype == torch.bfloat16
+    into = numbers(*wanted.shape)
+    found.backward(into.bfloat16())
+    wanted.backward(into.double())
+    other.backward(into.bfloat16())
+    triples = [
+        (p.grad, q.grad, r.grad) for p, q, r in zip(*(m.parameters() for m in (layer, exact, plain)), strict=True)
+    ]
+    triples += [tuple(t.grad for t in leaves)] if channels > 3 else []
+    for ours, true, theirs in [(found, wanted, other), *triples]:
+        far, its = ((t.double() - true).norm() / true.norm() for t in (ours, theirs))
+        assert far < 2 * its + 1e-2
+
+
 def test_an_image_is_read_as_it_is(randomise: Any) -> None:
     layer = randomise(ConvNorm(3, 16, 3, 2)).train()
     x = numbers(2, 3, 21, 30)
@@ -331,9 +358,9 @@ def test_models_have_the_gradients_of_float64(
 
 
 @pytest.mark.skipif(not training._halves(), reason="this CPU has no AVX512-BF16")
-@pytest.mark.parametrize("name", ["swin", "swinv2", "rmt"])
+@pytest.mark.parametrize("name", ["swin", "swinv2", "rmt", "efficientvit"])
 def test_models_under_autocast(name: str, randomise: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, image = model_of(name, randomise), numbers(2, 3, 61, 83)
+    model, image = model_of(name, randomise), image_for(name)
     wanted = learn(copy.deepcopy(model).double(), image.double())
     with torch.autocast("cpu", torch.bfloat16):
         kernels = distance(learn(copy.deepcopy(model), image), wanted)

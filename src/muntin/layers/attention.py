@@ -95,7 +95,7 @@ class WindowAttention(nn.Module):
 
     def trains(self) -> bool:
         """Whether the kernels for training on a CPU compute what is between the linear layers."""
-        return training.unhooked(self) and training.divides(self.proj.in_features // self.heads)
+        return training.unhooked(self) and not training.rest(self.proj.in_features // self.heads)
 
     def trained(self, x: Tensor, grid: Grid, norm: nn.Module | None = None) -> Tensor:
         """norm(x) (B, N, C) in raster order -> (B, N, C), what the projection takes, by these kernels."""

@@ -121,8 +121,8 @@ static void run_cascade(const Layer& l, const float* x, float* y, int batch, flo
             const Weights into{head.qkv, head.qkv_bias, value, wide, halves};
             linear(group, value, into, NONE, nullptr, qkv, wide, 0, area, 0, panels);
             for (int row = 0; row < wh; ++row)
-                depthwise_row(qkv, wide, wh, ww, l.key, head.kernel, 1, head.taps, head.tap_bias, NONE,
-                              nullptr, query + (int64_t)row * ww * l.key, l.key, ww, row);
+                depthwise_row<float>(qkv, wide, wh, ww, l.key, head.kernel, 1, head.taps, head.tap_bias, NONE,
+                                     nullptr, query + (int64_t)row * ww * l.key, l.key, ww, row);
             transpose(qkv + l.key, wide, area, l.key, keys);
             for (int r = 0; r < area; r += ROWS) {
                 const float* bias = l.bias + ((int64_t)h * area + r) * padded;
@@ -351,7 +351,7 @@ static void run_layer(const Layer& l, float* const* buffers, int batch, float* s
 #pragma omp for schedule(static)
         for (int task = 0; task < batch * out_height; ++task) {
             const int image = task / out_height, row = task % out_height;
-            depthwise_row(x + (int64_t)image * l.height * l.width * l.inputs, l.inputs, l.height, l.width, l.inputs, l.kernel,
+            depthwise_row<float>(x + (int64_t)image * l.height * l.width * l.inputs, l.inputs, l.height, l.width, l.inputs, l.kernel,
                           l.stride, (const float*)l.weight, l.bias, l.act,
                           l.other < 0 ? nullptr : buffers[l.other] + (int64_t)task * out_width * l.inputs,
                           y + (int64_t)task * out_width * l.inputs, l.inputs, out_width,

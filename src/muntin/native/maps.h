@@ -9,9 +9,9 @@ constexpr int TOGETHER = 4;  // columns of a depthwise convolution whose sums ar
 // ------------------------------------------------------------------------------------------- depthwise convolution
 
 // Some columns of a row, none of whose taps lies beside the map
-template <int COLUMNS>
-static void depthwise_columns(const float* x, int64_t pixel, int64_t line, int channels, int k, int stride, int first,
-                              int last, const float* taps, const float* bias, int act, const float* residual, float* y,
+template <int COLUMNS, typename S>
+static void depthwise_columns(const S* x, int64_t pixel, int64_t line, int channels, int k, int stride, int first,
+                              int last, const float* taps, const float* bias, int act, const S* residual, S* y,
                               int64_t out_pixel) {
     for (int c = 0; c < channels; c += LANES) {
         vec sums[COLUMNS];
@@ -30,8 +30,9 @@ static void depthwise_columns(const float* x, int64_t pixel, int64_t line, int c
 }
 
 // One row of act(convolution) + residual, `channels` a multiple of LANES: taps (k * k, channels), zeros around the map
-static void depthwise_row(const float* x, int64_t pixel, int height, int width, int channels, int k, int stride,
-                          const float* taps, const float* bias, int act, const float* residual, float* y,
+template <typename S>
+static void depthwise_row(const S* x, int64_t pixel, int height, int width, int channels, int k, int stride,
+                          const float* taps, const float* bias, int act, const S* residual, S* y,
                           int64_t out_pixel, int out_width, int row) {
     const int pad = k / 2, top = row * stride - pad;
     const int first = top < 0 ? -top : 0, last = least(k, height - top);
@@ -50,7 +51,7 @@ static void depthwise_row(const float* x, int64_t pixel, int height, int width, 
         for (int c = 0; c < channels; c += LANES) {
             vec sum = load(bias + c);
             for (int i = first; i < last; ++i) {
-                const float* line = x + ((int64_t)(top + i) * width + left) * pixel + c;
+                const S* line = x + ((int64_t)(top + i) * width + left) * pixel + c;
                 for (int j = begin; j < end; ++j)
                     sum += load(line + j * pixel) * load(taps + (int64_t)(i * k + j) * channels + c);
             }

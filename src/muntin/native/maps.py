@@ -1,7 +1,8 @@
 """Convolutions with BatchNorm in training on the CPU, with their gradients, see maps.cpp.
 
-Each keeps its input, statistics, and where that is cheaper than computing it again, what the convolution made. In
-float32, and not under autocast. A second derivative is taken through PyTorch's own operators.
+Each keeps its input, statistics, and where that is cheaper than computing it again, what the convolution made. They
+take float32, and bfloat16 under autocast where the machine multiplies it. A second derivative is taken through
+PyTorch's own operators.
 
 Legend: B images, maps (B, C, H, W) in channels-last memory, k the side of a kernel.
 """
@@ -41,16 +42,15 @@ def _available() -> bool:
     return library(MAPS) is not None
 
 
-def _run(name: str, *given: Any) -> None:
-    """Structures by reference, numbers as they are, then the number of threads."""
+def _run(name: str, *given: Any, half: bool) -> None:
+    """Structures by reference, numbers as they are, then what maps are kept in and the number of threads."""
     given = tuple(ctypes.byref(g) if isinstance(g, ctypes.Structure) else g for g in given)
-    getattr(library(MAPS), name)(*given, torch.get_num_threads())
+    getattr(library(MAPS), name)(*given, int(half), torch.get_num_threads())
 
 
 def serve(x: Tensor) -> bool:
     """Whether these layers train on this input, whatever they are."""
-    plain = x.dtype == torch.float32 and x.ndim == 4 and not torch.is_autocast_enabled("cpu")
-    return plain and training.serve(x) and _available()
+    return x.ndim == 4 and training.serve(x) and _available()
 
 
 def activates(module: nn.Module) -> bool:
@@ -70,9 +70,10 @@ def fits(layer: Any) -> bool:
         return False
     if conv.groups == 1:
         point = conv.kernel_size == (1, 1) and conv.stride == (1, 1)
-        return not point or (training.divides(conv.in_channels) and training.divides(conv.out_channels))
+        pairs = 2 if torch.is_autocast_enabled("cpu") else 1
+        return not point or not (training.rest(conv.in_channels, pairs) or training.rest(conv.out_channels, pairs))
     depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.kernel_size[0] in _TAPS
-    return depthwise and training.divides(conv.in_channels)
+    return depthwise and not training.rest(conv.in_channels)
 
 
 # ------------------------------------------------------------------------------------------------------- convolutions
@@ -85,7 +86,8 @@ class _Shape:
     kernel: int
     stride: int
     depthwise: bool = False
-    planes: bool = False  # the input is (B, C, H, W) in memory
+    planes: bool = False  # the input is (B, C, H, W) in memory, in float32
+    half: bool = False  # maps are kept in bfloat16
 
     @property
     def pointwise(self) -> bool:
@@ -94,12 +96,16 @@ class _Shape:
     def outputs(self, x: Tensor, weight: Tensor) -> Tensor:
         """Memory for what comes out."""
         sides = ((side - 1) // self.stride + 1 for side in x.shape[2:])
-        return _map(x, weight.shape[0], *sides)
+        return _map(x, weight.shape[0], *sides, dtype=torch.bfloat16 if self.half else torch.float32)
 
 
-def _map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+def _map(like: Tensor, channels: int, height: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for a map."""
-    return like.new_empty((like.shape[0], height, width, channels)).permute(0, 3, 1, 2)
+    return like.new_empty((like.shape[0], height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
+
+
+def _half(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
 
 
 def _last(x: Tensor) -> Tensor:
@@ -115,8 +121,9 @@ def _conv(x: Tensor, weight: Tensor, shape: _Shape) -> Tensor:
     if shape.pointwise:
         training.linear_rows(x, weight.flatten(1), z, _rows(x))
     else:
-        ordered = _ordered(weight, shape)
-        _run("muntin_depthwise" if shape.depthwise else "muntin_conv", _structure(x, ordered, z, shape, len(weight)))
+        ordered = _ordered(weight, shape)  # a name keeps it until the kernel has run
+        given = _structure(x, ordered, z, shape, len(weight))
+        _run("muntin_depthwise" if shape.depthwise else "muntin_conv", given, half=shape.half)
     return z
 
 
@@ -145,14 +152,14 @@ def _conv_backward(
     given = _structure(x, ordered, None, shape, len(weight))
     if not shape.depthwise:
         parts = ordered.new_zeros(threads, *ordered.shape) if into_weight else None
-        _run("muntin_conv_backward", given, _CONV_GRADIENT(*map(pointer, (dz, dx, parts))))
+        _run("muntin_conv_backward", given, _CONV_GRADIENT(*map(pointer, (dz, dx, parts))), half=shape.half)
         n, channels, k, _ = weight.shape
         if parts is None or shape.planes:
             return dx, None if parts is None else parts.sum(0).view(weight.shape)
         return dx, parts.sum(0).view(n, k, k, channels).permute(0, 3, 1, 2).contiguous()
     splits = max(1, min(len(x), -(-threads * 16 // len(weight))))
     parts = ordered.new_zeros(splits, *ordered.shape) if into_weight else None
-    _run("muntin_depthwise_backward", given, _CONV_GRADIENT(*map(pointer, (dz, dx, parts))), splits)
+    _run("muntin_depthwise_backward", given, _CONV_GRADIENT(*map(pointer, (dz, dx, parts))), splits, half=shape.half)
     return dx, None if parts is None else parts.sum(0).t().reshape(weight.shape)
 
 
@@ -176,8 +183,8 @@ def _norm_of(norm: Any, act: int) -> _Norm:
 
 def _moments(z: Tensor, norm: _Norm) -> Tensor:
     """Mean and 1 / deviation of each channel: (2, C). Moves the running ones."""
-    found, rows = z.new_empty(3, z.shape[1]), _rows(z)
-    _run("muntin_moments", _batch(z, None, None, found, None, norm))
+    found, rows = z.new_empty(3, z.shape[1], dtype=torch.float32), _rows(z)
+    _run("muntin_moments", _batch(z, None, None, found, None, norm), half=_half(z))
     if norm.running is not None:
         mean, variance, batches = norm.running
         mean.lerp_(found[0], norm.momentum)
@@ -196,7 +203,7 @@ def _batch(
 
 def _normalise(z: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, norm: _Norm, y: Tensor) -> Tensor:
     """act(norm(z)) into y, which may be z."""
-    _run("muntin_normalise", _batch(z, weight, bias, moments, y, norm))
+    _run("muntin_normalise", _batch(z, weight, bias, moments, y, norm), half=_half(z))
     return y
 
 
@@ -206,7 +213,7 @@ def _normalise_backward(
     """The gradient of z into dz, which may be dy; those of weight and bias."""
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     gradient = _BATCH_GRADIENT(*map(pointer, (dy, dz, dweight, dbias)))
-    _run("muntin_normalise_backward", _batch(z, weight, bias, moments, None, norm), gradient)
+    _run("muntin_normalise_backward", _batch(z, weight, bias, moments, None, norm), gradient, half=_half(z))
     return dweight, dbias
 
 
@@ -215,8 +222,9 @@ _PLAIN = {0: lambda x: x, 1: F.relu, 2: F.hardswish}
 
 def _plain(x: Tensor, weight: Tensor, gain: Tensor, bias: Tensor, shape: _Shape, norm: _Norm) -> Tensor:
     groups = x.shape[1] if shape.depthwise else 1
-    z = F.conv2d(x, weight, None, shape.stride, shape.kernel // 2, groups=groups)
-    return _PLAIN[norm.act](F.batch_norm(z, None, None, gain, bias, True, 0.0, norm.epsilon))
+    z = F.conv2d(x.float(), weight, None, shape.stride, shape.kernel // 2, groups=groups)
+    y = _PLAIN[norm.act](F.batch_norm(z, None, None, gain, bias, True, 0.0, norm.epsilon))
+    return y.bfloat16() if shape.half else y
 
 
 # ------------------------------------------------------------------------------------------------------------- layers
@@ -244,7 +252,7 @@ class _ConvNorm(torch.autograd.Function):
             return again(_plain, (x, weight, gain, bias, shape, norm), grads[0])
         z = _conv(x, weight, shape) if kept is None else kept
         dy = _last(grads[0])
-        dz = z if kept is None else _map(z, *z.shape[1:])
+        dz = z if kept is None else _map(z, *z.shape[1:])  # the last use of what was made again
         dgain, dbias = _normalise_backward(dy, z, gain, bias, moments, norm, dz)
         dx, dweight = _conv_backward(x, weight, dz, shape, *ctx.needs_input_grad[:2])
         return dx, dweight, dgain, dbias, None, None
@@ -266,10 +274,11 @@ class _Mlp(torch.autograd.Function):
         norm1: _Norm,
         norm2: _Norm,
     ) -> Tensor:
-        hidden = _conv(x, weight1, _POINT)
+        shape = _Shape(1, 1, half=_half(x))
+        hidden = _conv(x, weight1, shape)
         moments1 = _moments(hidden, norm1)
         inner = _normalise(hidden, gain1, bias1, moments1, norm1, _map(hidden, *hidden.shape[1:]))
-        z = _conv(inner, weight2, _POINT)
+        z = _conv(inner, weight2, shape)
         moments2 = _moments(z, norm2)
         ctx.save_for_backward(x, weight1, gain1, bias1, moments1, hidden, weight2, gain2, bias2, moments2, z)
         ctx.given = norm1, norm2
@@ -282,19 +291,16 @@ class _Mlp(torch.autograd.Function):
         if torch.is_grad_enabled():
             given = (x, weight1, gain1, bias1, weight2, gain2, bias2, norm1, norm2)
             return again(_plain_mlp, given, grads[0])
-        wanted = ctx.needs_input_grad
+        wanted, shape = ctx.needs_input_grad, _Shape(1, 1, half=_half(x))
         dz = _map(z, *z.shape[1:])
         dgain2, dbias2 = _normalise_backward(_last(grads[0]), z, gain2, bias2, moments2, norm2, dz)
         inner = _normalise(hidden, gain1, bias1, moments1, norm1, _map(hidden, *hidden.shape[1:]))
-        d, dweight2 = _conv_backward(inner, weight2, dz, _POINT, True, wanted[4])
+        d, dweight2 = _conv_backward(inner, weight2, dz, shape, True, wanted[4])
         assert d is not None
         del inner
         dgain1, dbias1 = _normalise_backward(d, hidden, gain1, bias1, moments1, norm1, d)
-        dx, dweight1 = _conv_backward(x, weight1, d, _POINT, wanted[0], wanted[1])
+        dx, dweight1 = _conv_backward(x, weight1, d, shape, wanted[0], wanted[1])
         return dx, dweight1, dgain1, dbias1, dweight2, dgain2, dbias2, None, None
-
-
-_POINT = _Shape(1, 1)
 
 
 def _plain_mlp(
@@ -308,20 +314,27 @@ def _plain_mlp(
     norm1: _Norm,
     norm2: _Norm,
 ) -> Tensor:
-    return _plain(_plain(x, weight1, gain1, bias1, _POINT, norm1), weight2, gain2, bias2, _POINT, norm2)
+    shape = _Shape(1, 1, half=_half(x))
+    return _plain(_plain(x, weight1, gain1, bias1, shape, norm1), weight2, gain2, bias2, shape, norm2)
+
+
+def _kept(x: Tensor) -> Tensor:
+    """A map as the kernels read it."""
+    return _last(x.bfloat16() if torch.is_autocast_enabled("cpu") else x)
 
 
 def conv_norm(x: Tensor, layer: Any, act: nn.Module | None = None) -> Tensor:
     """act(layer(x)) for a `ConvNorm`: (B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
     conv, norm = layer.conv, layer.norm
-    planes = not x.requires_grad and conv.groups == 1 and conv.kernel_size[0] > 1 and x.is_contiguous()  # an image
-    shape = _Shape(conv.kernel_size[0], conv.stride[0], conv.groups > 1, planes)
+    image = x.dtype == torch.float32 and not x.requires_grad and x.is_contiguous()
+    planes = image and conv.groups == 1 and conv.kernel_size[0] > 1
+    shape = _Shape(conv.kernel_size[0], conv.stride[0], conv.groups > 1, planes, torch.is_autocast_enabled("cpu"))
     known = _norm_of(norm, 0 if act is None else ACTS[type(act)])
-    return _ConvNorm.apply(x if planes else _last(x), conv.weight, norm.weight, norm.bias, shape, known)
+    return _ConvNorm.apply(x if planes else _kept(x), conv.weight, norm.weight, norm.bias, shape, known)
 
 
 def mlp(x: Tensor, expand: Any, act: nn.Module, project: Any) -> Tensor:
     """project(act(expand(x))) for two `ConvNorm`s of single pixels: (B, C, H, W) -> the same."""
     parts = [(layer.conv.weight, layer.norm.weight, layer.norm.bias) for layer in (expand, project)]
     norms = _norm_of(expand.norm, ACTS[type(act)]), _norm_of(project.norm, 0)
-    return _Mlp.apply(_last(x), *parts[0], *parts[1], *norms)
+    return _Mlp.apply(_kept(x), *parts[0], *parts[1], *norms)

@@ -264,3 +264,10 @@ static inline int64_t chunk_rows(int64_t rows, int threads) {
     const int64_t most = BLOCK * (int64_t)(threads < 4 ? 8 : 2 * threads);
     return rows < most ? rows : most;
 }
+
+// A function of S, for what the caller says that it has
+#if defined(__AVX512BF16__)
+#define EITHER(call, ...) half ? call<Half>(__VA_ARGS__) : call<float>(__VA_ARGS__)
+#else
+#define EITHER(call, ...) call<float>(__VA_ARGS__)
+#endif

@@ -625,12 +625,6 @@ static void window_backward(const Window& w, const WindowGradient& g, int thread
 
 // ------------------------------------------------------------------------------------------------------ entry points
 
-#if defined(__AVX512BF16__)
-#define EITHER(call, ...) half ? call<Half>(__VA_ARGS__) : call<float>(__VA_ARGS__)
-#else
-#define EITHER(call, ...) call<float>(__VA_ARGS__)
-#endif
-
 extern "C" int muntin_lanes() { return LANES; }
 extern "C" int muntin_half() {
 #if defined(__AVX512BF16__)

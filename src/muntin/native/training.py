@@ -103,9 +103,9 @@ def unhooked(*modules: nn.Module) -> bool:
     )
 
 
-def divides(width: int) -> bool:
-    """Whether vectors divide the channels of a head."""
-    return width % _lanes() == 0
+def rest(width: int, vectors: int = 1) -> int:
+    """What so many vectors leave of a width."""
+    return width % (_lanes() * vectors)
 
 
 def _fits(module: nn.Module) -> bool:
@@ -114,8 +114,8 @@ def _fits(module: nn.Module) -> bool:
     if isinstance(module, nn.GELU):
         return module.approximate == "none"
     if isinstance(module, nn.Linear):
-        step = _lanes() * (2 if torch.is_autocast_enabled("cpu") else 1)
-        return not (module.in_features % step or module.out_features % step) and _plain(module)
+        pairs = 2 if torch.is_autocast_enabled("cpu") else 1
+        return not (rest(module.in_features, pairs) or rest(module.out_features, pairs)) and _plain(module)
     return not isinstance(module, nn.LayerNorm) or (module.bias is not None and _plain(module))
 
 
@@ -137,10 +137,10 @@ def _run(name: str, *structures: Any, half: bool) -> None:
 
 
 def linear_rows(x: Tensor, weight: Tensor, y: Tensor, rows: int) -> None:
-    """y = x @ weight^T for rows of float32: (rows, K), (N, K) and (rows, N)."""
+    """y = x @ weight^T: (rows, K), (N, K) and (rows, N)."""
     sizes = rows, rows, 0.0, weight.shape[1], weight.shape[0]
     given = map(pointer, (x, None, None, None, weight, None, None, y))
-    _run("muntin_linear", _LINEAR(*given, *sizes), half=False)
+    _run("muntin_linear", _LINEAR(*given, *sizes), half=x.dtype == torch.bfloat16)
 
 
 def linear_rows_backward(
@@ -150,7 +150,7 @@ def linear_rows_backward(
     sizes = rows, rows, 0.0, weight.shape[1], weight.shape[0]
     given = map(pointer, (x, None, None, None, weight, None, None, None))
     gradient = _LINEAR_GRADIENT(*map(pointer, (dy, dx, dweight, None, None, None)))
-    _run("muntin_linear_backward", _LINEAR(*given, *sizes), gradient, half=False)
+    _run("muntin_linear_backward", _LINEAR(*given, *sizes), gradient, half=x.dtype == torch.bfloat16)
 
 
 def _rows(x: Tensor) -> Tensor:
