@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import RESULTS
+from peers import RESULTS, read
 from torch import nn
 from tqdm import tqdm
 
 import muntin
 from muntin.measure import bench, memory
 from muntin.measure.peers import timm_model
-from muntin.measure.results import read
 from muntin.measure.scaling import growth, plot, sizes
 from muntin.measure.statistics import rounded
 from muntin.run import atomic_write

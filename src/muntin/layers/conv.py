@@ -118,7 +118,7 @@ class ConvMlp(nn.Sequential):
         super().__init__(OrderedDict(expand=expand, act=MAP_ACTIVATIONS[act](), project=project))
 
     def forward(self, input: Tensor) -> Tensor:
-        layers = list(self)
+        layers: list[Any] = list(self)
         if len(layers) == 3 and isinstance(layers[0], ConvNorm) and isinstance(layers[2], ConvNorm):  # not folded
             expand, act, project = layers
             if maps.activates(act) and expand.trains(input) and project.trains(input):

@@ -351,11 +351,10 @@ static void run_layer(const Layer& l, float* const* buffers, int batch, float* s
 #pragma omp for schedule(static)
         for (int task = 0; task < batch * out_height; ++task) {
             const int image = task / out_height, row = task % out_height;
-            depthwise_row<float>(x + (int64_t)image * l.height * l.width * l.inputs, l.inputs, l.height, l.width, l.inputs, l.kernel,
-                          l.stride, (const float*)l.weight, l.bias, l.act,
-                          l.other < 0 ? nullptr : buffers[l.other] + (int64_t)task * out_width * l.inputs,
-                          y + (int64_t)task * out_width * l.inputs, l.inputs, out_width,
-                          row);
+            depthwise_row<float>(x + (int64_t)image * l.height * l.width * l.inputs, l.inputs, l.height, l.width,
+                                 l.inputs, l.kernel, l.stride, (const float*)l.weight, l.bias, l.act,
+                                 l.other < 0 ? nullptr : buffers[l.other] + (int64_t)task * out_width * l.inputs,
+                                 y + (int64_t)task * out_width * l.inputs, l.inputs, out_width, row);
         }
     } else if (l.kind == CASCADE) {
         run_cascade(l, x, y, batch, scratch);

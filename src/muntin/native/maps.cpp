@@ -1,7 +1,8 @@
 // Convolutions and BatchNorms for training on the CPU, forward and backward.
 //
-// Legend: S what maps are kept in, float or Half; weights, moments and sums are float. B images, a map (H, W, C) whose channels stand last in memory, rows = all its pixels, K channels in, N out,
-// k x k taps. Maps keep their size but for the stride, odd kernels, zeros around.
+// Legend: S what maps are kept in, float or Half; weights, moments and sums are float. B images, a map (H, W, C) whose
+// channels stand last in memory, rows = all its pixels, K channels in, N out, k x k taps. Maps keep their size but for
+// the stride, odd kernels, zeros around.
 
 #include "operands.h"
 
@@ -313,8 +314,8 @@ static void depthwise_backward(const Conv& l, const ConvGradient& g, int splits,
                 const S* dy = (const S*)g.dy + image * out_values;
                 S* dx = (S*)g.dx + (int64_t)task * l.width * channels;
                 if (l.stride == 1) {
-                    depthwise_row<S>(dy, channels, out_height, out_width, channels, k, 1, flipped, nothing, NONE, nullptr,
-                                     dx, channels, l.width, row);
+                    depthwise_row<S>(dy, channels, out_height, out_width, channels, k, 1, flipped, nothing, NONE,
+                                     nullptr, dx, channels, l.width, row);
                     continue;
                 }
                 for (int column = 0; column < l.width; ++column)
@@ -419,8 +420,8 @@ static void normalise(const Batch& l, int threads) {
     for (int64_t r = 0; r < l.rows; ++r)
         for (int c = 0; c < channels; c += LANES) {
             const int64_t at = r * channels + c;
-            put((S*)l.y + at, activated(some((const S*)l.z + at, channels - c) * load(scale + c) + load(shift + c), l.act),
-                channels - c);
+            const vec z = some((const S*)l.z + at, channels - c);
+            put((S*)l.y + at, activated(z * load(scale + c) + load(shift + c), l.act), channels - c);
         }
 }
 

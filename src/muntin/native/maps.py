@@ -95,8 +95,8 @@ class _Shape:
 
     def outputs(self, x: Tensor, weight: Tensor) -> Tensor:
         """Memory for what comes out."""
-        sides = ((side - 1) // self.stride + 1 for side in x.shape[2:])
-        return _map(x, weight.shape[0], *sides, dtype=torch.bfloat16 if self.half else torch.float32)
+        height, width = ((side - 1) // self.stride + 1 for side in x.shape[2:])
+        return _map(x, weight.shape[0], height, width, torch.bfloat16 if self.half else torch.float32)
 
 
 def _map(like: Tensor, channels: int, height: int, width: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 // Operands of products in the order in which tiles read them, and the gradients of weights, for training.
 //
-// Legend: K channels in, N channels out. S: what activations are kept in, float or Half; weights and their gradients are
-// float. With Half products are of bfloat16, summed in float.
+// Legend: K channels in, N channels out. S: what activations are kept in, float or Half; weights and their gradients
+// are float. With Half products are of bfloat16, summed in float.
 
 #pragma once
 
@@ -216,7 +216,7 @@ static void multiply_rows(const S* a, int64_t lda, int rows, int depth, const ty
     multiply((const P*)a, lda / Packs<S>::EACH, rows, depth / Packs<S>::EACH, panels, columns, finish);
 }
 
-// --------------------------------------------------------------------------------------------------- gradients of weights
+// ------------------------------------------------------------------------------------------------ gradients of weights
 
 // Rows of a chunk, as both operands of a weight's gradient: `turned` (N, rows), `panels` of (rows, K)
 template <typename P>

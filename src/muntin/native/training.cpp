@@ -1,6 +1,6 @@
 // Layers of a transformer's block for training on the CPU: forward, and backward with the gradients of inputs and
-// weights. What lies between the layers of one call stays in cache: a backward pass goes through a few hundred rows at a
-// time, and computes again what is cheap (norms, activations, attention weights) rather than keep it.
+// weights. What lies between the layers of one call stays in cache: a backward pass goes through a few hundred rows at
+// a time, and computes again what is cheap (norms, activations, attention weights) rather than keep it.
 //
 // Legend: rows = tokens of all images, K channels in, N channels out, H hidden channels, A tokens of a window, h heads,
 // D channels of a head. S: what activations are kept in, float or Half; weights, biases and their gradients are float.
@@ -65,8 +65,8 @@ static void normalise_backward(const S* x, const float* dn, int rows, int channe
     }
 }
 
-// The derivative of an activation at x, and its value. Of GELU by the density and the distribution function of the normal
-// distribution (Abramowitz and Stegun 7.1.26, to 1.5e-7).
+// The derivative of an activation at x, and its value. Of GELU by the density and the distribution function of the
+// normal distribution (Abramowitz and Stegun 7.1.26, to 1.5e-7).
 static inline vec slope_of(vec x, int act, vec& value) {
     if (act == GELU) {
         const vec bell = exponential(x * x * -0.5f), far = x < 0.0f ? -x : x;
@@ -377,10 +377,10 @@ static void mlp_backward(const Mlp& l, const MlpGradient& g, int threads) {
 
 // -------------------------------------------------------------------------------------------------- window attention
 
-// softmax(scale q k^T + bias) v in windows of a map in raster order that is shifted, qkv (tokens, 3C) side by side. bias:
-// (kinds, h, A, A up to a multiple of LANES), -inf beyond; kinds are 1, or 4 with a shift: 1 at the right end, 2 at the
-// bottom, 3 at both. padding (3C): q, k and v of a token beside the map. factors (h): of unit vectors q and k in place
-// of the scale, or null.
+// softmax(scale q k^T + bias) v in windows of a map in raster order that is shifted, qkv (tokens, 3C) side by side.
+// bias: (kinds, h, A, A up to a multiple of LANES), -inf beyond; kinds are 1, or 4 with a shift: 1 at the right end, 2
+// at the bottom, 3 at both. padding (3C): q, k and v of a token beside the map. factors (h): of unit vectors q and k in
+// place of the scale, or null.
 struct Window {
     const void* qkv;
     const float *bias, *padding, *factors;
@@ -500,8 +500,9 @@ struct Cut {
     static void product(const float* a, int64_t lda, int rows, int depth, const float* b, int64_t columns, float* to) {
         for (int c = 0; c < columns; c += PANEL)
             for (int r = 0; r < rows; r += ROWS)
-                block<TURNED>(least(ROWS, rows - r), TURNED ? a + r : a + r * lda, lda, depth, b + c, columns,
-                              Out{to + r * columns + c, columns, nullptr, nullptr, NONE, least(PANEL, (int)columns - c)});
+                block<TURNED>(
+                    least(ROWS, rows - r), TURNED ? a + r : a + r * lda, lda, depth, b + c, columns,
+                    Out{to + r * columns + c, columns, nullptr, nullptr, NONE, least(PANEL, (int)columns - c)});
     }
 };
 

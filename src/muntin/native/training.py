@@ -253,7 +253,7 @@ def _normed(x: Tensor, norm: nn.Module | None) -> tuple[Tensor, tuple[Any, Any, 
 
 def linear(
     x: Tensor,
-    layer: nn.Linear,
+    layer: Any,
     norm: nn.Module | None = None,
     residual: Tensor | None = None,
     drop_path: DropPath | None = None,
