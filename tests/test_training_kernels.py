@@ -573,3 +573,143 @@ def test_without_a_compiler_the_layers_train_themselves(monkeypatch: pytest.Monk
         monkeypatch.undo()
         for function in cached:
             function.cache_clear()
+
+
+# ------------------------------------------------------------------------------- what the kernels do not compute
+
+
+def changed(change: Callable[[Any], None]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        layer = ConvNorm(16, 16, 3).train()
+        change(layer)
+        return layer
+
+    return build
+
+
+def dilate(layer: Any) -> None:
+    layer.conv.dilation = layer.conv.padding = (2, 2)
+
+
+def transpose(layer: Any) -> None:
+    layer.conv = type(layer.conv)(16, 16, 1, bias=False)
+    layer.conv.weight = nn.Parameter(torch.randn(16, 16).t()[:, :, None, None])
+
+
+def lie_in_channels_last(layer: Any) -> None:
+    layer.to(memory_format=torch.channels_last)
+
+
+UNUSUAL: dict[str, Callable[[], nn.Module]] = {
+    "dilation": changed(dilate),
+    "circular padding": changed(lambda layer: setattr(layer.conv, "padding_mode", "circular")),
+    "an even kernel": lambda: ConvNorm(16, 16, 2).train(),
+    "an even kernel of stride 2": lambda: ConvNorm(16, 16, 4, 2).train(),
+    "a weight that is transposed": changed(transpose),
+    "weights in channels-last memory": changed(lie_in_channels_last),
+    "frozen statistics": changed(lambda layer: layer.norm.eval()),
+    "a cumulative average": changed(lambda layer: setattr(layer.norm, "momentum", None)),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_convolutions_are_computed_as_they_are(name: str) -> None:
+    layer, x = UNUSUAL[name](), numbers(2, 16, 12, 13)
+    plain, leaves = copy.deepcopy(layer), [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    found, wanted = layer(leaves[0]), plain.norm(nn.Conv2d.forward(plain.conv, leaves[1]))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    into = numbers(*wanted.shape)
+    found.backward(into)
+    wanted.backward(into)
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(layer.conv.weight.grad, plain.conv.weight.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_wrong_sizes_raise() -> None:
+    for layer, x in (
+        (ConvNorm(16, 32).train(), torch.randn(2, 8, 7, 7)),
+        (ConvNorm(16, 32, 3).train(), torch.randn(2, 24, 7, 7)),
+        (ConvMlp(32, 64, "relu", "batch").train(), torch.randn(2, 16, 7, 7)),
+    ):
+        with pytest.raises(RuntimeError):
+            layer(x)
+    for layer, x in ((nn.Linear(32, 48), torch.randn(2, 7, 64)), (nn.Linear(64, 48), torch.randn(2, 7, 32))):
+        with pytest.raises(RuntimeError):
+            training.applied(layer, x)
+    mlp = Mlp(32, 64)
+    mlp.fc2 = nn.Linear(128, 32)
+    with pytest.raises(RuntimeError):
+        training.mlp(torch.randn(2, 7, 32), mlp)
+
+
+def test_feed_forward_layers_without_biases() -> None:
+    layers, x = Mlp(32, 64), numbers(2, 9, 32)
+    layers.fc1, layers.fc2 = nn.Linear(32, 64, bias=False), nn.Linear(64, 32, bias=False)
+    torch.testing.assert_close(training.mlp(x, layers), x + layers(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["swin", "efficientvit"])
+def test_saved_tensors_may_be_moved(name: str, randomise: Any) -> None:
+    """torch.autograd.graph.save_on_cpu lays a map out anew."""
+    model, image = model_of(name, randomise), image_for(name)
+    wanted = learn(copy.deepcopy(model), image)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: torch.empty(t.size()).copy_(t) if t.is_floating_point() else t, lambda t: t
+    ):
+        found = learn(model, image)
+    assert distance(found, wanted) < 1e-4
+
+
+def test_blocks_of_another_class_and_patched_ones_run_themselves(randomise: Any) -> None:
+    calls: list[str] = []
+
+    class Mine(swin.SwinBlock):
+        def forward(self, *args: Any) -> Tensor:
+            calls.append("class")
+            return super().forward(*args)
+
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.inner, name)
+
+        def forward(self, *args: Any) -> Tensor:
+            calls.append("wrapper")
+            return self.inner(*args)
+
+    model, image = model_of("swin", randomise), numbers(2, 3, 64, 64)
+    wanted = learn(copy.deepcopy(model), image)
+    stages: Any = model.backbone.stages
+    stages[0].blocks[0].__class__ = Mine
+    stages[1].blocks[1] = Wrapper(stages[1].blocks[1])
+    found = learn(model, image)
+    assert calls == ["class", "wrapper"]
+    torch.testing.assert_close(found["output"], wanted["output"], rtol=1e-4, atol=1e-4)
+    fc1 = stages[0].blocks[1].mlp.fc1
+    fc1.forward = lambda x: calls.append("instance") or nn.Linear.forward(fc1, x)
+    learn(model, image)
+    assert calls[-2:] == ["instance", "wrapper"]
+
+
+def test_many_gradients_at_once(randomise: Any) -> None:
+    model, image = model_of("swin", randomise), numbers(1, 3, 40, 33).requires_grad_()
+    y = model(image)[0, :3]
+    (found,) = torch.autograd.grad(y, image, torch.eye(3), is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        (one,) = torch.autograd.grad(y[i], image, retain_graph=True)
+        torch.testing.assert_close(found[i], one, rtol=1e-3, atol=1e-4)
+
+
+def test_a_feed_forward_layer_without_activation() -> None:
+    layers, x = Mlp(32, 64), numbers(2, 9, 32).requires_grad_()
+    layers.act = nn.Identity()
+    (slope,) = torch.autograd.grad(training.mlp(x, layers).square().sum(), x, create_graph=True)
+    (wanted,) = torch.autograd.grad((x + layers(x)).square().sum(), x)
+    torch.testing.assert_close(slope, wanted, rtol=1e-4, atol=1e-4)

@@ -88,10 +88,15 @@ class ConvNorm(nn.Module):
 
     def trains(self, x: Tensor) -> bool:
         """Whether the kernels for training on a CPU compute the layer on this input."""
-        if not (self.training and type(self.conv) is Conv and type(self.norm) is MapBatchNorm and maps.serve(x)):
+        if not (self.training and maps.serve(x) and x.shape[1] == self.conv.in_channels):
             return False
         several = x.shape[0] * x.shape[2] * x.shape[3] > self.conv.stride[0] ** 2  # values of a channel
-        return several and maps.fits(self)
+        return several and self.plain()
+
+    def plain(self) -> bool:
+        """Whether these kernels know all of it."""
+        ours = type(self) is ConvNorm and type(self.conv) is Conv and type(self.norm) is MapBatchNorm
+        return ours and maps.fits(self)
 
     def folded(self) -> nn.Module:
         """One convolution that computes the same in evaluation mode; with LayerNorm the layer itself."""
@@ -121,7 +126,14 @@ class ConvMlp(nn.Sequential):
         layers: list[Any] = list(self)
         if len(layers) == 3 and isinstance(layers[0], ConvNorm) and isinstance(layers[2], ConvNorm):  # not folded
             expand, act, project = layers
-            if maps.activates(act) and expand.trains(input) and project.trains(input):
+            pixels = is_pointwise(expand.conv) and is_pointwise(project.conv)
+            if (
+                pixels
+                and expand.conv.out_channels == project.conv.in_channels
+                and maps.activates(act)
+                and expand.trains(input)
+                and project.plain()
+            ):
                 return maps.mlp(input, expand, act, project)
         return super().forward(input)
 

@@ -97,7 +97,7 @@ class PatchMerging(nn.Module):
 
     def trains(self) -> bool:
         """Whether the kernels for training on a CPU compute the reduction."""
-        return training.unhooked(self) and training.fits(self.reduction)
+        return type(self) is PatchMerging and training.unhooked(self) and training.fits(self.reduction)
 
     def trained(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """(1, B, N, C) in raster order of a map of this size -> (B, N / 4, 2C), by these kernels."""

@@ -189,7 +189,8 @@ class SwinBlock(nn.Module):
             layers += [self.attention.qkv, self.attention.proj]
             if type(self.attention) is not WindowAttention or not self.attention.trains():
                 return False
-        return type(self.mlp) is Mlp and training.unhooked(self, self.mlp) and training.fits(*layers)
+        exact = type(self) is SwinBlock and type(self.mlp) is Mlp
+        return exact and training.unhooked(self, self.mlp) and training.fits(*layers)
 
     def forward_trained(self, x: Tensor, grid: Grid) -> Tensor:
         """The same as `forward_raster`, by these kernels."""

@@ -319,8 +319,8 @@ class SwinV2Block(nn.Module):
     def trains(self) -> bool:
         """Whether the kernels for training on a CPU compute this block."""
         layers = self.mlp.fc1, self.mlp.act, self.mlp.fc2, self.attention.qkv, self.attention.proj
-        exact = type(self.mlp) is Mlp and type(self.attention) is CosineAttention and self.attention.trains()
-        return exact and training.unhooked(self, self.mlp) and training.fits(*layers)
+        exact = type(self) is SwinV2Block and type(self.mlp) is Mlp and type(self.attention) is CosineAttention
+        return exact and self.attention.trains() and training.unhooked(self, self.mlp) and training.fits(*layers)
 
     def forward_trained(self, x: Tensor, grid: Grid) -> Tensor:
         """The same as `forward_raster`, by these kernels."""
@@ -360,7 +360,7 @@ class PostNormMerging(nn.Module):
 
     def trains(self) -> bool:
         """Whether the kernels for training on a CPU compute the reduction."""
-        return training.unhooked(self) and training.fits(self.reduction)
+        return type(self) is PostNormMerging and training.unhooked(self) and training.fits(self.reduction)
 
     def trained(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """(1, B, N, C) in raster order of a map of this size -> (B, N / 4, 2C), by these kernels."""

@@ -2,7 +2,8 @@
 
 A block has `window`, `shifted`, `small_maps`, `order(source, size)`, `forward(x, source, size)` and
 `forward_raster(x, grid)`; a merging layer `forward(x, source, target, size)` and `forward_symbolic(x, H, W)`. Both add
-themselves to a program of compiled kernels (`add_to`).
+themselves to a program of compiled kernels (`add_to`), and may say that kernels train them on a CPU (`trains`), which
+is then done by `forward_trained(x, grid)` of a block and `trained(x, size)` of a merging layer.
 
 Legend: B batch, H W map, N = H * W tokens, C channels, A tokens of a window, n windows. Between blocks the tokens are
 a stream (n, B, A, C) in the order of the last block's windows; raster order, the single window that is the map,
@@ -62,8 +63,9 @@ class WindowStage(OpaqueStage):
         """Whether the kernels for training on a CPU compute the stage."""
         if not training.serve(x):
             return False
-        blocks: Any = self.blocks
-        return (self.merge is None or self.merge.trains()) and all(block.trains() for block in blocks)
+        # asked of the class: a wrapper may pass on what it is asked, and is to be called itself
+        parts = [*self.blocks] if self.merge is None else [self.merge, *self.blocks]
+        return all(hasattr(type(part), "trains") and part.trains() for part in parts)
 
     def _trained(self, x: Tensor, size: tuple[int, int], run: Callable[..., Tensor]) -> tuple[Tensor, tuple[int, int]]:
         """(1, B, N, C) in raster order -> (B, N', C'), and the sides of its map."""

@@ -254,12 +254,12 @@ static void depthwise(const Conv& l, int threads) {
                          (S*)l.y + (int64_t)task * out_width * channels, channels, out_width, task % out_height);
 }
 
-// The gradient of taps at LANES channels: K * K sums that stay in registers
+// The gradient of taps at LANES channels, of one image: K * K sums that stay in registers
 template <int K, typename S>
 static void gradient_of_taps(const Conv& l, const S* x, const S* dy, float* dweight) {
     const int pad = K / 2, channels = l.inputs, out_width = l.out_width(), out_height = l.out_height();
     vec sums[K][K];
-    for (int i = 0; i < K * K; ++i) sums[i / K][i % K] = load(dweight + (int64_t)i * channels);
+    for (int i = 0; i < K * K; ++i) sums[i / K][i % K] = vec{};
     for (int row = 0; row < out_height; ++row)
         for (int column = 0; column < out_width; ++column) {
             const vec d = load(dy + ((int64_t)row * out_width + column) * channels);
@@ -275,7 +275,8 @@ static void gradient_of_taps(const Conv& l, const S* x, const S* dy, float* dwei
                     if (top + i >= 0 && top + i < l.height && left + j >= 0 && left + j < l.width)
                         sums[i][j] += d * load(from + ((int64_t)i * l.width + j) * channels);
         }
-    for (int i = 0; i < K * K; ++i) store(dweight + (int64_t)i * channels, sums[i / K][i % K]);
+    for (int i = 0; i < K * K; ++i)
+        store(dweight + (int64_t)i * channels, load(dweight + (int64_t)i * channels) + sums[i / K][i % K]);
 }
 
 // dweight: (splits, k * k, C), zeros before; splits of the images add up apart
@@ -434,7 +435,7 @@ static inline vec passed(vec dy, vec x, int act) {
     return dy;
 }
 
-// dz may be dy itself
+// dz may be dy itself, or z
 struct BatchGradient {
     const void* dy;
     void* dz;

@@ -61,18 +61,23 @@ def activates(module: nn.Module) -> bool:
 def fits(layer: Any) -> bool:
     """Whether the kernels compute this `ConvNorm`, which is in training, and nothing waits for its parts."""
     conv, norm = layer.conv, layer.norm
-    if not isinstance(norm, nn.BatchNorm2d) or isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+    if not norm.training or norm.momentum is None or not norm.track_running_stats:
         return False
-    if norm.momentum is None or not norm.track_running_stats or not training.unhooked(layer, conv, norm):
+    if not training.unhooked(layer, conv, norm) or not (training.plain(norm.weight) and training.plain(norm.bias)):
         return False
-    parameters = conv.weight, norm.weight, norm.bias
-    if conv.bias is not None or not all(type(p) is nn.Parameter and p.dtype == torch.float32 for p in parameters):
+    weight, side = conv.weight, conv.kernel_size[0]
+    if conv.bias is not None or type(weight) is not nn.Parameter or weight.dtype != torch.float32 or weight.is_meta:
+        return False
+    square = conv.kernel_size == (side, side) and side % 2 and conv.stride[0] == conv.stride[1]
+    if not (square and conv.padding == (side // 2, side // 2) and conv.dilation == (1, 1)):
+        return False
+    if conv.padding_mode != "zeros":
         return False
     if conv.groups == 1:
-        point = conv.kernel_size == (1, 1) and conv.stride == (1, 1)
         pairs = 2 if torch.is_autocast_enabled("cpu") else 1
-        return not point or not (training.rest(conv.in_channels, pairs) or training.rest(conv.out_channels, pairs))
-    depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.kernel_size[0] in _TAPS
+        divided = not (training.rest(conv.in_channels, pairs) or training.rest(conv.out_channels, pairs))
+        return divided or side > 1 or conv.stride[0] > 1
+    depthwise = conv.groups == conv.in_channels == conv.out_channels and side in _TAPS
     return depthwise and not training.rest(conv.in_channels)
 
 
@@ -119,7 +124,7 @@ def _rows(x: Tensor) -> int:
 def _conv(x: Tensor, weight: Tensor, shape: _Shape) -> Tensor:
     z = shape.outputs(x, weight)
     if shape.pointwise:
-        training.linear_rows(x, weight.flatten(1), z, _rows(x))
+        training.linear_rows(x, weight.flatten(1).contiguous(), z, _rows(x))
     else:
         ordered = _ordered(weight, shape)  # a name keeps it until the kernel has run
         given = _structure(x, ordered, z, shape, len(weight))
@@ -131,7 +136,11 @@ def _ordered(weight: Tensor, shape: _Shape) -> Tensor:
     """As the kernels read it: taps (k * k, C), or (N, k * k * K)."""
     if shape.depthwise:
         return weight.flatten(1).t().contiguous()
-    return weight.flatten(1) if shape.planes else weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+    return (
+        weight.flatten(1).contiguous()
+        if shape.planes
+        else weight.permute(0, 2, 3, 1).reshape(len(weight), -1).contiguous()
+    )
 
 
 def _structure(x: Tensor, weight: Tensor, y: Tensor | None, shape: _Shape, outputs: int) -> Any:
@@ -145,8 +154,8 @@ def _conv_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     dx = _map(x, *x.shape[1:]) if into_input else None
     if shape.pointwise:
-        dweight = torch.empty_like(weight) if into_weight else None
-        training.linear_rows_backward(x, weight.flatten(1), dz, dx, dweight, _rows(x))
+        dweight = weight.new_empty(weight.shape) if into_weight else None
+        training.linear_rows_backward(x, weight.flatten(1).contiguous(), dz, dx, dweight, _rows(x))
         return dx, dweight
     threads, ordered = torch.get_num_threads(), _ordered(weight, shape)
     given = _structure(x, ordered, None, shape, len(weight))
@@ -248,9 +257,10 @@ class _ConvNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gain, bias, moments, kept = ctx.saved_tensors
         shape, norm = ctx.given
-        if torch.is_grad_enabled():
+        if training.differentiated(grads[0]):
             return again(_plain, (x, weight, gain, bias, shape, norm), grads[0])
-        z = _conv(x, weight, shape) if kept is None else kept
+        x = x.contiguous() if shape.planes else _last(x)  # a hook may have laid it out otherwise
+        z = _conv(x, weight, shape) if kept is None else _last(kept)
         dy = _last(grads[0])
         dz = z if kept is None else _map(z, *z.shape[1:])  # the last use of what was made again
         dgain, dbias = _normalise_backward(dy, z, gain, bias, moments, norm, dz)
@@ -288,10 +298,11 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight1, gain1, bias1, moments1, hidden, weight2, gain2, bias2, moments2, z = ctx.saved_tensors
         norm1, norm2 = ctx.given
-        if torch.is_grad_enabled():
+        if training.differentiated(grads[0]):
             given = (x, weight1, gain1, bias1, weight2, gain2, bias2, norm1, norm2)
             return again(_plain_mlp, given, grads[0])
         wanted, shape = ctx.needs_input_grad, _Shape(1, 1, half=_half(x))
+        x, hidden, z = _last(x), _last(hidden), _last(z)  # a hook may have laid them out otherwise
         dz = _map(z, *z.shape[1:])
         dgain2, dbias2 = _normalise_backward(_last(grads[0]), z, gain2, bias2, moments2, norm2, dz)
         inner = _normalise(hidden, gain1, bias1, moments1, norm1, _map(hidden, *hidden.shape[1:]))

@@ -39,10 +39,12 @@ static void normalise(const S* x, int rows, int channels, const Norm& norm, S* y
     }
 }
 
-// dn: the gradient of the normalised rows. Adds to those of weight and bias; dx = the gradient of x, plus `beside`.
+// dn: the gradient of the normalised rows. Adds to those of weight and bias, side by side in `sums`, by way of `part`,
+// so that long sums lose no digits; dx = the gradient of x, plus `beside`.
 template <typename S>
 static void normalise_backward(const S* x, const float* dn, int rows, int channels, const Norm& norm, const S* beside,
-                               S* dx, float* dweight, float* dbias) {
+                               S* dx, float* part, float* sums) {
+    std::memset(part, 0, 2 * channels * sizeof(float));
     for (int r = 0; r < rows; ++r, x += channels, dn += channels) {
         float mean, inverse;
         moments(x, channels, norm.epsilon, mean, inverse);
@@ -51,8 +53,8 @@ static void normalise_backward(const S* x, const float* dn, int rows, int channe
             const vec d = load(dn + c), unit = (load(x + c) - mean) * inverse, g = d * load(norm.weight + c);
             sum += g;
             along += g * unit;
-            store(dweight + c, load(dweight + c) + d * unit);
-            store(dbias + c, load(dbias + c) + d);
+            store(part + c, load(part + c) + d * unit);
+            store(part + channels + c, load(part + channels + c) + d);
         }
         if (!dx) continue;
         const float shift = total(sum) / channels, slope = total(along) / channels;
@@ -63,6 +65,7 @@ static void normalise_backward(const S* x, const float* dn, int rows, int channe
             store(dx + (int64_t)r * channels + c, v);
         }
     }
+    for (int c = 0; c < 2 * channels; c += LANES) store(sums + c, load(sums + c) + load(part + c));
 }
 
 // The derivative of an activation at x, and its value. Of GELU by the density and the distribution function of the
@@ -91,10 +94,9 @@ static void scaled(const S* x, int64_t first, int rows, int channels, const floa
         }
 }
 
-static void add_parts(const float* parts, int count, int width, float* to) {
+static void add_part(const float* part, int width, float* to) {
     if (to)
-        for (int p = 0; p < count; ++p)
-            for (int c = 0; c < width; ++c) to[c] += parts[(int64_t)p * width + c];
+        for (int c = 0; c < width; ++c) to[c] += part[c];
 }
 
 // --------------------------------------------------------------------------------------------------- linear layers
@@ -174,7 +176,8 @@ static void linear_backward(const Linear& l, const LinearGradient& g, int thread
     const bool into_rows = g.dx || norm.weight;
 #pragma omp parallel num_threads(threads)
     {
-        float* own = (float*)kept_own.get((int64_t)BLOCK * inputs * sizeof(float) + 64);
+        float* own = (float*)kept_own.get((int64_t)(BLOCK + 2) * inputs * sizeof(float) + 64);
+        float* part = own + (int64_t)BLOCK * inputs;
         float* mine = parts + (int64_t)omp_get_thread_num() * 2 * inputs;
         if (into_rows) pack_inputs<S>(l.weight, inputs, outputs, panels);
         for (int64_t start = 0; start < l.rows; start += chunk) {
@@ -212,8 +215,8 @@ static void linear_backward(const Linear& l, const LinearGradient& g, int thread
                     }
                     multiply_rows(from + (int64_t)r * outputs, outputs, n, outputs, panels, inputs,
                                   [=](int i, int c, vec v) { store(own + (int64_t)i * inputs + c, v); });
-                    normalise_backward(x + (int64_t)r * inputs, own, n, inputs, norm, (const S*)nullptr, dx, mine,
-                                       mine + inputs);
+                    normalise_backward(x + (int64_t)r * inputs, own, n, inputs, norm, (const S*)nullptr, dx, part,
+                                       mine);
                 }
             } else {
 #pragma omp barrier
@@ -221,8 +224,8 @@ static void linear_backward(const Linear& l, const LinearGradient& g, int thread
         }
     }
     for (int t = 0; t < threads; ++t) {
-        add_parts(parts + (int64_t)t * 2 * inputs, 1, inputs, g.dnorm_weight);
-        add_parts(parts + (int64_t)t * 2 * inputs + inputs, 1, inputs, g.dnorm_bias);
+        add_part(parts + (int64_t)t * 2 * inputs, inputs, g.dnorm_weight);
+        add_part(parts + (int64_t)t * 2 * inputs + inputs, inputs, g.dnorm_bias);
     }
 }
 
@@ -260,14 +263,14 @@ static void mlp_forward(const Mlp& l, int threads) {
                 x = own;
             }
             multiply_rows(x, inputs, count, inputs, first_panels, width, [=](int r, int c, vec v) {
-                v += load(l.bias1 + c);
+                if (l.bias1) v += load(l.bias1 + c);
                 AHEAD((S*)l.hidden + (first + r) * width + c, width, 1);
                 store((S*)l.hidden + (first + r) * width + c, v);
                 store(made + (int64_t)r * width + c, activated(v, l.act));
             });
             multiply_rows(made, width, count, width, second_panels, outputs, [=](int r, int c, vec v) {
                 const int64_t at = (first + r) * outputs + c;
-                v += load(l.bias2 + c);
+                if (l.bias2) v += load(l.bias2 + c);
                 if (l.scale) v *= l.scale[(first + r) / l.tokens];
                 AHEAD((S*)l.y + at, outputs, 1);
                 if (residual) {
@@ -316,7 +319,8 @@ static void mlp_backward(const Mlp& l, const MlpGradient& g, int threads) {
     std::memset(parts, 0, (int64_t)threads * 2 * inputs * sizeof(float));
 #pragma omp parallel num_threads(threads)
     {
-        float* own = (float*)kept_own.get((int64_t)BLOCK * inputs * sizeof(float) + 64);
+        float* own = (float*)kept_own.get((int64_t)(BLOCK + 2) * inputs * sizeof(float) + 64);
+        float* part = own + (int64_t)BLOCK * inputs;
         float* mine = parts + (int64_t)omp_get_thread_num() * 2 * inputs;
         pack_inputs<S>(l.weight1, inputs, width, first_panels);
         pack_inputs<S>(l.weight2, width, outputs, second_panels);
@@ -365,13 +369,13 @@ static void mlp_backward(const Mlp& l, const MlpGradient& g, int threads) {
                 }
                 multiply_rows(slopes + (int64_t)r * width, width, n, width, first_panels, inputs,
                               [=](int i, int c, vec v) { store(own + (int64_t)i * inputs + c, v); });
-                normalise_backward(x + (int64_t)r * inputs, own, n, inputs, norm, beside, dx, mine, mine + inputs);
+                normalise_backward(x + (int64_t)r * inputs, own, n, inputs, norm, beside, dx, part, mine);
             }
         }
     }
     for (int t = 0; t < threads; ++t) {
-        add_parts(parts + (int64_t)t * 2 * inputs, 1, inputs, g.dnorm_weight);
-        add_parts(parts + (int64_t)t * 2 * inputs + inputs, 1, inputs, g.dnorm_bias);
+        add_part(parts + (int64_t)t * 2 * inputs, inputs, g.dnorm_weight);
+        add_part(parts + (int64_t)t * 2 * inputs + inputs, inputs, g.dnorm_bias);
     }
 }
 

@@ -1,8 +1,8 @@
 """Layers of a block in training on the CPU, with their gradients, see training.cpp.
 
-Each is an autograd function of its own that keeps its input and little else: norms, activations and attention weights
-are computed again in the backward pass. They take float32, and bfloat16 under autocast where the machine multiplies it.
-A second derivative is taken through PyTorch's own operators.
+Each is an autograd function of its own that keeps its input, the hidden values of a feed-forward layer, and q, k and v:
+norms, activations and attention weights are computed again in the backward pass. They take float32, and bfloat16 under
+autocast where the machine multiplies it. A second derivative is taken through PyTorch's own operators.
 
 Legend: B batch, N tokens of a map in raster order, C channels, A tokens of a window, h heads.
 """
@@ -74,7 +74,7 @@ def _halves() -> bool:
 
 def serve(x: Tensor) -> bool:
     """Whether these layers train on this input. Not where something looks at single operators or transforms them."""
-    if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.numel():
         return False
     if torch.jit.is_tracing() or is_in_torch_dispatch_mode() or type(x) not in (Tensor, nn.Parameter):
         return False
@@ -97,9 +97,10 @@ def fits(*modules: nn.Module) -> bool:
 
 
 def unhooked(*modules: nn.Module) -> bool:
-    """Whether nothing waits for these modules to be called."""
+    """Whether nothing waits for these modules to be called, and their forward is that of their class."""
     return not any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
+        for m in modules
     )
 
 
@@ -115,17 +116,14 @@ def _fits(module: nn.Module) -> bool:
         return module.approximate == "none"
     if isinstance(module, nn.Linear):
         pairs = 2 if torch.is_autocast_enabled("cpu") else 1
-        return not (rest(module.in_features, pairs) or rest(module.out_features, pairs)) and _plain(module)
-    return not isinstance(module, nn.LayerNorm) or (module.bias is not None and _plain(module))
+        divided = not (rest(module.in_features, pairs) or rest(module.out_features, pairs))
+        return divided and plain(module.weight) and (module.bias is None or plain(module.bias))
+    return not isinstance(module, nn.LayerNorm) or (plain(module.weight) and plain(module.bias))
 
 
-def _plain(module: nn.Module) -> bool:
-    return all(map(plain_parameter, (p for p in module._parameters.values() if p is not None)))
-
-
-def plain_parameter(p: Any) -> bool:
-    """Whether the kernels read it as it lies there."""
-    return type(p) is nn.Parameter and p.dtype == torch.float32 and p.is_contiguous()
+def plain(p: Any) -> bool:
+    """Whether it is a parameter that the kernels read as it lies there."""
+    return type(p) is nn.Parameter and p.dtype == torch.float32 and p.device.type == "cpu" and p.is_contiguous()
 
 
 def pointer(x: Tensor | None) -> int | None:
@@ -159,14 +157,25 @@ def _rows(x: Tensor) -> Tensor:
     return (x if kept is None else x.to(kept)).contiguous()
 
 
-def again(plain: Callable[..., Tensor], given: Sequence[Any], grad: Tensor) -> tuple[Tensor | None, ...]:
+def again(by_pytorch: Callable[..., Tensor], given: Sequence[Any], grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients that can be differentiated again, through PyTorch's own operators."""
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         # one may have been made from another: each as a node of its own, where the way back ends
         nodes = [t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in given]
         wanted = [n for n in nodes if isinstance(n, Tensor) and n.requires_grad]
-        found = iter(torch.autograd.grad(plain(*nodes), wanted, grad, create_graph=True, allow_unused=True))
+        found = iter(torch.autograd.grad(by_pytorch(*nodes), wanted, grad, create_graph=True, allow_unused=True))
     return tuple(next(found) if isinstance(n, Tensor) and n.requires_grad else None for n in nodes)
+
+
+def differentiated(grad: Tensor) -> bool:
+    """In a backward pass: whether its gradients are to be differentiated, or many of them stand in one."""
+    batched = torch._C._functorch.is_batchedtensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)
+    return torch.is_grad_enabled() or batched
+
+
+def unpacked(ctx: Any) -> tuple[Any, ...]:
+    """What was saved; a hook may have laid it out otherwise."""
+    return tuple(t if t is None else t.contiguous() for t in ctx.saved_tensors)
 
 
 def _like(parameter: Tensor | None, wanted: bool) -> Tensor | None:
@@ -202,8 +211,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, norm_weight, norm_bias, residual, scale = saved = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        x, weight, bias, norm_weight, norm_bias, residual, scale = saved = unpacked(ctx)
+        if differentiated(grads[0]):
             given = (x, weight, bias, norm_weight, norm_bias, ctx.epsilon, residual, scale)
             return again(_plain_linear, given, grads[0])
         dy, wanted = grads[0].contiguous(), ctx.needs_input_grad
@@ -246,7 +255,7 @@ def _joined(y: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
 
 def _normed(x: Tensor, norm: nn.Module | None) -> tuple[Tensor, tuple[Any, Any, float]]:
     """A LayerNorm as the kernels take it; another norm is computed."""
-    if isinstance(norm, nn.LayerNorm) and fits(norm):
+    if isinstance(norm, nn.LayerNorm) and fits(norm) and norm.normalized_shape == x.shape[-1:]:
         return x, (norm.weight, norm.bias, norm.eps)
     return x if norm is None else norm(x), (None, None, 0.0)
 
@@ -261,8 +270,11 @@ def linear(
 ) -> Tensor:
     """residual + drop_path(layer(norm(x))): (B, N, C) -> (B, N, C'). `bias` takes the place of the layer's own."""
     x, given = _normed(x, norm)
+    shape = (*x.shape[:-1], layer.out_features)
+    if x.shape[-1] != layer.in_features or (residual is not None and residual.shape != shape):
+        raise RuntimeError(f"{layer} on {tuple(x.shape)}, beside {None if residual is None else tuple(residual.shape)}")
     residual = None if residual is None else _rows(residual)
-    bias = layer.bias if bias is None else bias
+    bias = layer.bias if bias is None else bias.float().contiguous()
     return _Linear.apply(_rows(x), layer.weight, bias, *given, residual, _factors(drop_path, x))
 
 
@@ -308,8 +320,8 @@ class _Mlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, scale, _ = saved = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, scale, _ = saved = unpacked(ctx)
+        if differentiated(grads[0]):
             given = (x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, *ctx.given, scale)
             return again(_plain_mlp, given, grads[0])
         dy, wanted = grads[0].contiguous(), ctx.needs_input_grad
@@ -334,6 +346,9 @@ def _mlp(ctx: Any, saved: Sequence[Tensor | None], y: Tensor | None) -> Any:
     return _MLP(*map(pointer, tensors), x.shape[:-1].numel(), x.shape[-2], epsilon, *sizes)
 
 
+_PLAIN: dict[int, Callable[[Tensor], Tensor]] = {0: lambda x: x, 1: F.relu, 4: F.gelu}
+
+
 def _plain_mlp(
     x: Tensor,
     weight1: Tensor,
@@ -351,7 +366,7 @@ def _plain_mlp(
     if norm_weight is not None:
         y = F.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, epsilon)
     y = F.linear(y, weight1, bias1)
-    y = F.linear(F.gelu(y) if act == _ACTS[nn.GELU] else F.relu(y), weight2, bias2)
+    y = F.linear(_PLAIN[act](y), weight2, bias2)
     return _joined(y, x if residual else None, scale).to(x.dtype)
 
 
@@ -364,8 +379,10 @@ def mlp(
 ) -> Tensor:
     """[x +] drop_path(layers(norm(x))) for an `Mlp`: (B, N, C) -> the same."""
     y, given = _normed(x, norm)
+    if (y.shape[-1], layers.fc1.out_features) != (layers.fc1.in_features, layers.fc2.in_features):
+        raise RuntimeError(f"{layers.fc1} and {layers.fc2} on {tuple(x.shape)}")
     weights = layers.fc1.weight, layers.fc1.bias, layers.fc2.weight, layers.fc2.bias
-    within = residual and y is x
+    within = residual and y is x and layers.fc2.out_features == x.shape[-1]
     y = _Mlp.apply(_rows(y), *weights, *given, _ACTS[type(layers.act)], within, _factors(drop_path, x))
     return y if within or not residual else x + y
 
@@ -391,8 +408,8 @@ class _Window(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, bias, padding, factors, lined = saved = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        qkv, bias, padding, factors, lined = saved = unpacked(ctx)
+        if differentiated(grads[0]):
             return again(_plain_window, (qkv, bias, padding, factors, ctx.grid, ctx.scale), grads[0])
         heads, area, _ = bias.shape
         rows, columns = ctx.grid.counts
@@ -428,13 +445,19 @@ def _plain_window(
     if factors is None:
         q = q * scale
     else:
-        q, k = F.normalize(q, dim=-1) * factors.view(-1, 1, 1), F.normalize(k, dim=-1)
+        q, k = _unit(q) * factors.view(-1, 1, 1), _unit(k)
     logits = q @ k.transpose(-2, -1) + bias
     if any(grid.shift):
         logits = logits + window_masks(grid, bias.device)[:, None]
     mixed = (logits.softmax(-1) @ v).transpose(2, 3).flatten(3)  # (B, n, A, C)
     out = mixed.new_zeros(batch, count, mixed.shape[-1])
     return out.index_copy(1, tokens[real], mixed[:, real]).to(qkv.dtype)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """To unit length; a zero vector stays zero and has no gradient."""
+    length = x.norm(dim=-1, keepdim=True)
+    return x / length.masked_fill(length <= 1e-12, torch.inf)
 
 
 def window(
@@ -445,6 +468,10 @@ def window(
     bias: (h, A, A), without masks. padding: q, k and v of a token beside the map (3C,), zeros by default.
     factors: (h,), by which products of unit vectors are multiplied, as in SwinV2; otherwise `scale` is.
     """
-    if padding is None:
-        padding = bias.new_zeros(qkv.shape[-1])
-    return _Window.apply(_rows(qkv), bias.float(), padding, factors, grid, scale)
+    width = qkv.shape[-1]
+    padding = bias.new_zeros(width) if padding is None else padding
+    if len(padding) != width or width % (3 * len(bias)) or bias.shape[1:] != (grid.area, grid.area):
+        raise RuntimeError(f"q, k and v of {width} channels, biases {tuple(bias.shape)}, windows of {grid.area} tokens")
+    if factors is not None:
+        factors = factors.float().contiguous()
+    return _Window.apply(_rows(qkv), bias.float(), padding.float().contiguous(), factors, grid, scale)
