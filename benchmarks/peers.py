@@ -289,7 +289,6 @@ SUMMARY = {  # of README.md: engine, ours, head
     "OpenVINO": ("openvino", "muntin, fixed"),
     "OpenVINO, bf16": ("openvino-bf16", "muntin, fixed"),
     "best of all runtimes": ("deployed", ""),
-    "in bf16": ("deployed-bf16", ""),
 }
 
 
@@ -319,6 +318,10 @@ def write(out: Path, results: dict[str, Any], plot: Path) -> None:
     """The JSON, the tables and the plot of what has been measured so far."""
     atomic_write(out, (json.dumps(results, indent=1) + "\n").encode())
     points = []
+    results["families"] = {
+        family: {name: models[name] for name in MODELS[family] if name in models}
+        for family, models in results["families"].items()
+    }
     for family, models in results["families"].items():
         atomic_write(out.parent / f"peers_{family}.md", markdown(family, models).encode())
         for name, engines in models.items():
