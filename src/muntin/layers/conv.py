@@ -124,17 +124,12 @@ class ConvMlp(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         layers: list[Any] = list(self)
-        if len(layers) == 3 and isinstance(layers[0], ConvNorm) and isinstance(layers[2], ConvNorm):  # not folded
+        if len(layers) == 3 and all(isinstance(layer, ConvNorm) for layer in layers[::2]):  # not folded
             expand, act, project = layers
-            pixels = is_pointwise(expand.conv) and is_pointwise(project.conv)
-            if (
-                pixels
-                and expand.conv.out_channels == project.conv.in_channels
-                and maps.activates(act)
-                and expand.trains(input)
-                and project.plain()
-            ):
-                return maps.mlp(input, expand, act, project)
+            if maps.activates(act) and expand.trains(input) and project.plain():
+                pixels = is_pointwise(expand.conv) and is_pointwise(project.conv)
+                if pixels and expand.conv.out_channels == project.conv.in_channels:
+                    return maps.mlp(input, expand, act, project)
         return super().forward(input)
 
 
