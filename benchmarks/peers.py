@@ -91,15 +91,15 @@ def deployed(peers: Targets, family: str, engine: str, batch: int, folder: Path)
 
 
 class InHalf(nn.Module):
-    """A model in bfloat16 that takes and gives float32, as files do."""
+    """A model in bfloat16 that takes and gives float32, as files do; nobody casts its weights."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.held = [model]
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images.bfloat16()).float()
+        return self.held[0](images.bfloat16()).float()
 
 
 def everywhere(peers: Targets, family: str, engine: str, batch: int, folder: Path) -> Targets:
