@@ -155,7 +155,8 @@ def markdown(results: dict[str, Any]) -> str:
             cells = [PRECISIONS[precision], str(MODELS[name][1]), f"{mine['ms']:.3g}", row["best"], told(mine)]
             cells += [f"{held['muntin']:.0f}", f"{least:.0f}", f"{held['muntin'] / least:.2f}"]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    commits = {row["commit"][:12] for precisions in results["models"].values() for row in precisions.values()}
+    return "\n".join([*lines, "", f"Commit {', '.join(sorted(commits))}."]) + "\n"
 
 
 def main() -> int:
@@ -183,7 +184,8 @@ def main() -> int:
                 found = pool.map(lambda label, n=name, p=precision: peak_apart(n, label, p), labels)
                 row["memory_mb"] = dict(zip(labels, found, strict=True))
             progress.update(len(labels))
-            results |= {"machine": machine(torch.device("cpu")), "versions": versions(), "commit": commit()}
+            row["commit"] = commit()
+            results |= {"machine": machine(torch.device("cpu")), "versions": versions()}
             results["threads"] = torch.get_num_threads()
             results["models"].setdefault(name, {})[precision] = row
             atomic_write(OUT, (json.dumps(results, indent=1) + "\n").encode())
