@@ -50,10 +50,13 @@ static void attend(int rows, const float* q, int64_t ldq, int depth, const float
 // (tokens, depth) -> (depth, padded)
 static void transpose(const float* x, int64_t ldx, int tokens, int depth, float* y) {
     const int padded = (tokens + LANES - 1) / LANES * LANES;
-    for (int k = 0; k < depth; ++k) {
-        for (int t = 0; t < tokens; ++t) y[(int64_t)k * padded + t] = x[(int64_t)t * ldx + k];
-        for (int t = tokens; t < padded; ++t) y[(int64_t)k * padded + t] = 0.0f;
-    }
+    for (int t = 0; t < padded; t += LANES)
+        for (int k = 0; k < depth; k += LANES) {
+            vec a[LANES];
+            for (int i = 0; i < LANES; ++i) a[i] = t + i < tokens ? load(x + (t + i) * ldx + k) : vec{};
+            turn(a);
+            for (int i = 0; i < LANES; ++i) store(y + (int64_t)(k + i) * padded + t, a[i]);
+        }
 }
 
 // -------------------------------------------------------------------------------------------------------- programs
@@ -77,6 +80,7 @@ struct Layer {
     int32_t planes;                              // CONV: the input is (C, H, W), and so is a patch
     int32_t half;                                // products with weights of bfloat16
     int32_t window_height, window_width, shift_height, shift_width, heads, key;
+    int32_t together, block;       // so many layers from here on run `block` rows at a time; 0: one after the other
     const void* weight;            // panels of float or of Pair, otherwise floats
     const float* bias;             // of attention: `bias` is (h, A, A up to a multiple of LANES), -inf beyond
     const float* factors;          // WINDOW: of unit vectors q, or null where q and k are taken as they are
@@ -212,12 +216,20 @@ static void run_conv(const Layer& l, const float* x, float* y, int batch, float*
     }
 }
 
-// x scaled to unit length times `factor`; a zero vector stays zero
-static inline void unit(float* x, int dim, int step, float factor) {
-    float squares = 0.0f;
-    for (int c = 0; c < dim; ++c) squares += x[(int64_t)c * step] * x[(int64_t)c * step];
-    const float length = std::sqrt(squares), scale = length > 1e-12f ? factor / length : 0.0f;
-    for (int c = 0; c < dim; ++c) x[(int64_t)c * step] *= scale;
+// (A, K) of one of q, k and v, times a factor; unit: to unit length first, a zero vector stays zero
+static void gather(const int32_t* tokens, int area, const float* x, int64_t ldx, const float* padding, int dim,
+                   bool unit, float factor, float* to) {
+    for (int t = 0; t < area; ++t, to += dim) {
+        const float* from = tokens[t] < 0 ? padding : x + tokens[t] * ldx;
+        float scale = factor;
+        if (unit) {
+            vec squares = vec{};
+            for (int c = 0; c < dim; c += LANES) squares += load(from + c) * load(from + c);
+            const float length = std::sqrt(total(squares));
+            scale = length > 1e-12f ? factor / length : 0.0f;
+        }
+        for (int c = 0; c < dim; c += LANES) store(to + c, load(from + c) * scale);
+    }
 }
 
 // Attention in windows of a map that is shifted. x: q, k and v side by side, (N, 3C); `weight` is what stands there for
@@ -228,46 +240,46 @@ static void run_window(const Layer& l, const float* x, float* y, int batch, floa
     const int wh = l.window_height, ww = l.window_width, area = wh * ww;
     const int padded = (area + LANES - 1) / LANES * LANES;
     const int down = (height + wh - 1) / wh, across = (width + ww - 1) / ww;
-    float* query = scratch;                                   // (A, K)
+    int32_t* tokens = (int32_t*)scratch;                      // (A): of the window in its image, -1: beside the map
+    float* query = scratch + padded;                          // (A, K)
     float* values = query + (int64_t)area * dim;              // (A, K)
-    float* made = values + (int64_t)area * dim;               // (A, K)
+    float* made = values + (int64_t)area * dim;               // (A, K); first the keys in rows
     float* keys = made + (int64_t)area * dim;                 // (K, A up to a multiple of LANES), room to read beyond
     float* weights = keys + (int64_t)dim * padded + PANEL;    // (ROWS, the same)
-    for (int c = 0; c < dim; ++c)
-        for (int t = area; t < padded; ++t) keys[(int64_t)c * padded + t] = 0.0f;
 #pragma omp for schedule(static)
     for (int task = 0; task < batch * down * across * l.heads; ++task) {
         const int head = task % l.heads, place = task / l.heads % (down * across);
         const int image = task / l.heads / (down * across), down_at = place / across, across_at = place % across;
         const int kind = (l.shift_height && down_at == down - 1 ? 2 : 0) + (l.shift_width && across_at == across - 1);
-        for (int t = 0; t < area; ++t) {
-            const int row = (down_at * wh + t / ww + l.shift_height) % (down * wh);
-            const int column = (across_at * ww + t % ww + l.shift_width) % (across * ww);
-            const bool real = row < height && column < width;
-            const float* token = x + (((int64_t)image * height + row) * width + column) * 3 * channels;
-            const float* from = (real ? token : (const float*)l.weight) + head * dim;
-            std::memcpy(query + (int64_t)t * dim, from, dim * sizeof(float));
-            for (int c = 0; c < dim; ++c) keys[(int64_t)c * padded + t] = from[channels + c];
-            std::memcpy(values + (int64_t)t * dim, from + 2 * channels, dim * sizeof(float));
-            if (l.factors) {
-                unit(query + (int64_t)t * dim, dim, 1, l.factors[head]);
-                unit(keys + t, dim, padded, 1.0f);
+        for (int i = 0, t = 0; i < wh; ++i) {
+            int row = down_at * wh + i + l.shift_height;
+            if (row >= down * wh) row -= down * wh;
+            for (int j = 0; j < ww; ++j, ++t) {
+                int column = across_at * ww + j + l.shift_width;
+                if (column >= across * ww) column -= across * ww;
+                tokens[t] = row < height && column < width ? row * width + column : -1;
             }
         }
+        const float* from = x + (int64_t)image * height * width * 3 * channels + head * dim;
+        const float* padding = (const float*)l.weight + head * dim;
+        const bool unit = l.factors;
+        gather(tokens, area, from, 3 * channels, padding, dim, unit, unit ? l.factors[head] : 1.0f, query);
+        gather(tokens, area, from + channels, 3 * channels, padding + channels, dim, unit, 1.0f, made);
+        transpose(made, dim, area, dim, keys);
+        gather(tokens, area, from + 2 * channels, 3 * channels, padding + 2 * channels, dim, false, 1.0f, values);
         const float* all = l.bias + ((int64_t)kind * l.heads + head) * area * padded;
-        for (int r = 0; r < area; r += ROWS) {
+        for (int r = 0, tiles = (area + ROWS - 1) / ROWS; tiles; --tiles) {
+            const int rows = (area - r + tiles - 1) / tiles;
             const float* bias = all + (int64_t)r * padded;
-            attend(least(ROWS, area - r), query + (int64_t)r * dim, dim, dim, keys, area, values, dim, dim,
-                   made + (int64_t)r * dim, dim, weights,
-                   [=](int i, int c, vec logits) { return logits + load(bias + (int64_t)i * padded + c); });
+            attend(rows, query + (int64_t)r * dim, dim, dim, keys, area, values, dim, dim, made + (int64_t)r * dim,
+                   dim, weights, [=](int i, int c, vec logits) { return logits + load(bias + (int64_t)i * padded + c); });
+            r += rows;
         }
-        for (int t = 0; t < area; ++t) {
-            const int row = (down_at * wh + t / ww + l.shift_height) % (down * wh);
-            const int column = (across_at * ww + t % ww + l.shift_width) % (across * ww);
-            if (row < height && column < width)
-                std::memcpy(y + (((int64_t)image * height + row) * width + column) * channels + head * dim,
-                            made + (int64_t)t * dim, dim * sizeof(float));
-        }
+        float* to = y + (int64_t)image * height * width * channels + head * dim;
+        for (int t = 0; t < area; ++t)
+            if (tokens[t] >= 0)
+                for (int c = 0; c < dim; c += LANES)
+                    store(to + (int64_t)tokens[t] * channels + c, load(made + (int64_t)t * dim + c));
     }
 }
 
@@ -290,10 +302,9 @@ static void run_merge(const Layer& l, const float* x, float* y, int batch) {
     }
 }
 
-static void run_norm(const Layer& l, const float* x, const float* residual, float* y) {
+static void norm_rows(const Layer& l, const float* x, const float* residual, float* y, int first, int last) {
     const int channels = l.inputs;
-#pragma omp for schedule(static)
-    for (int row = 0; row < l.rows; ++row) {
+    for (int row = first; row < last; ++row) {
         const float* from = x + (int64_t)row * channels;
         float* to = y + (int64_t)row * channels;
         vec sum = vec{}, squares = vec{};
@@ -308,6 +319,40 @@ static void run_norm(const Layer& l, const float* x, const float* residual, floa
             vec v = (load(from + c) - mean) * inverse * load((const float*)l.weight + c) + load(l.bias + c);
             if (residual) v += load(residual + (int64_t)row * channels + c);
             store(to + c, v);
+        }
+    }
+}
+
+// Layers that take each row by itself, LINEAR and NORM, over a few rows at a time: what is between them stays in cache.
+// A value that only they see has its place in `scratch`, for these rows alone; `offsets` tells it as -1 - place.
+static void run_together(const Layer* layers, const int64_t* offsets, float* const* buffers, float* scratch,
+                         double* clock) {
+    const int rows = layers->rows, threads = omp_get_num_threads(), tiles = (rows + ROWS - 1) / ROWS;
+#pragma omp for schedule(static)
+    for (int chunk = 0; chunk < threads; ++chunk) {
+        const int start = (int)((int64_t)tiles * chunk / threads) * ROWS;
+        const int stop = least(rows, (int)((int64_t)tiles * (chunk + 1) / threads) * ROWS);
+        for (int first = start; first < stop; first += layers->block) {
+            const int last = least(stop, first + layers->block);
+            for (int i = 0; i < layers->together; ++i) {
+                const Layer& l = layers[i];
+                const double before = clock ? omp_get_wtime() : 0.0;
+                const auto at = [&](int value, int channels) {
+                    const int64_t place = -1 - offsets[value];
+                    return place < 0 ? buffers[value] : scratch + place - (int64_t)first * channels;
+                };
+                const float* x = at(l.source, l.inputs);
+                float* y = at(l.to, l.outputs);
+                const float* residual = l.other < 0 ? nullptr : at(l.other, l.outputs);
+                if (l.kind == NORM) {
+                    norm_rows(l, x, residual, y, first, last);
+                } else {
+                    const Weights weights{l.weight, l.bias, l.inputs, l.outputs, l.half ? (Pair*)scratch : nullptr};
+                    linear(x, l.inputs, weights, l.act, residual, y, l.outputs, first, last, 0,
+                           (l.outputs + PANEL - 1) / PANEL);
+                }
+                if (clock && chunk == 0) clock[i] += omp_get_wtime() - before;
+            }
         }
     }
 }
@@ -331,20 +376,17 @@ static void run_layer(const Layer& l, float* const* buffers, int batch, float* s
     const float* x = buffers[l.source];
     float* y = buffers[l.to];
     if (l.kind == LINEAR) {
-        const int panels = (l.outputs + PANEL - 1) / PANEL, threads = omp_get_num_threads();
+        // too few rows to share out: panels are too
+        const int panels = (l.outputs + PANEL - 1) / PANEL, tiles = (l.rows + ROWS - 1) / ROWS;
+        const int chunks = least(tiles, omp_get_num_threads());
         const float* residual = l.other < 0 ? nullptr : buffers[l.other];
-        // rows are shared out in tiles; where there are too few of them, panels are too
-        const int tiles = (l.rows + ROWS - 1) / ROWS;
-        const int parts = least(panels, tiles >= 4 * threads ? 1 : panels);
-        const int chunks = tiles >= 4 * threads ? threads : least(tiles, threads);
 #pragma omp for schedule(static)
-        for (int task = 0; task < chunks * parts; ++task) {
-            const int chunk = task % chunks, part = task / chunks;
+        for (int task = 0; task < chunks * panels; ++task) {
+            const int chunk = task % chunks, panel = task / chunks;
             const int first = (int)((int64_t)tiles * chunk / chunks) * ROWS;
             const int last = least(l.rows, (int)((int64_t)tiles * (chunk + 1) / chunks) * ROWS);
             const Weights weights{l.weight, l.bias, l.inputs, l.outputs, l.half ? (Pair*)scratch : nullptr};
-            linear(x, l.inputs, weights, l.act, residual, y, l.outputs, first, last, panels * part / parts,
-                   panels * (part + 1) / parts);
+            linear(x, l.inputs, weights, l.act, residual, y, l.outputs, first, last, panel, panel + 1);
         }
     } else if (l.kind == DEPTHWISE) {
         const int out_height = (l.height - 1) / l.stride + 1, out_width = (l.width - 1) / l.stride + 1;
@@ -363,7 +405,9 @@ static void run_layer(const Layer& l, float* const* buffers, int batch, float* s
     } else if (l.kind == CONV) {
         run_conv(l, x, y, batch, scratch);
     } else if (l.kind == NORM) {
-        run_norm(l, x, l.other < 0 ? nullptr : buffers[l.other], y);
+        const float* residual = l.other < 0 ? nullptr : buffers[l.other];
+#pragma omp for schedule(static)
+        for (int row = 0; row < l.rows; ++row) norm_rows(l, x, residual, y, row, row + 1);
     } else if (l.kind == MERGE) {
         run_merge(l, x, y, batch);
     } else if (l.kind == WINDOW) {
@@ -404,8 +448,8 @@ extern "C" int muntin_patches() { return PATCHES; }
 extern "C" int muntin_layer_bytes() { return sizeof(Layer); }
 
 // `batch` images at a time, `times` times, so that what is between the layers stays in cache. `offsets` has a place in
-// `scratch` for each of `values` values, but the first is the input x and the one called `last` the output y, which
-// move on by so many floats. After `own` floats of the scratch come `each` floats for every thread. `clock`, unless it
+// `scratch` for each of `values` values, or one below 0 (run_together), but the first is the input x and the one called
+// `last` the output y, which move on by so many floats. After `own` floats of the scratch come `each` floats for every thread. `clock`, unless it
 // is null, gets the seconds of each layer added.
 extern "C" void muntin_run(const Layer* layers, int count, const int64_t* offsets, int values, int last, float* x,
                            float* y, int batch, int times, int64_t input, int64_t output, float* scratch, int64_t own,
@@ -415,15 +459,18 @@ extern "C" void muntin_run(const Layer* layers, int count, const int64_t* offset
     {
         float* apart = scratch + own + each * omp_get_thread_num();
         float* mine[MOST];
-        for (int i = 0; i < values; ++i) mine[i] = scratch + offsets[i];
+        for (int i = 0; i < values; ++i) mine[i] = offsets[i] < 0 ? nullptr : scratch + offsets[i];
         mine[0] = x;
         mine[last] = y;
         for (int t = 0; t < times; ++t, mine[0] += input, mine[last] += output)
-            for (int i = 0; i < count; ++i) {
-                run_layer(layers[i], mine, batch, apart);
+            for (int i = 0; i < count; i += layers[i].together ? layers[i].together : 1) {
+                if (layers[i].together)
+                    run_together(layers + i, offsets, mine, apart, clock ? clock + i : nullptr);
+                else
+                    run_layer(layers[i], mine, batch, apart);
                 if (clock && omp_get_thread_num() == 0) {  // all have finished the layer
                     const double now = omp_get_wtime();
-                    clock[i] += now - before;
+                    if (!layers[i].together) clock[i] += now - before;
                     before = now;
                 }
             }

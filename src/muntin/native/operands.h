@@ -84,33 +84,6 @@ static inline vec step_of(const S* x, int64_t ld, int rows, int d) {
     }
 }
 
-// LANES x LANES values of 32 bits
-static inline void turn(vec (&a)[LANES]) {
-#if defined(__clang__)
-    float from[LANES][LANES], to[LANES][LANES];
-    std::memcpy(from, a, sizeof from);
-    for (int i = 0; i < LANES; ++i)
-        for (int j = 0; j < LANES; ++j) to[j][i] = from[i][j];
-    std::memcpy(a, to, sizeof to);
-#else
-#pragma GCC unroll 4
-    for (int step = 1; step < LANES; step *= 2) {
-        ivec low, high;
-        for (int j = 0; j < LANES; ++j) {
-            low[j] = j & step ? LANES + j - step : j;
-            high[j] = j & step ? LANES + j : j + step;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; ++i)
-            if (!(i & step)) {
-                const vec x = a[i], y = a[i + step];
-                a[i] = __builtin_shuffle(x, y, low);
-                a[i + step] = __builtin_shuffle(x, y, high);
-            }
-    }
-#endif
-}
-
 // x (rows, columns) -> (columns, rows packed), whose lines are `ld` long: rows are the depth
 template <typename S>
 static void pack_turned(const S* x, int64_t ldx, int rows, int columns, typename Packs<S>::type* y, int64_t ld) {

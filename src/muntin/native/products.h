@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #include <omp.h>
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -38,16 +38,23 @@ static inline vec load(const float* p) {
 static inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 static inline vec spread(float x) { return x - vec{}; }
 // Of a bound and x; NaN stays NaN
+#if defined(__AVX512F__)
+static inline vec larger(vec bound, vec x) { return (vec)_mm512_max_ps((__m512)bound, (__m512)x); }
+static inline vec smaller(vec bound, vec x) { return (vec)_mm512_min_ps((__m512)bound, (__m512)x); }
+#elif defined(__AVX__)
+static inline vec larger(vec bound, vec x) { return (vec)_mm256_max_ps((__m256)bound, (__m256)x); }
+static inline vec smaller(vec bound, vec x) { return (vec)_mm256_min_ps((__m256)bound, (__m256)x); }
+#else
 static inline vec larger(vec bound, vec x) { return bound > x ? bound : x; }
 static inline vec smaller(vec bound, vec x) { return bound < x ? bound : x; }
+#endif
 
-// exp to 1 unit in the last place up to e^88; 0 below -87
+// exp to 1 unit in the last place up to e^88; 0 below -87. Adding `digits` rounds to a whole number, which then stands
+// in the last bits.
 static inline vec exponential(vec x) {
     const vec low = spread(-87.0f);
     const vec clamped = smaller(spread(88.0f), larger(low, x));
-    const vec turns = clamped == clamped ? clamped * 1.44269504088896341f : vec{};
-    const ivec n = __builtin_convertvector(turns + (turns < 0 ? spread(-0.5f) : spread(0.5f)), ivec);
-    const vec whole = __builtin_convertvector(n, vec);
+    const vec digits = spread(12582912.0f), moved = clamped * 1.44269504088896341f + digits, whole = moved - digits;
     const vec r = clamped - whole * 0.693359375f + whole * 2.12194440e-4f;
     vec y = spread(1.9875691500e-4f);
     y = y * r + 1.3981999507e-3f;
@@ -56,7 +63,9 @@ static inline vec exponential(vec x) {
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1.0f;
-    const ivec power = (n + 127) << 23;
+    ivec power;
+    std::memcpy(&power, &moved, sizeof power);
+    power = (power << 23) + (127 << 23);
     vec scale;
     std::memcpy(&scale, &power, sizeof scale);
     return x < low ? vec{} : y * scale;
@@ -94,23 +103,53 @@ static inline vec swapped(vec x) {
 #endif
 }
 
+#if defined(__AVX512F__)
+static inline float total(vec x) { return _mm512_reduce_add_ps((__m512)x); }
+static inline float largest(vec x) { return _mm512_reduce_max_ps((__m512)x); }
+#elif defined(__AVX__)
 static inline float total(vec x) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)x);
-#else
-    float sum = 0.0f;
-    for (int c = 0; c < LANES; ++c) sum += x[c];
-    return sum;
-#endif
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
-
 static inline float largest(vec x) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_max_ps((__m512)x);
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
 #else
+static inline float total(vec x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+static inline float largest(vec x) {
     float top = x[0];
     for (int c = 1; c < LANES; ++c) top = x[c] > top ? x[c] : top;
     return top;
+}
+#endif
+
+// LANES x LANES values of 32 bits
+static inline void turn(vec (&a)[LANES]) {
+#if defined(__clang__)
+    float from[LANES][LANES], to[LANES][LANES];
+    std::memcpy(from, a, sizeof from);
+    for (int i = 0; i < LANES; ++i)
+        for (int j = 0; j < LANES; ++j) to[j][i] = from[i][j];
+    std::memcpy(a, to, sizeof to);
+#else
+#pragma GCC unroll 4
+    for (int step = 1; step < LANES; step *= 2) {
+        ivec low, high;
+        for (int j = 0; j < LANES; ++j) {
+            low[j] = j & step ? LANES + j - step : j;
+            high[j] = j & step ? LANES + j : j + step;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i)
+            if (!(i & step)) {
+                const vec x = a[i], y = a[i + step];
+                a[i] = __builtin_shuffle(x, y, low);
+                a[i + step] = __builtin_shuffle(x, y, high);
+            }
+    }
 #endif
 }
 
@@ -191,11 +230,25 @@ static void tile(const T* a, int64_t lda, int depth, const T* b, int64_t ldb, co
 #endif
         }
     }
+    if (out.act == GELU)
+        for (int i = 0; i < R; ++i)
+            for (int j = 0; j < W; ++j) sums[i][j] = activated(sums[i][j], GELU);
+    else if (out.act != NONE)
+        for (int i = 0; i < R; ++i)
+            for (int j = 0; j < W; ++j) sums[i][j] = activated(sums[i][j], out.act);
+    if (out.columns == W * LANES) {
+        if (out.residual)
+            for (int i = 0; i < R; ++i)
+                for (int j = 0; j < W; ++j) sums[i][j] += load(out.residual + i * out.stride + j * LANES);
+        for (int i = 0; i < R; ++i)
+            for (int j = 0; j < W; ++j) store(out.y + i * out.stride + j * LANES, sums[i][j]);
+        return;
+    }
     for (int i = 0; i < R; ++i) {
         float* y = out.y + i * out.stride;
         const float* residual = out.residual ? out.residual + i * out.stride : nullptr;
         for (int j = 0; j < W; ++j) {
-            vec v = activated(sums[i][j], out.act);
+            vec v = sums[i][j];
             const int left = out.columns - j * LANES;
             if (left >= LANES) {
                 if (residual) v += load(residual + j * LANES);
@@ -249,10 +302,13 @@ static void product(const T* x, int base, int64_t ldx, int depth, const Weights&
     for (int p = from; p < to; ++p) {
         const int width = least(PANEL, w.outputs - p * PANEL), padded = (width + LANES - 1) / LANES * LANES;
         const T* panel = (const T*)w.panels + (int64_t)p * PANEL * depth;
-        for (int r = first; r < last; r += ROWS) {
+        // tiles of equal height: one of a single row would wait for its few sums
+        for (int r = first, tiles = (last - first + ROWS - 1) / ROWS; tiles; --tiles) {
+            const int rows = (last - r + tiles - 1) / tiles;
             const Out out{y + r * ldy + p * PANEL, ldy, w.bias + p * PANEL,
                           residual ? residual + r * ldy + p * PANEL : nullptr, act, width};
-            block(least(ROWS, last - r), x + (r - base) * ldx, ldx, depth, panel, padded, out);
+            block(rows, x + (r - base) * ldx, ldx, depth, panel, padded, out);
+            r += rows;
         }
     }
 }

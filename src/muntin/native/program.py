@@ -8,6 +8,7 @@ import math
 import secrets
 import threading
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, count
@@ -28,6 +29,7 @@ from muntin.native.build import library
 LINEAR, DEPTHWISE, CASCADE, MEAN, SCALE, CONV, NORM, ROTATE, MIX, MERGE, WINDOW = range(11)
 NAMES = ("linear", "depthwise", "cascade", "mean", "scale", "conv", "norm", "rotate", "mix", "merge", "window")
 WITH_WEIGHTS = (LINEAR, DEPTHWISE, CONV, NORM)
+BY_ROWS = (LINEAR, NORM)
 HORIZONTAL, VERTICAL, WHOLE = range(3)
 ACTS = {"none": 0, "relu": 1, "hardswish": 2, "sigmoid": 3, "gelu": 4}
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Hardswish: "hardswish", nn.GELU: "gelu"}
@@ -37,6 +39,8 @@ KEPT = 1 << 24
 """Floats of scratch memory that a thread keeps from call to call."""
 CACHED = 1 << 20
 """Floats of the largest value: as many images run at a time as stay below, so that caches hold them."""
+NEAR = 1 << 16
+"""Floats that a few rows of a layer's input and output may take."""
 FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}
 _INT, _POINTER = ctypes.c_int32, ctypes.c_void_p
 KINDS: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64}
@@ -51,6 +55,7 @@ class _Layer(ctypes.Structure):
         *((name, _INT) for name in ("kind", "act", "source", "to", "other", "rows", "inputs", "outputs")),
         *((name, _INT) for name in ("height", "width", "kernel", "stride", "planes", "half")),
         *((name, _INT) for name in ("window_height", "window_width", "shift_height", "shift_width", "heads", "key")),
+        *((name, _INT) for name in ("together", "block")),
         *((name, _POINTER) for name in ("weight", "bias", "factors", "head")),
         ("epsilon", ctypes.c_float),
     ]
@@ -418,7 +423,6 @@ class Program:
     def _prepare(self, held: _Held, batch: int, height: int, width: int, threads: int) -> _Prepared:
         layers = (_Layer * len(self._steps))()
         kept: list[Any] = []
-        own = 0
         half = self._weight().dtype == torch.bfloat16
         for layer, step in zip(layers, self._steps, strict=True):
             rows, columns = step.source.sides(height, width)
@@ -443,10 +447,39 @@ class Program:
                     layer.kernel, layer.stride = step.layer.kernel_size[0], step.layer.stride[0]
                 elif step.kind == NORM:
                     layer.epsilon = step.layer.eps
-            own = max(own, self._own(layer))
-        offsets, between = self._places(batch, height, width)
+        groups = self._groups(layers, threads)
+        near = {value.number for group in groups for value in self._near(group)}
+        offsets, between = self._places(batch, height, width, groups, near)
+        own = max(self._own(layer) for layer in layers)
+        for group in groups:
+            layer, place = layers[group.start], max(self._own(layers[i]) for i in group)
+            widest = max(layers[i].inputs + layers[i].outputs for i in group)
+            layer.together, layer.block = len(group), self._rows * max(8, NEAR // widest // self._rows)
+            for value in self._near(group):
+                offsets[value.number] = -1 - place
+                place += layer.block * value.channels
+                place += -place % ALIGNED
+            own = max(own, place)
         places = (ctypes.c_int64 * len(offsets))(*offsets)
         return _Prepared(batch, layers, places, between, own, between + threads * own, kept)
+
+    def _groups(self, layers: Any, threads: int) -> list[range]:
+        """Layers that follow each other and run together, a few rows at a time, where there are rows for all threads."""
+        groups: list[range] = []
+        for i, layer in enumerate(layers):
+            if layer.kind not in BY_ROWS or layer.rows < 4 * self._rows * threads:
+                continue
+            if groups and groups[-1].stop == i and layers[i - 1].rows == layer.rows:
+                groups[-1] = range(groups[-1].start, i + 1)
+            else:
+                groups.append(range(i, i + 1))
+        return groups
+
+    def _near(self, group: range) -> list[Value]:
+        """The values that only these layers see."""
+        others = {value for i, step in enumerate(self._steps) if i not in group for value in _read(step)}
+        others |= {self.input, self._steps[-1].to}
+        return sorted({value for i in group for value in _read(self._steps[i])} - others, key=lambda v: v.number)
 
     def _arrange(self, held: _Held, layer: Any, planes: bool = False) -> tuple[Tensor, Tensor]:
         """Weights and bias as the kernels read them. A product's: columns in panels side by side, (in, panel) each, the
@@ -539,7 +572,7 @@ class Program:
             floats = (layer.key + self._rows + 2) * (length + -length % self._lanes) + 2 * self._panel
         elif layer.kind == WINDOW:
             area = layer.window_height * layer.window_width
-            floats = 3 * area * layer.key + (layer.key + self._rows) * (area + -area % self._lanes) + 2 * self._panel
+            floats = 3 * area * layer.key + (layer.key + self._rows + 1) * (area + -area % self._lanes) + 2 * self._panel
         elif layer.kind == CONV:
             depth = layer.kernel**2 * layer.inputs
             floats = self._patches * depth + layer.half * self._halves * -(-depth // 2)
@@ -547,15 +580,20 @@ class Program:
             floats = layer.half * self._halves * -(-layer.inputs // 2)
         return floats + -floats % ALIGNED
 
-    def _places(self, batch: int, height: int, width: int) -> tuple[list[int], int]:
-        """Where each value stands, and how many floats that takes; one that is not needed any more makes room."""
-        last = {value.number: i for i, step in enumerate(self._steps) for value in _read(step)}
+    def _places(
+        self, batch: int, height: int, width: int, groups: list[range], near: Collection[int]
+    ) -> tuple[list[int], int]:
+        """Where each value stands but those called near, and how many floats that takes; one that no later layer, and
+        none of the same group, needs makes room.
+        """
+        ends = {i: group.stop - 1 for group in groups for i in group}
+        last = {value.number: ends.get(i, i) for i, step in enumerate(self._steps) for value in _read(step)}
         offsets, total = [0] * len(self._values), 0
         taken: dict[int, tuple[int, int]] = {}  # size and offset
         free: list[tuple[int, int]] = []
         for i, step in enumerate(self._steps):
             number = step.to.number
-            if number not in taken and step.to is not self._steps[-1].to:
+            if number not in taken and number not in near and step.to is not self._steps[-1].to:
                 rows, columns = step.to.sides(height, width)
                 size = batch * rows * columns * step.to.channels
                 size += -size % ALIGNED
