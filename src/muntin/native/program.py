@@ -464,7 +464,7 @@ class Program:
         return _Prepared(batch, layers, places, between, own, between + threads * own, kept)
 
     def _groups(self, layers: Any, threads: int) -> list[range]:
-        """Layers that follow each other and run together, a few rows at a time, where there are rows for all threads."""
+        """Layers that follow each other and run together, a few rows at a time, if there are rows for all threads."""
         groups: list[range] = []
         for i, layer in enumerate(layers):
             if layer.kind not in BY_ROWS or layer.rows < 4 * self._rows * threads:
@@ -572,7 +572,8 @@ class Program:
             floats = (layer.key + self._rows + 2) * (length + -length % self._lanes) + 2 * self._panel
         elif layer.kind == WINDOW:
             area = layer.window_height * layer.window_width
-            floats = 3 * area * layer.key + (layer.key + self._rows + 1) * (area + -area % self._lanes) + 2 * self._panel
+            padded = area + -area % self._lanes
+            floats = 3 * area * layer.key + (layer.key + self._rows + 1) * padded + 2 * self._panel
         elif layer.kind == CONV:
             depth = layer.kernel**2 * layer.inputs
             floats = self._patches * depth + layer.half * self._halves * -(-depth // 2)
