@@ -1,12 +1,12 @@
 """How time and memory grow from 224 to 1024 pixels: windowed and decomposed attention beside a vision transformer.
 
     python benchmarks/growth.py            # about 6 minutes
-    python benchmarks/growth.py --tables   # table and picture again from stored results
+    python benchmarks/growth.py --tables   # tables and pictures of all machines again
 
 Ours as `muntin.optimize` leaves them, the transformer with fused attention, batch 1, in turns at each size; memory in a
 process of its own. The exponent of the pixels is fitted by least squares of the logarithms, with its 95% interval.
 rmt_t stands there twice: as published its last stage (and the one before, see its `decomposed`) attends to the whole
-map, "decomposed" has rows and columns in every stage. Results: benchmarks/results/growth.json, .md, docs/growth.png.
+map, "decomposed" has rows and columns in every stage. Results: growth.json, .md and .png in benchmarks/results/MACHINE.
 """
 
 import argparse
@@ -14,11 +14,10 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from peers import RESULTS, read
+from peers import RESULTS, here, read
 from torch import nn
 from tqdm import tqdm
 
@@ -39,8 +38,6 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 PEER = "timm:deit_tiny_patch16_224"
 LINEAR = 1.1  # an exponent up to which growth counts as linear
-OUT = RESULTS / "growth.json"
-PICTURE = Path(__file__).parent.parent / "docs" / "growth.png"
 
 
 def model_of(label: str, side: int) -> nn.Module:
@@ -95,7 +92,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=2.0, help="timed per row")
-    parser.add_argument("--tables", action="store_true", help="only write table and picture from stored results")
+    parser.add_argument("--tables", action="store_true", help="only write tables and pictures of all machines")
     parser.add_argument("--peak", nargs=2, metavar=("LABEL", "SIDE"), help="print one peak of memory, in MB")
     args = parser.parse_args()
     if args.peak:
@@ -103,12 +100,15 @@ def main() -> int:
         images = torch.randn(1, 3, side, side)
         print(memory.peak(lambda: model_of(label, side), images).run_mb)
         return 0
+    paths = sorted(RESULTS.glob("*/growth.json")) if args.tables else [here() / "growth.json"]
     if not args.tables:
-        atomic_write(OUT, (json.dumps(measured(args.rounds, args.seconds), indent=1) + "\n").encode())
-    content = json.loads(OUT.read_text())
-    atomic_write(OUT.with_suffix(".md"), markdown(content).encode())
-    plot(read(content).rows, PICTURE)
-    print(markdown(content))
+        paths[0].parent.mkdir(exist_ok=True)
+        atomic_write(paths[0], (json.dumps(measured(args.rounds, args.seconds), indent=1) + "\n").encode())
+    for path in paths:
+        content = json.loads(path.read_text())
+        atomic_write(path.with_suffix(".md"), markdown(content).encode())
+        plot(read(content).rows, path.with_suffix(".png"))
+        print(markdown(content))
     return 0
 
 

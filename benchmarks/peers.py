@@ -10,7 +10,8 @@ is exported by default, for any batch and size, and for a fixed one; peers for a
 every runtime at once, for a fixed size, and ours as an optimised copy too: the best of ours beside the best of theirs.
 With --compile also compiled, which takes minutes for each model.
 
-Results: benchmarks/results/MACHINE.json, peers.md, peers_FAMILY.md, docs/peers.png. What is not measured stays there.
+Results: peers.json, peers.md, peers_FAMILY.md and peers.png in benchmarks/results/MACHINE, where what is not measured
+stays as it is.
 """
 
 import argparse
@@ -49,6 +50,7 @@ RUNTIMES = {  # engine: suffix, precision, title
 }
 IN_PYTORCH = {"pytorch": "PyTorch", "bf16": "PyTorch, bf16", "compile": "compiled"}
 BEST = {"deployed": ("onnx", "openvino"), "deployed-bf16": ("openvino-bf16",)}  # the runtimes of a contest of all
+WIDEST = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")
 ENGINES = (*IN_PYTORCH, *RUNTIMES, *BEST)
 HALF_BOUND = 0.15  # of bfloat16, in standard deviations, as in muntin bench
 EXPORTED = {  # the peers that are taken into runtimes, without what only PyTorch has (fused attention, memory formats)
@@ -160,9 +162,15 @@ def contests(family: str, name: str, args: argparse.Namespace, folder: Path) -> 
 
 
 def slug(described: dict[str, Any]) -> str:
-    """A machine's name for a file: amd-epyc-2-cores."""
-    name = described.get("gpu") or f"{described['cpu']} {described['cores']} cores"
+    """A machine's name for a folder, with the instructions that make the difference: amd-epyc-avx2-2-cores."""
+    widest = next((flag for flag in WIDEST if flag in described["flags"]), "")
+    name = described.get("gpu") or f"{described['cpu']} {widest} {described['cores']} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def here() -> Path:
+    """The folder of this machine's results."""
+    return RESULTS / slug(machine(torch.device("cpu")))
 
 
 def ratio(ours: Row, peer: Row) -> tuple[float, float, float]:
@@ -314,16 +322,16 @@ def read(content: dict[str, Any]) -> BenchReport:
     return BenchReport(**content | {"rows": [Row(**row) for row in content["rows"]]})
 
 
-def write(out: Path, results: dict[str, Any], plot: Path) -> None:
+def write(folder: Path, results: dict[str, Any]) -> None:
     """The JSON, the tables and the plot of what has been measured so far."""
-    atomic_write(out, (json.dumps(results, indent=1) + "\n").encode())
+    atomic_write(folder / "peers.json", (json.dumps(results, indent=1) + "\n").encode())
     points = []
     results["families"] = {
         family: {name: models[name] for name in MODELS[family] if name in models}
         for family, models in results["families"].items()
     }
     for family, models in results["families"].items():
-        atomic_write(out.parent / f"peers_{family}.md", markdown(family, models).encode())
+        atomic_write(folder / f"peers_{family}.md", markdown(family, models).encode())
         for name, engines in models.items():
             for engine, by_batch in engines.items():
                 if engine in BEST:
@@ -334,8 +342,8 @@ def write(out: Path, results: dict[str, Any], plot: Path) -> None:
                         c for c in compared(read(entry["report"]).rows) if c[0] not in ("muntin (BN folded)", LAYERS)
                     ]
                     points += [(f"{name}, batch {batch}", f"{title}, {label}", *values) for label, values in found]
-    atomic_write(out.parent / "peers.md", summary(results["families"]).encode())
-    atomic_write(plot, lambda path: forest(points, "times as fast as the best peer there", path))
+    atomic_write(folder / "peers.md", summary(results["families"]).encode())
+    atomic_write(folder / "peers.png", lambda path: forest(points, "times as fast as the best peer there", path))
 
 
 def main() -> int:
@@ -350,18 +358,23 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=5.0, help="timed per contestant")
-    parser.add_argument("--out", help="the JSON file (default: benchmarks/results/MACHINE.json)")
-    parser.add_argument("--plot", default=str(ROOT / "docs/peers.png"))
-    parser.add_argument("--tables", action="store_true", help="time nothing; write tables and plot of what is there")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results/MACHINE)")
+    parser.add_argument("--tables", action="store_true", help="time nothing; write tables and plots of all machines")
     args = parser.parse_args()
+    if args.tables:
+        for path in sorted(RESULTS.glob("*/peers.json")):
+            write(path.parent, json.loads(path.read_text()))
+        return 0
     args.engines = [*args.engines, *(["compile"] if args.compile else [])]
+    folder = args.out or here()
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = folder / "peers.json"
     described = machine(torch.device("cpu"))
-    out = Path(args.out) if args.out else RESULTS / f"{slug(described)}.json"
-    results = json.loads(out.read_text()) if out.exists() else {"machine": described, "families": {}}
+    results = json.loads(stored.read_text()) if stored.exists() else {"machine": described, "families": {}}
     for family, names in MODELS.items():
-        for name in [] if args.tables else [name for name in names if name in args.models]:
-            with tempfile.TemporaryDirectory() as folder:
-                for engine, batch, targets, errors in contests(family, name, args, Path(folder)):
+        for name in [name for name in names if name in args.models]:
+            with tempfile.TemporaryDirectory() as exported:
+                for engine, batch, targets, errors in contests(family, name, args, Path(exported)):
                     print(f"{name}, {engine}, batch {batch}: equal to {max(errors.values()):.1e}", flush=True)
                     report = bench(
                         targets,
@@ -377,11 +390,11 @@ def main() -> int:
                     results["families"].setdefault(family, {}).setdefault(name, {}).setdefault(engine, {})[
                         str(batch)
                     ] = entry
-                    atomic_write(out, (json.dumps(results, indent=1) + "\n").encode())
+                    atomic_write(stored, (json.dumps(results, indent=1) + "\n").encode())
                     del targets
                     gc.collect()
-    write(out, results, Path(args.plot))
-    print(f"written: {out}, peers_*.md beside it and {args.plot}; put them into the docs with: make docs")
+    write(folder, results)
+    print(f"written: {folder}; put its tables into the docs with: make docs")
     return 0
 
 

@@ -5,10 +5,10 @@
     python benchmarks/training.py --tables                  # the table again from stored results
 
 A step is forward, cross-entropy, backward and AdamW (fused), from the same weights at 224 pixels (SwinV2 256), under
-autocast in bfloat16, without stochastic depth. All contestants run in turns, in shuffled rounds; before that, the
-gradients of their first convolutions are compared, in float32. Memory is what a step takes at most above what a
-process with model and optimiser held before it, each in a process of its own. Results:
-benchmarks/results/training.json and .md.
+autocast in bfloat16 (by default only where the machine has instructions for it), without stochastic depth. All
+contestants run in turns, in shuffled rounds; before that, the gradients of their first convolutions are compared, in
+float32. Memory is what a step takes at most above what a process with model and optimiser held before it, each in a
+process of its own. Results: training.json and .md in benchmarks/results/MACHINE.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from contestants import FAMILIES, SIZE, SIZES
 from gpu import compared, told
-from peers import RESULTS
+from peers import RESULTS, here
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -45,7 +45,6 @@ MODELS = {  # name: family, images of a step, peers; the first peer is what gpu.
 }
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 BOUND = 2e-2  # between gradients of the first convolution, in parts of the norm: BatchNorms of random weights amplify
-OUT = RESULTS / "training.json"
 
 
 def certain(model: nn.Module) -> nn.Module:
@@ -162,9 +161,11 @@ def markdown(results: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="NAME")
-    parser.add_argument("--precision", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
+    half = {"amx_bf16", "avx512_bf16"} & {*machine(torch.device("cpu"))["flags"]}
+    usual = list(PRECISIONS) if half else ["fp32"]
+    parser.add_argument("--precision", nargs="+", choices=list(PRECISIONS), default=usual)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--tables", action="store_true", help="only write the table from stored results")
+    parser.add_argument("--tables", action="store_true", help="only write the tables of all machines")
     parser.add_argument(
         "--peak", nargs=3, metavar=("NAME", "PEER", "PRECISION"), help="print one peak of memory, in MB"
     )
@@ -172,10 +173,16 @@ def main() -> int:
     if args.peak:
         print(peak(*args.peak))
         return 0
-    results = json.loads(OUT.read_text()) if OUT.exists() else {"models": {}}
-    contests = [] if args.tables else [(n, p) for n in args.models for p in args.precision]
+    if args.tables:
+        for path in sorted(RESULTS.glob("*/training.json")):
+            atomic_write(path.with_suffix(".md"), markdown(json.loads(path.read_text())).encode())
+        return 0
+    out = here() / "training.json"
+    out.parent.mkdir(exist_ok=True)
+    results = json.loads(out.read_text()) if out.exists() else {"models": {}}
+    contests = [(n, p) for n in args.models for p in args.precision]
     count = sum((1 + len(MODELS[n][2])) * (args.rounds + 2) for n, _ in contests)
-    with tqdm(total=count, disable=not contests, unit="step") as progress:
+    with tqdm(total=count, unit="step") as progress:
         for name, precision in contests:
             progress.set_description(f"{name} {precision}")
             row = contest(name, precision, args.rounds, progress)
@@ -188,8 +195,8 @@ def main() -> int:
             results |= {"machine": machine(torch.device("cpu")), "versions": versions()}
             results["threads"] = torch.get_num_threads()
             results["models"].setdefault(name, {})[precision] = row
-            atomic_write(OUT, (json.dumps(results, indent=1) + "\n").encode())
-    atomic_write(OUT.with_suffix(".md"), markdown(results).encode())
+            atomic_write(out, (json.dumps(results, indent=1) + "\n").encode())
+    atomic_write(out.with_suffix(".md"), markdown(results).encode())
     print(markdown(results))
     return 0
 

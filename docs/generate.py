@@ -7,6 +7,7 @@ is out of date is named and the exit code is 1.
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -22,10 +23,6 @@ from muntin.weights.download import index_table
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "src/muntin/models/table.json"
 RESULTS = ROOT / "benchmarks/results"
-MEASURED = (
-    *("digits", "parity", "exports", "profiles", "claims", "rmt_memory", "training", "growth"),
-    *("peers", "peers_swin", "peers_swinv2", "peers_efficientvit", "peers_rmt"),
-)
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
@@ -79,13 +76,13 @@ def wanted() -> dict[Path, str]:
     parts = {"models": summary(rows), "weights": index_table()}
     for name in {row["family"] for row in rows}:
         parts[f"models:{name}"] = family([row for row in rows if row["family"] == name])
-    for name in MEASURED:
-        path = RESULTS / f"{name}.md"
-        if not path.exists():
-            sys.exit(f"{path.relative_to(ROOT)} is missing: make it first with: make bench")
-        parts[name] = path.read_text(encoding="utf-8").strip()
+    for path in RESULTS.rglob("*.md"):
+        parts[path.relative_to(RESULTS).with_suffix("").as_posix()] = path.read_text(encoding="utf-8").strip()
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
+        for name in re.findall("<!-- begin (.+) -->", text):
+            if name not in parts:
+                sys.exit(f"{page.name} shows {name}, which benchmarks/results does not have: make bench makes it")
         for name, part in parts.items():
             begin, end = f"<!-- begin {name} -->\n", f"\n\n<!-- end {name} -->"
             if begin in text:

@@ -23,6 +23,7 @@ static void attend(int rows, const float* q, int64_t ldq, int depth, const float
         const Out out{weights + c, padded, nullptr, nullptr, NONE, least(PANEL, padded - c)};
         block(rows, q, ldq, depth, keys + c, padded, out);
     }
+    float inverse[ROWS];
     for (int i = 0; i < rows; ++i) {
         float* line = weights + (int64_t)i * padded;
         vec most = spread(-INFINITY);
@@ -38,12 +39,14 @@ static void attend(int rows, const float* q, int64_t ldq, int depth, const float
             sum += e;
             store(line + c, e);
         }
-        const vec inverse = spread(1.0f / total(sum));
-        for (int c = 0; c < padded; c += LANES) store(line + c, load(line + c) * inverse);
+        inverse[i] = 1.0f / total(sum);
     }
     for (int c = 0; c < dim; c += PANEL) {
-        const Out out{y + c, ldy, nullptr, nullptr, NONE, least(PANEL, dim - c)};
-        block(rows, weights, padded, tokens, values + c, ldv, out);
+        float made[ROWS * PANEL];
+        const int columns = least(PANEL, dim - c);
+        block(rows, weights, padded, tokens, values + c, ldv, Out{made, PANEL, nullptr, nullptr, NONE, columns});
+        for (int i = 0; i < rows; ++i)
+            for (int d = 0; d < columns; d += LANES) store(y + i * ldy + c + d, load(made + i * PANEL + d) * inverse[i]);
     }
 }
 
@@ -155,12 +158,17 @@ static void run_mix(const Layer& l, const float* x, const float* v, float* y, in
     const int padded = (length + LANES - 1) / LANES * LANES, tiles = (length + ROWS - 1) / ROWS;
     const float scale = 1.0f / std::sqrt((float)dim);
     float* keys = scratch;                           // (K, L up to a multiple of LANES), and room to read beyond
-    float* weights = keys + (int64_t)dim * padded + PANEL;    // (ROWS, the same)
-    float* places = weights + (int64_t)ROWS * padded + PANEL;  // of the tokens of a line: rows, then columns
-    for (int t = 0; t < padded; ++t) {
-        places[t] = t >= length ? 1e30f : whole ? t / width : rows ? 0 : t;
-        places[padded + t] = t >= length ? 1e30f : whole ? t % width : rows ? t : 0;
-    }
+    float* weights = keys + (int64_t)dim * padded + PANEL;     // (ROWS, the same)
+    float* values = weights + (int64_t)ROWS * padded + PANEL;  // (L, K): lines of a map stand far apart
+    float* places = values + (int64_t)length * dim + PANEL;    // WHOLE: of the tokens: rows, then columns
+    float* decay = places;                                     // of a line: from L - 1 places before to all behind
+    float beyond[LANES];                                       // of its last vector: 0, and then -inf
+    for (int t = 0; t < LANES; ++t) beyond[t] = padded - LANES + t < length ? 0.0f : -INFINITY;
+    if (whole)
+        for (int t = 0; t < padded; ++t) {
+            places[t] = t >= length ? 1e30f : t / width;
+            places[padded + t] = t >= length ? 1e30f : t % width;
+        }
     // few lines are shared out in chunks of their queries
     const int whole_tasks = batch * lines * l.heads, wanted = 4 * omp_get_num_threads();
     const int chunks = least(tiles, (wanted + whole_tasks - 1) / whole_tasks);
@@ -173,14 +181,28 @@ static void run_mix(const Layer& l, const float* x, const float* v, float* y, in
         const int64_t ldq = (int64_t)step * 2 * channels, ldv = (int64_t)step * channels;
         const float slope = ((const float*)l.weight)[head];
         transpose(q + channels, ldq, length, dim, keys);
+        for (int t = 0; t < length; ++t)
+            for (int c = 0; c < dim; c += LANES)
+                store(values + (int64_t)t * dim + c, load(v + (first + (int64_t)t * step) * channels + head * dim + c));
+        if (!whole)
+            for (int t = 0; t < length + padded; ++t) decay[t] = slope * std::abs(t - length + 1);
         const int last = least(length, tiles * (chunk + 1) / chunks * ROWS);
         for (int r = tiles * chunk / chunks * ROWS; r < last; r += ROWS) {
-            attend(least(ROWS, last - r), q + r * ldq, ldq, dim, keys, length, v + first * channels + head * dim, ldv,
-                   dim, y + first * channels + head * dim + r * ldv, ldv, weights, [=](int i, int c, vec logits) {
-                       const vec dy = load(places + c) - places[r + i];
-                       const vec dx = load(places + padded + c) - places[padded + r + i];
-                       return logits * scale + slope * (larger(dy, -dy) + larger(dx, -dx));
-                   });
+            const auto mixed = [&](auto change) {
+                attend(least(ROWS, last - r), q + r * ldq, ldq, dim, keys, length, values, dim, dim,
+                       y + first * channels + head * dim + r * ldv, ldv, weights, change);
+            };
+            if (whole)
+                mixed([=](int i, int c, vec logits) {
+                    const vec dy = load(places + c) - places[r + i];
+                    const vec dx = load(places + padded + c) - places[padded + r + i];
+                    return logits * scale + slope * (larger(dy, -dy) + larger(dx, -dx));
+                });
+            else
+                mixed([=](int i, int c, vec logits) {
+                    const vec changed = logits * scale + load(decay + c - (r + i) + length - 1);
+                    return c + LANES <= length ? changed : changed + load(beyond);
+                });
         }
     }
 }

@@ -206,6 +206,30 @@ struct Out {
     int columns;
 };
 
+template <int ACT, int N>
+static inline void activate_as(vec* sums) {
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) sums[i] = activated(sums[i], ACT);
+}
+template <int N>
+static inline void activate(vec* sums, int act) {
+    switch (act) {
+        case RELU: return activate_as<RELU, N>(sums);
+        case HARDSWISH: return activate_as<HARDSWISH, N>(sums);
+        case SIGMOID: return activate_as<SIGMOID, N>(sums);
+        default: return activate_as<GELU, N>(sums);
+    }
+}
+
+// The real columns of a tile's sums (rows, wide), plus the residual
+static __attribute__((noinline)) void store_some(const vec* sums, int rows, int wide, const Out& out) {
+    for (int i = 0; i < rows; ++i)
+        for (int c = 0; c < out.columns; ++c) {
+            const int64_t at = i * out.stride + c;
+            out.y[at] = sums[i * wide + c / LANES][c % LANES] + (out.residual ? out.residual[at] : 0.0f);
+        }
+}
+
 // T: float, or Pair, of which there is half the depth. TURNED: a is (depth, rows)
 template <int R, int W, bool TURNED, typename T>
 static void tile(const T* a, int64_t lda, int depth, const T* b, int64_t ldb, const Out& out) {
@@ -230,12 +254,12 @@ static void tile(const T* a, int64_t lda, int depth, const T* b, int64_t ldb, co
 #endif
         }
     }
-    if (out.act == GELU)
-        for (int i = 0; i < R; ++i)
-            for (int j = 0; j < W; ++j) sums[i][j] = activated(sums[i][j], GELU);
-    else if (out.act != NONE)
-        for (int i = 0; i < R; ++i)
-            for (int j = 0; j < W; ++j) sums[i][j] = activated(sums[i][j], out.act);
+    if (out.act != NONE) {
+        vec held[R * W];  // so that the sums themselves never leave their registers
+        for (int i = 0; i < R * W; ++i) held[i] = sums[i / W][i % W];
+        activate<R * W>(held, out.act);
+        for (int i = 0; i < R * W; ++i) sums[i / W][i % W] = held[i];
+    }
     if (out.columns == W * LANES) {
         if (out.residual)
             for (int i = 0; i < R; ++i)
@@ -244,20 +268,9 @@ static void tile(const T* a, int64_t lda, int depth, const T* b, int64_t ldb, co
             for (int j = 0; j < W; ++j) store(out.y + i * out.stride + j * LANES, sums[i][j]);
         return;
     }
-    for (int i = 0; i < R; ++i) {
-        float* y = out.y + i * out.stride;
-        const float* residual = out.residual ? out.residual + i * out.stride : nullptr;
-        for (int j = 0; j < W; ++j) {
-            vec v = sums[i][j];
-            const int left = out.columns - j * LANES;
-            if (left >= LANES) {
-                if (residual) v += load(residual + j * LANES);
-                store(y + j * LANES, v);
-            } else {
-                for (int c = 0; c < left; ++c) y[j * LANES + c] = v[c] + (residual ? residual[j * LANES + c] : 0.0f);
-            }
-        }
-    }
+    vec held[R * W];
+    for (int i = 0; i < R * W; ++i) held[i] = sums[i / W][i % W];
+    store_some(held, R, W, out);
 }
 
 template <int W, bool TURNED, typename T>

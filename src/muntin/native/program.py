@@ -569,7 +569,7 @@ class Program:
             floats += layer.half * self._halves * -(-value // 2)
         elif layer.kind == MIX:
             length = (layer.width, layer.height, layer.rows)[layer.kernel]
-            floats = (layer.key + self._rows + 2) * (length + -length % self._lanes) + 2 * self._panel
+            floats = (2 * layer.key + self._rows + 2) * (length + -length % self._lanes) + 4 * self._panel
         elif layer.kind == WINDOW:
             area = layer.window_height * layer.window_width
             padded = area + -area % self._lanes
