@@ -314,13 +314,12 @@ class Program:
     # ------------------------------------------------------------------------------------------------- running
 
     def serves(self, x: Tensor) -> bool:
-        """Whether this input can be run: on the CPU in float32, or where the machine multiplies it in bfloat16, without
-        gradients, autocast or a graph being made.
+        """Whether this input can be run: on the CPU in float32 or bfloat16, without gradients, autocast or a graph being
+        made. Where the machine does not multiply bfloat16, such weights are widened once.
         """
         if not self._served:
             return False
-        known = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and self._halves)
-        if type(x) is not Tensor or not known or x.device.type != "cpu":
+        if type(x) is not Tensor or x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu":
             return False
         if torch.is_autocast_enabled("cpu") or not x.numel() or (x.requires_grad and torch.is_grad_enabled()):
             return False
@@ -423,7 +422,7 @@ class Program:
     def _prepare(self, held: _Held, batch: int, height: int, width: int, threads: int) -> _Prepared:
         layers = (_Layer * len(self._steps))()
         kept: list[Any] = []
-        half = self._weight().dtype == torch.bfloat16
+        half = self._halves > 0 and self._weight().dtype == torch.bfloat16
         for layer, step in zip(layers, self._steps, strict=True):
             rows, columns = step.source.sides(height, width)
             layer.kind, layer.act = step.kind, ACTS[step.act]
@@ -503,8 +502,11 @@ class Program:
         return found
 
     def _panels(self, weight: Tensor) -> Tensor:
-        """(out, in) -> panels; in bfloat16 each has pairs, of inputs that follow each other: (in / 2, panel, 2)."""
-        half = weight.dtype == torch.bfloat16
+        """(out, in) -> panels; in bfloat16, where the machine multiplies it, each has pairs, of inputs that follow each
+        other: (in / 2, panel, 2).
+        """
+        half = self._halves > 0 and weight.dtype == torch.bfloat16
+        weight = weight if half else weight.float()
         padding = (0, weight.shape[1] % 2 if half else 0, 0, -weight.shape[0] % self._lanes)
         parts = F.pad(weight, padding).t().split(self._panel, 1)
         if half:
