@@ -668,7 +668,7 @@ def test_packing_falls_back_where_an_operator_is_missing(
 
     for kind in (packed.PackedLinear, packed.PackedPointwise, packed.PackedConv):
         monkeypatch.setattr(kind, "forward", missing)
-    monkeypatch.setattr(program, "available", lambda: False)
+    monkeypatch.setattr(program, "kernels", lambda: None)
     model = settle(randomise(create_model("efficientvit_m0", 10, **TINY))).eval()
     fast = muntin.optimize(model)
     assert not any(isinstance(module, packed.Packed) for module in fast.modules())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import muntin
 from muntin.layers.conv import ConvMlp, ConvNorm
 from muntin.layers.mlp import Mlp
+from muntin.layers.tokens import on_map
 from muntin.layers.window import make_grid
 from muntin.models import efficientvit, rmt, swin, swinv2
 from muntin.native import build, maps, training
@@ -224,6 +225,31 @@ def test_convolutions_with_batch_norm(
         assert off(p.grad, q.grad) < 5e-5, n
     for (n, p), q in zip(layer.named_buffers(), exact.buffers(), strict=True):
         assert off(p, q.double()) < 1e-5, n
+
+
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("size", [(2, 12, 12), (3, 7, 31)], ids=str)
+@pytest.mark.parametrize("name", [name for name in CONVOLUTIONS if name.startswith("depthwise")])
+def test_depthwise_convolutions(name: str, size: tuple[int, int, int], biased: bool, randomise: Any) -> None:
+    """On tokens, with their first and second derivatives."""
+    channels, outputs, kernel, stride, groups = CONVOLUTIONS[name]
+    layer = randomise(nn.Conv2d(channels, outputs, kernel, stride, kernel // 2, groups=groups, bias=biased))
+    exact = copy.deepcopy(layer).double()
+    x = 3 + numbers(size[0], size[1] * size[2], channels)
+    leaf, double = x.clone().requires_grad_(), x.double().requires_grad_()
+    assert maps.fits_depthwise(layer)
+    found, wanted = (on_map(conv, tokens, size[1:]) for conv, tokens in ((layer, leaf), (exact, double)))
+    assert found.grad_fn.next_functions[0][0].next_functions[0][0].name() == "_DepthwiseBackward"
+    assert off(found, wanted) < 1e-5
+    into = numbers(*wanted.shape)
+    pairs = [(leaf, double), *zip(layer.parameters(), exact.parameters(), strict=True)]
+    ours = torch.autograd.grad(found, [a for a, _ in pairs], into, retain_graph=True)
+    true = torch.autograd.grad(wanted, [b for _, b in pairs], into.double(), create_graph=True)
+    for a, b in zip(ours, true, strict=True):
+        assert off(a, b) < 2e-5
+    again = torch.autograd.grad(found, [a for a, _ in pairs], into, create_graph=True)
+    twice = torch.autograd.grad(again[0].square().sum(), layer.weight)
+    assert off(twice[0], torch.autograd.grad(true[0].square().sum(), exact.weight)[0]) < 2e-5
 
 
 @pytest.mark.skipif(not training._halves(), reason="this CPU has no AVX512-BF16")

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from muntin.layers.folding import note
 from muntin.layers.window import fresh
-from muntin.native.program import Program, Unsuitable
+from muntin.native.program import Program
+from muntin.native.steps import Unsuitable
 
 _numbers = count()
 _stages: WeakValueDictionary[int, Any] = WeakValueDictionary()

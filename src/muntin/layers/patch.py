@@ -11,7 +11,8 @@ from muntin.layers.opaque import OpaqueStage
 from muntin.layers.tracing import flat_rows, symbolic
 from muntin.layers.window import Grid, fresh, merge_move
 from muntin.native import training
-from muntin.native.program import Program, Value
+from muntin.native.program import Program
+from muntin.native.steps import Value
 
 
 def check_image(image: Tensor) -> None:

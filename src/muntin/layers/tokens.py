@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muntin.layers.conv import ConvNorm
+from muntin.native import maps
 
 
 def on_map(layer: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -20,7 +21,9 @@ def on_map(layer: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
         conv, weight, bias = (layer, layer.weight, layer.bias) if isinstance(layer, nn.Conv2d) else _folded(layer)
         return _opaque(x, weight, bias, *size, conv.stride[0], conv.padding[0], conv.groups)
     # not transpose(1, 2).unflatten(2, size): of one image it has strides by which a convolution takes another layout
-    return layer(x.unflatten(1, size).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+    x = x.unflatten(1, size).permute(0, 3, 1, 2)
+    y = maps.depthwise(x, layer) if maps.serve(x) and maps.fits_depthwise(layer) else layer(x)
+    return y.flatten(2).transpose(1, 2)
 
 
 def _folded(layer: Any) -> tuple[nn.Conv2d, Tensor, Tensor]:

@@ -23,7 +23,8 @@ from muntin.layers.patch import check_image
 from muntin.layers.tracing import symbolic
 from muntin.layers.window import SymbolicGrid, symbolic_grid
 from muntin.models.backbone import Backbone, call_block, select_outputs
-from muntin.native.program import Program, Unsuitable, Value, activation, convolutions
+from muntin.native.program import Program, convolutions
+from muntin.native.steps import Unsuitable, Value, activation
 
 ATTENTIONS = ("cascaded", "plain")
 

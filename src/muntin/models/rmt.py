@@ -27,7 +27,8 @@ from muntin.layers.tracing import symbolic
 from muntin.layers.window import fresh
 from muntin.models.backbone import Backbone, call_block, select_outputs
 from muntin.native import training
-from muntin.native.program import Program, Unsuitable, Value, activation, convolutions
+from muntin.native.program import Program, convolutions
+from muntin.native.steps import Unsuitable, Value, activation
 
 SWITCHES = ("decomposed", "layer_scale", "patch_norm", "position_conv", "local_enhancement", "ffn_conv")
 PER_STAGE = ("dims", "depths", "heads", "mlp_ratios", "decay_range", "decomposed", "layer_scale")

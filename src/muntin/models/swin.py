@@ -34,7 +34,8 @@ from muntin.layers.window import (
 )
 from muntin.models.windowed import MeanHead, WindowBackbone, WindowStage, drop_rates, initialise
 from muntin.native import training
-from muntin.native.program import Program, Value, activation
+from muntin.native.program import Program
+from muntin.native.steps import Value, activation
 
 
 @dataclass(frozen=True)

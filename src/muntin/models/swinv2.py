@@ -26,7 +26,8 @@ from muntin.layers.tracing import flat_rows, in_graph, symbolic
 from muntin.layers.window import Grid, SymbolicGrid, make_grid, move, pieces, reorder, same_order
 from muntin.models.windowed import MeanHead, WindowBackbone, WindowStage, drop_rates, initialise
 from muntin.native import training
-from muntin.native.program import Program, Value, activation
+from muntin.native.program import Program
+from muntin.native.steps import Value, activation
 
 
 @dataclass(frozen=True)

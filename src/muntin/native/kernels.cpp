@@ -4,7 +4,7 @@
 //
 // Legend: B images, N = H * W tokens of a map in raster order, rows = B * N (or B), C channels, last in memory
 // ("channels last"); A tokens of a window, L of a line, h heads, K channels of a query or key, V of a value. float32.
-// Weights of products stand in panels of PANEL output channels, each a (C, panel) matrix (_arrange in program.py).
+// Weights of products stand in panels of PANEL output channels, each a (C, panel) matrix (_arrange in prepare.py).
 
 #include "maps.h"
 

@@ -57,7 +57,7 @@ static void converted(const From* x, int64_t count, To* y) {
 // weight: (N, k * k * K), a pixel's channels side by side; planes: x is (B, K, H, W) in float, weight (N, K * k * k)
 struct Conv {
     const void* x;
-    const float* weight;
+    const float *weight, *bias;  // bias: of a depthwise convolution, or null
     void* y;
     int32_t batch, height, width, inputs, outputs, kernel, stride, planes;
     int depth() const { return kernel * kernel * inputs; }
@@ -245,12 +245,15 @@ static void conv_backward(const Conv& l, const ConvGradient& g, int threads) {
 template <typename S>
 static void depthwise(const Conv& l, int threads) {
     const int channels = l.inputs, out_width = l.out_width(), out_height = l.out_height();
-    float* nothing = (float*)kept_shared.get(channels * sizeof(float));
-    std::memset(nothing, 0, channels * sizeof(float));
+    float* bias = (float*)kept_shared.get(channels * sizeof(float));
+    if (l.bias)
+        std::memcpy(bias, l.bias, channels * sizeof(float));
+    else
+        std::memset(bias, 0, channels * sizeof(float));
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int task = 0; task < l.batch * out_height; ++task)
         depthwise_row<S>((const S*)l.x + (int64_t)(task / out_height) * l.height * l.width * channels, channels,
-                         l.height, l.width, channels, l.kernel, l.stride, l.weight, nothing, NONE, nullptr,
+                         l.height, l.width, channels, l.kernel, l.stride, l.weight, bias, NONE, nullptr,
                          (S*)l.y + (int64_t)task * out_width * channels, channels, out_width, task % out_height);
 }
 

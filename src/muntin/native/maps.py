@@ -25,7 +25,9 @@ ACTS: dict[type[nn.Module], int] = {nn.ReLU: 1, nn.Hardswish: 2}
 _TAPS = (1, 3, 5, 7)
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
-_CONV = structure("Conv", (_POINTER, "x weight y"), (_INT, "batch height width inputs outputs kernel stride planes"))
+_CONV = structure(
+    "Conv", (_POINTER, "x weight bias y"), (_INT, "batch height width inputs outputs kernel stride planes")
+)
 _CONV_GRADIENT = structure("ConvGradient", (_POINTER, "dy dx dweight"))
 _BATCH = structure(
     "Batch",
@@ -65,20 +67,36 @@ def fits(layer: Any) -> bool:
         return False
     if not training.unhooked(layer, conv, norm) or not (training.plain(norm.weight) and training.plain(norm.bias)):
         return False
-    weight, side = conv.weight, conv.kernel_size[0]
-    if conv.bias is not None or type(weight) is not nn.Parameter or weight.dtype != torch.float32 or weight.is_meta:
-        return False
-    square = conv.kernel_size == (side, side) and side % 2 and conv.stride[0] == conv.stride[1]
-    if not (square and conv.padding == (side // 2, side // 2) and conv.dilation == (1, 1)):
-        return False
-    if conv.padding_mode != "zeros":
+    if conv.bias is not None or not _fits(conv):
         return False
     if conv.groups == 1:
         pairs = 2 if torch.is_autocast_enabled("cpu") else 1
         divided = not (training.rest(conv.in_channels, pairs) or training.rest(conv.out_channels, pairs))
-        return divided or side > 1 or conv.stride[0] > 1
-    depthwise = conv.groups == conv.in_channels == conv.out_channels and side in _TAPS
-    return depthwise and not training.rest(conv.in_channels)
+        return divided or conv.kernel_size[0] > 1 or conv.stride[0] > 1
+    return _is_depthwise(conv)
+
+
+def fits_depthwise(conv: nn.Module) -> bool:
+    """Whether the kernels compute this depthwise convolution, and nothing waits for it."""
+    if type(conv) is not nn.Conv2d or not training.unhooked(conv) or not _fits(conv) or not _is_depthwise(conv):
+        return False
+    return conv.bias is None or training.plain(conv.bias)
+
+
+def _fits(conv: Any) -> bool:
+    """Whether weights are as the kernels read them, and zeros around keep a map's size at stride 1."""
+    weight, side = conv.weight, conv.kernel_size[0]
+    if type(weight) is not nn.Parameter or weight.dtype != torch.float32 or weight.is_meta:
+        return False
+    square = conv.kernel_size == (side, side) and side % 2 and conv.stride[0] == conv.stride[1]
+    zeros = conv.padding == (side // 2, side // 2) and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    return bool(square and zeros)
+
+
+def _is_depthwise(conv: Any) -> bool:
+    if not (conv.groups == conv.in_channels == conv.out_channels and conv.kernel_size[0] in _TAPS):
+        return False
+    return not training.rest(conv.in_channels)
 
 
 # ------------------------------------------------------------------------------------------------------- convolutions
@@ -121,13 +139,14 @@ def _rows(x: Tensor) -> int:
     return x.shape[0] * x.shape[2] * x.shape[3]
 
 
-def _conv(x: Tensor, weight: Tensor, shape: _Shape) -> Tensor:
+def _conv(x: Tensor, weight: Tensor, shape: _Shape, bias: Tensor | None = None) -> Tensor:
+    """bias: of a depthwise convolution."""
     z = shape.outputs(x, weight)
     if shape.pointwise:
         training.linear_rows(x, weight.flatten(1).contiguous(), z, _rows(x))
     else:
         ordered = _ordered(weight, shape)  # a name keeps it until the kernel has run
-        given = _structure(x, ordered, z, shape, len(weight))
+        given = _structure(x, ordered, z, shape, len(weight), bias)
         _run("muntin_depthwise" if shape.depthwise else "muntin_conv", given, half=shape.half)
     return z
 
@@ -143,10 +162,12 @@ def _ordered(weight: Tensor, shape: _Shape) -> Tensor:
     )
 
 
-def _structure(x: Tensor, weight: Tensor, y: Tensor | None, shape: _Shape, outputs: int) -> Any:
+def _structure(
+    x: Tensor, weight: Tensor, y: Tensor | None, shape: _Shape, outputs: int, bias: Tensor | None = None
+) -> Any:
     batch, inputs, height, width = x.shape
     sizes = batch, height, width, inputs, outputs, shape.kernel, shape.stride, shape.planes
-    return _CONV(*map(pointer, (x, weight, y)), *sizes)
+    return _CONV(*map(pointer, (x, weight, bias, y)), *sizes)
 
 
 def _conv_backward(
@@ -268,6 +289,30 @@ class _ConvNorm(torch.autograd.Function):
         return dx, dweight, dgain, dbias, None, None
 
 
+class _Depthwise(torch.autograd.Function):
+    """conv(x), with a bias or without"""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shape: _Shape) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.shape = shape
+        return _conv(x, weight, shape, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        if training.differentiated(grads[0]):
+            return again(_plain_depthwise, (x, weight, bias, ctx.shape), grads[0])
+        dy = _last(grads[0])
+        dx, dweight = _conv_backward(_last(x), weight, dy, ctx.shape, *ctx.needs_input_grad[:2])
+        dbias = dy.sum((0, 2, 3), dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        return dx, dweight, dbias, None
+
+
+def _plain_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, shape: _Shape) -> Tensor:
+    return F.conv2d(x.float(), weight, bias, shape.stride, shape.kernel // 2, groups=x.shape[1]).to(x.dtype)
+
+
 class _Mlp(torch.autograd.Function):
     """norm2(conv2(act(norm1(conv1(x))))), both convolutions of single pixels"""
 
@@ -342,6 +387,12 @@ def conv_norm(x: Tensor, layer: Any, act: nn.Module | None = None) -> Tensor:
     shape = _Shape(conv.kernel_size[0], conv.stride[0], conv.groups > 1, planes, torch.is_autocast_enabled("cpu"))
     known = _norm_of(norm, 0 if act is None else ACTS[type(act)])
     return _ConvNorm.apply(x if planes else _kept(x), conv.weight, norm.weight, norm.bias, shape, known)
+
+
+def depthwise(x: Tensor, conv: Any) -> Tensor:
+    """conv(x) for a depthwise convolution: (B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
+    shape = _Shape(conv.kernel_size[0], conv.stride[0], depthwise=True, half=torch.is_autocast_enabled("cpu"))
+    return _Depthwise.apply(_kept(x), conv.weight, conv.bias, shape)
 
 
 def mlp(x: Tensor, expand: Any, act: nn.Module, project: Any) -> Tensor:
