@@ -20,7 +20,7 @@ from conftest import error_of, settle
 from muntin.layers.opaque import Programmed
 from muntin.measure.counter import OperatorCounter
 from muntin.models import efficientvit, rmt, swin, swinv2
-from muntin.native import build, program
+from muntin.native import build, prepare, program
 from test_models import tiny
 
 SHAPES = [(2, 64, 64), (1, 224, 224), (3, 61, 83), (1, 250, 33), (5, 1, 1), (1, 112, 130)]
@@ -127,6 +127,21 @@ def test_programs_in_bfloat16(name: str, randomise: Any) -> None:
             found = fast(image)
             assert found.dtype == torch.bfloat16
             assert error_of(found, wanted) < max(0.03, 1.5 * error_of(layers(image), wanted)), (batch, height, width)
+
+
+@pytest.mark.parametrize("name", ["efficientvit", "swin", "swinv2", "rmt"])
+def test_how_many_rows_run_together_changes_nothing(name: str, randomise: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 48 rows, whatever caches would hold, the usual ones, and layers one after the other."""
+    fast = muntin.optimize(model_of(randomise, name))
+    images = torch.randn(2, 3, 224, 160)
+    found = []
+    with torch.no_grad():
+        for near, by_rows in ((1, prepare.BY_ROWS), (prepare.NEAR, prepare.BY_ROWS), (prepare.NEAR, ())):
+            monkeypatch.setattr(prepare, "NEAR", near)
+            monkeypatch.setattr(prepare, "BY_ROWS", by_rows)
+            found.append(copy.deepcopy(fast)(images))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @pytest.fixture(params=WIDTHS, ids=str)
