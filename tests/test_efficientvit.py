@@ -637,6 +637,11 @@ def fresh_probes() -> Iterator[None]:
     packed._computes_the_same.cache_clear()
 
 
+def packs_bfloat16() -> bool:
+    """Whether oneDNN computes convolutions of bfloat16 on this processor: not with AVX2 alone."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("act", [nn.ReLU, nn.Hardswish, nn.GELU])
 def test_packed_layers_compute_the_same(act: Any, dtype: torch.dtype, fresh_probes: None) -> None:
@@ -646,7 +651,7 @@ def test_packed_layers_compute_the_same(act: Any, dtype: torch.dtype, fresh_prob
     ).to(dtype).eval()  # fmt: skip
     fast = packed.pack(copy.deepcopy(layers))
     kinds = [type(module) for module in fast.modules()]
-    if torch.backends.mkldnn.is_available():
+    if torch.backends.mkldnn.is_available() and (dtype == torch.float32 or packs_bfloat16()):
         assert kinds.count(packed.PackedConv) == 3 and kinds.count(packed.PackedPointwise) == 2
         assert kinds.count(packed.PackedResidual) == 2 and act not in kinds
     twin = copy.deepcopy(fast)
@@ -674,7 +679,8 @@ def test_packing_falls_back_where_an_operator_is_missing(
     assert not any(isinstance(module, packed.Packed) for module in fast.modules())
     image = _image((61, 83))
     with torch.inference_mode():
-        assert error_of(fast(image), model(image)) < 1e-5
+        exact = copy.deepcopy(model).double()(image.double())
+        assert error_of(fast(image), exact) < max(1e-5, 2 * error_of(model(image), exact))
 
 
 def test_packing_refuses_an_operator_that_computes_something_else(
