@@ -62,11 +62,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], int]] = {  # family, changes, progra
 def model_of(randomise: Any, name: str = "efficientvit", **changes: Any) -> Any:
     """One that all kernels serve, at every width of vectors."""
     family, fields, _ = CASES[name]
-    model = randomise(tiny(family, **fields | changes))
-    for key, parameter in model.named_parameters():
-        if family is efficientvit and key.endswith("norm.weight"):  # harsher ones amplify the rounding of any form
-            parameter.data.mul_(0.5)
-    return settle(model).eval()
+    return settle(randomise(tiny(family, **fields | changes))).eval()
 
 
 def programs(model: torch.nn.Module) -> list[Any]:
