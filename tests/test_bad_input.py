@@ -16,7 +16,8 @@ import muntin
 from muntin.cli import main
 from muntin.errors import UserError
 from muntin.run import save_model
-from muntin.tasks.settings import Settings, parse_sets, read_config, settings_from
+from muntin.tasks.recipes import read_config
+from muntin.tasks.settings import Settings, parse_sets, settings_from
 from test_data import folder_of
 
 TINY = [
@@ -142,7 +143,7 @@ def test_a_decompression_bomb_in_the_data(refused, data, monkeypatch):
 
 
 def test_images_of_every_mode_are_trained_on(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("muntin.tasks.classification.measure_latency", lambda run: None)
+    monkeypatch.setattr("muntin.tasks.training.measure_latency", lambda run: None)
     for mode, suffix in [("L", "png"), ("1", "png"), ("P", "gif"), ("RGBA", "png"), ("LA", "png"), ("CMYK", "jpg")]:
         Image.new("L", (20, 16), 99).convert(mode).save(data / "cat" / f"{mode}.{suffix}")
     Image.new("I;16", (20, 16), 30000).save(data / "cat" / "sixteen.png")

@@ -14,9 +14,9 @@ from muntin import cli
 from muntin.cli import COMMANDS, main
 from muntin.errors import UserError
 from muntin.run import Run
-from muntin.tasks import classification
+from muntin.tasks import training
 from muntin.tasks.callbacks import duration
-from muntin.tasks.classification import Interrupted
+from muntin.tasks.fitting import Interrupted
 from test_data import folder_of
 
 TINY = [
@@ -130,7 +130,7 @@ def test_report_writes_one_page(run, capsys):
 
 def test_a_folder_trains_by_a_recipe_and_is_evaluated(photos, tmp_path, monkeypatch, capsys):
     """The ImageNet recipe for a step, an image that is skipped, evaluation on the run's own split and a folder."""
-    monkeypatch.setattr(classification, "measure_latency", lambda run: None)
+    monkeypatch.setattr(training, "measure_latency", lambda run: None)
     (photos / "dog" / "bad.png").write_bytes(b"")
     out = tmp_path / "run"
     arguments = ["--config", "imagenet", "--data", str(photos), "--model", "swin_t", "--out", str(out), *TINY]
@@ -244,7 +244,7 @@ def test_exit_codes(error, code, words, monkeypatch, capsys):
 
 def test_a_missing_extra_is_one_line(monkeypatch, capsys, tmp_path):
     for name in [name for name in sys.modules if name.partition(".")[0] in ("muntin", "lightning")]:
-        if name.startswith("lightning") or name in ("muntin.tasks.classification", "muntin.tasks.base"):
+        if name.startswith("lightning") or name in ("muntin.tasks.training", "muntin.tasks.base"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lightning", None)
     assert main(["train", "--out", str(tmp_path / "run")]) == 2

@@ -212,7 +212,7 @@ def augments():
     picture = Evaluate((16, 16), None, mean, std).picture
     return {
         "distort": Distort(picture, mean, std),
-        "photographs": Photographs((16, 16), mean, std, "rand-m9-mstd0.5-inc1", 0.25),
+        "photographs": Photographs((16, 16), mean, std, "rand-m9-mstd0.5-inc1", 0.4, 0.25),
     }
 
 
@@ -249,12 +249,15 @@ def test_the_order_of_an_epoch_depends_on_seed_and_epoch_and_can_start_anywhere(
     assert len(whole) == len(batches) == 6
     assert len({position for batch in whole for _, position in batch}) == 48
     assert {epoch for batch in whole for epoch, _ in batch} == {4}
-    resumed = EpochBatches(50, 8, seed=1, epoch=4, start=2)
+    resumed = EpochBatches(50, 8, seed=1)
+    resumed.begin(4 * len(batches) + 2)
     resumed.set_epoch(4)  # as Lightning does
     assert list(resumed) == whole[2:] and len(resumed) == 6
     resumed.set_epoch(5)
     assert len(list(resumed)) == 6 and list(resumed) != whole
-    assert list(EpochBatches(50, 8, seed=2, epoch=4)) != whole
+    other = EpochBatches(50, 8, seed=2)
+    other.set_epoch(4)
+    assert list(other) != whole
 
 
 def test_a_set_smaller_than_a_batch_is_one_batch():

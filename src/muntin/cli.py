@@ -183,7 +183,10 @@ def _describe_train(parser: Any) -> None:
     parser.add_argument("--size", help="side of the model's input in pixels")
     parser.add_argument("--seed", help="of the split, the weights, the order and the augmentation (default: 0)")
     parser.add_argument("--resume", action="store_true", help="continue a stopped run where it was, to the bit")
-    parser.add_argument("--config", help="a YAML file of settings, such as another run's config.yaml, or a recipe")
+    parser.add_argument("--recipe", help='settings that come with Muntin, as in in1k/swin_t; "list" shows all')
+    parser.add_argument("--config", help="a YAML file of settings, such as another run's config.yaml")
+    parser.add_argument("--deterministic", action="store_true", help="only algorithms that repeat to the bit")
+    parser.add_argument("--print-config", action="store_true", help="print every setting as YAML and train nothing")
     parser.add_argument(
         "--set",
         action="append",
@@ -197,11 +200,22 @@ def _train(args: Any) -> int:
     from muntin.tasks.settings import parse_sets
 
     direct = {name: args[name] for name in ("model", "data", "epochs", "size", "seed") if args[name] is not None}
-    settings = parse_sets(args.set) | direct
+    settings = parse_sets(args.set) | direct | ({"deterministic": True} if args.deterministic else {})
+    if args.recipe == "list":
+        from muntin.tasks.recipes import describe_recipes
+
+        print(describe_recipes())
+        return 0
+    if args.print_config:
+        from muntin.tasks.recipes import to_yaml
+        from muntin.tasks.training import resolved
+
+        print(to_yaml(resolved(args.recipe, args.config, **settings)), end="")
+        return 0
 
     from muntin.tasks import train
 
-    train(args.out, resume=args.resume, config=args.config, **settings)
+    train(args.out, resume=args.resume, recipe=args.recipe, config=args.config, **settings)
     return 0
 
 

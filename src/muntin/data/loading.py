@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from muntin.data.datasets import Images
 from muntin.data.transforms import to_tensor
+from muntin.errors import UserError
 
 Item = tuple[int, int]  # epoch, position
 
@@ -61,17 +62,43 @@ class EvaluationSet(Dataset[tuple[Tensor, int]]):
 class EpochBatches:
     """Batches of (epoch, position) in the order of (seed, epoch), from batch `start` of the first epoch on.
 
-    Batches are full: the last few images of an epoch wait for another order. A set smaller than one batch is
-    one batch.
+    A step of the optimiser takes `batch_size` images in `parts`, each shared out over the processes: `share` is the
+    rank of this one and their number. So a step has the same images however it is divided. Steps are full: the last few
+    images of an epoch wait for another order. A set smaller than one step is one step. With `repeats` each image comes
+    so many times in a row, under an epoch number of its own each time, so that its augmentations differ, and an epoch
+    takes as many steps as without (repeated augmentation, Hoffer et al., 2020).
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, epoch: int = 0, start: int = 0) -> None:
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        *,
+        repeats: int = 1,
+        parts: int = 1,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
         self.count = count
-        self.batch_size = min(batch_size, count)
+        self.parts = parts
+        self.rank, self.processes = share
+        pieces = parts * self.processes
+        self.batch_size = min(batch_size, count) // pieces * pieces
+        if not self.batch_size:
+            raise UserError(
+                f"{min(batch_size, count)} images cannot be shared out over {self.processes} processes in {parts} "
+                "parts each; give a larger batch_size, fewer devices or a smaller accumulate"
+            )
         self.seed = seed
-        self.epoch = epoch
-        self.start = start
+        self.repeats = repeats
+        self.epoch = 0
+        self.start = 0
         self.sampler = self  # Lightning calls set_epoch on `batch_sampler.sampler`
+
+    def begin(self, step: int) -> None:
+        """Start after so many steps of the optimiser."""
+        self.epoch, done = divmod(step, len(self) // self.parts)
+        self.start = done * self.parts
 
     def set_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:
@@ -79,13 +106,18 @@ class EpochBatches:
 
     def __len__(self) -> int:
         """Batches of a whole epoch, wherever the first one starts: Lightning counts those done before."""
-        return self.count // self.batch_size
+        return self.count // self.batch_size * self.parts
 
     def __iter__(self) -> Iterator[list[Item]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count).tolist()
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
+        order = order[: -(-self.count // self.repeats)].repeat(self.repeats)
+        piece = self.batch_size // (self.parts * self.processes)
         for number in range(self.start, len(self)):
-            positions = order[number * self.batch_size : (number + 1) * self.batch_size]
-            yield [(self.epoch, position) for position in positions]
+            first = (number * self.processes + self.rank) * piece
+            yield [
+                (self.epoch * self.repeats + place % self.repeats, int(order[place]))
+                for place in range(first, first + piece)
+            ]
 
 
 def training_loader(data: TrainingSet, batches: EpochBatches, workers: int) -> DataLoader[tuple[Tensor, int]]:
@@ -173,6 +205,7 @@ class Photographs:
         mean: tuple[float, ...],
         std: tuple[float, ...],
         strength: str,
+        color_jitter: float,
         erasing: float,
     ) -> None:
         from timm.data import create_transform
@@ -181,7 +214,7 @@ class Photographs:
             size,
             is_training=True,
             auto_augment=strength or None,
-            color_jitter=0.4,
+            color_jitter=color_jitter,
             interpolation="bicubic",
             re_prob=erasing,
             re_mode="pixel",

@@ -10,8 +10,8 @@ rows = predict(run, ["photos"])
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from muntin.tasks.classification import train
     from muntin.tasks.inference import evaluate, predict
+    from muntin.tasks.training import train
 
 __all__ = ["evaluate", "predict", "train"]
 
@@ -19,7 +19,7 @@ __all__ = ["evaluate", "predict", "train"]
 def __getattr__(name: str) -> Any:
     """Training imports Lightning, which takes seconds; the others do without."""
     if name == "train":
-        from muntin.tasks.classification import train
+        from muntin.tasks.training import train
 
         return train
     if name in ("evaluate", "predict"):

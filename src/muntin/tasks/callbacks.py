@@ -3,25 +3,19 @@
 import csv
 import io
 import math
-import os
-import pickle
 import signal
 import sys
 import threading
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
-from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.utilities.types import _PATH
 
-from muntin.errors import UserError
 from muntin.run import atomic_write
 from muntin.tasks.base import Task
 
+CHECKED = 50  # steps between two looks at how many were skipped: each waits for the device
 HISTORY = ("epoch", "train_loss", "val_loss", "val_accuracy", "lr", "seconds")
 
 
@@ -31,47 +25,6 @@ class Stopped(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
-
-
-class AtomicCheckpoints(CheckpointIO):
-    """Checkpoints that are whole or not there, and hold nothing but tensors and plain values."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
-        def save(partial: Path) -> None:
-            with open(partial, "wb") as file:
-                try:
-                    torch.save(checkpoint, file)
-                except RuntimeError as error:
-                    # Closing its archive fails after a write failed, and hides why.
-                    raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-
-        atomic_write(path, save)
-
-    def load_checkpoint(
-        self, path: _PATH, map_location: Any = "cpu", weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        return read_checkpoint(Path(path))
-
-    def remove_checkpoint(self, path: _PATH) -> None:
-        Path(path).unlink(missing_ok=True)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of ours. Raises `UserError` for damaged files and for pickles that hold code."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is refused: it is not one of Muntin's checkpoints, or it holds code, which is not run; "
-            "restore the file, or train again into another folder"
-        ) from error
-    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} is damaged or cannot be read; put back a copy of it, or delete it to train from the beginning"
-        ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError(f"{path} is not one of Muntin's checkpoints; train again into another folder")
-    return checkpoint
 
 
 class Saver(lightning.Callback):
@@ -135,11 +88,15 @@ class Saver(lightning.Callback):
     def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         # At the start of a step all of Lightning's counters agree on what is done; at its end they do not.
         due = time.monotonic() - self._saved > self.save_seconds
+        if batch_idx % pl_module.settings.accumulate:
+            return  # within a step of the optimiser
+        if batch_idx and trainer.global_step % CHECKED == 0:
+            pl_module.refuse_skips()
         if batch_idx and (due or self.signal is not None):
             self._save_last(trainer, pl_module)
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        self._refuse_nan(pl_module, trainer.current_epoch + 1)
+        pl_module.refuse_skips(epoch_done=True)  # before validation and saving
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Task)
@@ -169,20 +126,11 @@ class Saver(lightning.Callback):
             trainer.should_stop = True
 
     def _save_last(self, trainer: lightning.Trainer, task: Any) -> None:
-        self._refuse_nan(task, trainer.current_epoch + 1)
+        task.refuse_skips()
         trainer.save_checkpoint(self.last)
         self._saved = time.monotonic()
         if self.signal is not None:
             raise Stopped(self.signal)
-
-    def _refuse_nan(self, task: Task, epoch: int) -> None:
-        """Checked before validation and saving, so that no checkpoint holds the damage."""
-        if not math.isfinite(task.train_loss()):
-            raise UserError(
-                f"the training loss became {task.train_loss()} in epoch {epoch}; lower the learning rate "
-                f"(--set lr={task.settings.lr / 4:g}), lengthen the warm-up (--set warmup=...) or train in full "
-                "precision (--set precision=32)"
-            )
 
 
 def least(accuracy: float, images: int) -> float:
@@ -237,6 +185,8 @@ class Progress(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if (batch_idx + 1) % pl_module.settings.accumulate:
+            return  # within a step of the optimiser
         if self.bar is not None:
             self.bar.update()
         if trainer.logger is not None and trainer.global_step % self.EVERY == 0:
@@ -279,11 +229,3 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
-
-
-def remove_partial_files(folder: Path) -> None:
-    """What a killed process left of files that it was writing."""
-    for base, _, files in os.walk(folder):
-        for name in files:
-            if name.startswith(".") and ".tmp" in name:
-                (Path(base) / name).unlink(missing_ok=True)

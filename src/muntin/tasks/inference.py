@@ -29,7 +29,7 @@ from muntin.data.transforms import CROP, IMAGENET_MEAN, IMAGENET_STD, Evaluate
 from muntin.errors import UserError, nearest
 from muntin.progress import progress
 from muntin.run import Run, atomic_write, read_json
-from muntin.tasks.settings import read_config
+from muntin.tasks.recipes import read_config
 from muntin.tasks.trained import Trained, on_device, open_trained
 
 BINS = 15  # of the expected calibration error (Guo et al., arXiv 1706.04599)

@@ -6,17 +6,13 @@ A field of the model's configuration is written `model.FIELD`, as in `--set mode
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from muntin.errors import UserError, nearest
 
 AUGMENTS = ("photographs", "distort", "none")
-PRECISIONS = ("auto", "bf16", "32")
-ON_BAD_IMAGE = ("error", "skip")
 MODEL_PREFIX = "model."
 
 
@@ -24,61 +20,129 @@ MODEL_PREFIX = "model."
 class Settings:
     """What a training run depends on. None means: decided from the data and the model, and then written down.
 
-    data: "digits" or a folder of images; size: side of the model's square input, in pixels
-    lr: AdamW's peak rate at this batch size, after `warmup` epochs, then a cosine down to a hundredth
-    mixup, cutmix: their Beta parameter, 0 for none; where both are set, each takes half of the batches
-    ema_decay: of the average of the weights per step, 0 for none; it is what is saved unless it is significantly worse
-    augment: "photographs" (crop, flip, `randaugment`, `erasing`), "distort" (characters, by `distortion`) or "none"
-    precision: "bf16", "32", or "auto": bf16 where the hardware multiplies it natively
-    workers: processes that read and augment images; threads: of the CPU in the training step, all by default
-    patience: stop after so many epochs without a better validation accuracy, 0 for never
-    weights: what to start from: "" (random), "pretrained", a tag (muntin weights), a checkpoint's path or address
-    save_minutes: how often to save within an epoch; the end of every epoch is saved anyway
+    **Data.** data: "digits", a folder of images, or any other source in docs/data.md; size: side of the model's square
+    input, in pixels; on_bad_image: "error", or "skip" and list it in bad_files.csv.
+
+    **Model.** weights: what to start from: "" (random), "pretrained", a tag (muntin weights), a checkpoint's path or
+    address; freeze: so many stages, with the stem, keep their weights and statistics (0: everything is trained);
+    model_config: fields of the model's configuration, written model.FIELD.
+
+    **Steps.** batch_size: images of one step of the optimiser, over all devices; accumulate: parts that each device
+    takes its share of them in; epochs: passes over the training images; repeats: augmentations of an image within a
+    batch (repeated augmentation, Hoffer et al., 2020: an epoch then sees 1/repeats of the images).
+
+    **Optimiser: AdamW.** lr: its peak rate, after `warmup` epochs, before a cosine down to floor_lr (None: a hundredth
+    of the peak); warmup_lr: what the warm-up starts from (None: one step's worth); lr_batch: the batch that lr, and it
+    alone, is stated for: another one scales it in proportion (0: lr is taken as it is); layer_decay: factor of the rate
+    per layer from the head down; clip: largest norm of all gradients, agc: largest ratio of a gradient's norm to its
+    weights' (adaptive gradient clipping, Brock et al., 2021), 0 for none; ema_decay: of the average of the weights per
+    step, 0 for none, for batches of ema_batch images (0: of any): another batch_size takes its power; the average is
+    what is saved unless it is significantly worse.
+
+    **Regularisation.** mixup, cutmix: their Beta parameter, 0 for none; where both are set, each takes half of the
+    batches; augment: "photographs" (crop, flip, `randaugment` or `color_jitter`, `erasing`), "distort" (characters, by
+    `distortion`) or "none"; drop_path: stochastic depth of the last block.
+
+    **A teacher.** teacher: "" for none, a run's folder, timm:NAME, or a model's name with its published weights, or
+    NAME=FILE; distillation: "soft" (Kullback-Leibler divergence at temperature `distill_tau`) or "hard" (the teacher's
+    decision); distill_alpha: the share of its loss. token_labels: a folder of dense label files, "" for none;
+    token_weight: factor of their loss; mix_token: paste boxes of tokens instead of mixup and cutmix.
+
+    **Losing nothing.** spike: a step whose loss is so many times the running mean, and above 1, is skipped as one that
+    is not finite (0: only the latter); max_skips: so many in a row end the training; patience: stop after so many
+    epochs without a better validation accuracy, 0 for never; save_minutes: how often to save within an epoch, besides
+    its end; keep: checkpoints of so many last saves; deterministic: only algorithms that repeat to the bit.
+
+    **Machine.** precision: "bf16", "16" (with a loss scale), "32", or "auto": bf16 where the hardware multiplies it
+    natively; workers: processes that read and augment images; threads: of the CPU in the training step, all by default;
+    grad_checkpointing: recompute blocks instead of keeping their intermediates; compile: by torch.compile;
+    channels_last: of images and convolutions; devices: GPUs or processes of this machine (None: as torchrun or SLURM
+    started it, else one); strategy: "auto", "ddp" or "fsdp".
     """
 
+    task: str = "classify"
     data: str = "digits"
-    model: str | None = None
-    epochs: int = 100
     size: int | None = None
     seed: int = 0
+    on_bad_image: str = "error"
+
+    model: str | None = None
+    weights: str = ""
+    freeze: int = 0
+
+    epochs: int = 100
     batch_size: int = 64
+    accumulate: int = 1
+    repeats: int = 1
+
     lr: float = 1e-3
-    weight_decay: float = 0.05
+    lr_batch: int = 0
     warmup: float = 5.0
+    warmup_lr: float | None = None
+    floor_lr: float | None = None
+    weight_decay: float = 0.05
+    layer_decay: float = 1.0
     clip: float = 5.0
+    agc: float = 0.0
+    ema_decay: float = 0.999
+    ema_batch: int = 0
+
     label_smoothing: float = 0.1
     mixup: float = 0.8
     cutmix: float = 1.0
-    ema_decay: float = 0.999
     augment: str = "photographs"
     randaugment: str = "rand-m9-mstd0.5-inc1"
+    color_jitter: float = 0.4
     erasing: float = 0.25
     distortion: float = 1.0
     drop_path: float | None = None
+
+    teacher: str = ""
+    distillation: str = "soft"
+    distill_alpha: float = 0.5
+    distill_tau: float = 1.0
+    token_labels: str = ""
+    token_weight: float = 0.5
+    mix_token: bool = True
+
+    spike: float = 10.0
+    max_skips: int = 50
+    patience: int = 0
+    save_minutes: float = 10.0
+    keep: int = 1
+    deterministic: bool = False
+
     precision: str = "auto"
     workers: int | None = None
     threads: int | None = None
-    patience: int = 0
-    weights: str = ""
-    on_bad_image: str = "error"
-    save_minutes: float = 10.0
+    grad_checkpointing: bool = False
+    compile: bool = False
+    channels_last: bool = False
+    devices: int | None = None
+    strategy: str = "auto"
+
     model_config: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "size", "batch_size", "threads"):
-            _require(self, name, lambda value: value >= 1, "give a whole number of at least 1")
-        for name in ("seed", "workers", "patience"):
-            _require(self, name, lambda value: value >= 0, "give a whole number of at least 0")
-        for name in ("lr", "save_minutes"):
-            _require(self, name, lambda value: value > 0, "give a positive number")
-        for name in ("weight_decay", "warmup", "clip", "mixup", "cutmix", "distortion"):
-            _require(self, name, lambda value: value >= 0, "give a number of at least 0")
-        for name in ("label_smoothing", "ema_decay", "erasing", "drop_path"):
-            _require(self, name, lambda value: 0 <= value < 1, "give a number from 0 up to, but not, 1")
-        for name, valid in (("augment", AUGMENTS), ("precision", PRECISIONS), ("on_bad_image", ON_BAD_IMAGE)):
+        for names, valid, remedy in _RANGES:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not (math.isfinite(value) and valid(value)):
+                    raise UserError(f"{name}={value}: {remedy}")
+        for name, words in _WORDS.items():
             value = getattr(self, name)
-            if value not in valid:
-                raise UserError(f"{name}={value!r} is unknown{nearest(value, valid)}; valid are {', '.join(valid)}")
+            if value not in words:
+                raise UserError(f"{name}={value!r} is unknown{nearest(value, words)}; valid are {', '.join(words)}")
+        if self.clip and self.agc:
+            raise UserError(f"clip={self.clip} and agc={self.agc} both clip gradients; set one of them to 0")
+
+    def peak(self) -> float:
+        """The peak learning rate at this batch size."""
+        return self.lr * self.batch_size / self.lr_batch if self.lr_batch else self.lr
+
+    def average_decay(self) -> float:
+        """The decay of the average of the weights per step at this batch size."""
+        return self.ema_decay ** (self.batch_size / self.ema_batch) if self.ema_batch else self.ema_decay
 
     def flat(self) -> dict[str, Any]:
         """Plain values under the names that `--set` takes: what config.yaml holds."""
@@ -86,10 +150,35 @@ class Settings:
         return values | {MODEL_PREFIX + name: _lists(value) for name, value in self.model_config.items()}
 
 
-def _require(settings: Settings, name: str, valid: typing.Callable[[Any], bool], remedy: str) -> None:
-    value = getattr(settings, name)
-    if value is not None and not (math.isfinite(value) and valid(value)):
-        raise UserError(f"{name}={value}: {remedy}")
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "epochs size batch_size accumulate repeats threads devices keep max_skips",
+        lambda value: value >= 1,
+        "give a whole number of at least 1",
+    ),
+    ("seed workers patience freeze lr_batch ema_batch", lambda value: value >= 0, "give a whole number of at least 0"),
+    ("lr save_minutes distill_tau", lambda value: value > 0, "give a positive number"),
+    (
+        "weight_decay warmup warmup_lr floor_lr clip agc mixup cutmix distortion color_jitter token_weight spike",
+        lambda value: value >= 0,
+        "give a number of at least 0",
+    ),
+    (
+        "label_smoothing ema_decay erasing drop_path",
+        lambda value: 0 <= value < 1,
+        "give a number from 0 up to, but not, 1",
+    ),
+    ("layer_decay", lambda value: 0 < value <= 1, "give a number above 0 and up to 1"),
+    ("distill_alpha", lambda value: 0 <= value <= 1, "give a number from 0 to 1"),
+)
+_WORDS = {
+    "task": ("classify",),
+    "augment": AUGMENTS,
+    "precision": ("auto", "bf16", "16", "32"),
+    "on_bad_image": ("error", "skip"),
+    "distillation": ("soft", "hard"),
+    "strategy": ("auto", "ddp", "fsdp"),
+}
 
 
 def _lists(value: Any) -> Any:
@@ -128,7 +217,9 @@ def _convert(name: str, value: Any) -> Any:
     if value is None and type(None) in kinds:
         return None
     kind = kinds[0]
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is bool or isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise UserError(f"{name}={value!r}: give {_KINDS[kind]}")
     try:
         converted = kind(value)
@@ -139,7 +230,7 @@ def _convert(name: str, value: Any) -> Any:
     return converted
 
 
-_KINDS = {int: "a whole number", float: "a number", str: "text"}
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 def parse_sets(pairs: typing.Iterable[str]) -> dict[str, Any]:
@@ -156,40 +247,3 @@ def parse_sets(pairs: typing.Iterable[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise UserError(f"--set {pair}: the value is not valid YAML; quote it or check its brackets") from error
     return values
-
-
-def recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by name."""
-    folder = Path(str(resources.files("muntin"))) / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def read_config(given: str | Path) -> dict[str, Any]:
-    """A YAML file of settings, or a recipe by its name. Raises `UserError` naming the file."""
-    import yaml
-
-    path = Path(given)
-    if not path.exists():
-        known = recipes()
-        if str(given) not in known:
-            raise UserError(
-                f"there is no configuration file {given}{nearest(str(given), known)}; "
-                f"give a YAML file or one of the recipes {', '.join(known)}"
-            )
-        path = known[str(given)]
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}; give a YAML file of settings") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise UserError(f"{path} is not a YAML mapping; write one setting per line, as in lr: 0.001")
-    return values
-
-
-def write_config(settings: Settings) -> bytes:
-    """config.yaml: every setting, readable by `--config`."""
-    import yaml
-
-    return yaml.safe_dump(settings.flat(), sort_keys=False, default_flow_style=None).encode()

@@ -1,0 +1,155 @@
+"""From a model and splits to trained weights, by Lightning's trainer."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+
+from muntin.data.datasets import Splits
+from muntin.data.loading import (
+    Augment,
+    Distort,
+    EpochBatches,
+    EvaluationSet,
+    Photographs,
+    Plain,
+    TrainingSet,
+    evaluation_loader,
+    training_loader,
+)
+from muntin.data.transforms import Evaluate
+from muntin.errors import UserError
+from muntin.tasks.callbacks import Progress, Saver, Stopped
+from muntin.tasks.checkpoints import AtomicCheckpoints, read_checkpoint
+from muntin.tasks.classification import Classification
+from muntin.tasks.settings import Settings
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by a signal; what was done is saved. `number` is the signal's."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+def fit(
+    folder: Path,
+    settings: Settings,
+    model: nn.Module,
+    splits: Splits,
+    preprocessing: Mapping[str, Any],
+    report: Callable[[str], None],
+) -> tuple[float, dict[str, Any]]:
+    """Train to the end, from the last checkpoint if there is one; seconds, and the best epoch's description."""
+    workers = settings.workers or 0
+    saver = Saver(folder, settings.patience, settings.save_minutes, len(splits.val))
+    batches = EpochBatches(
+        len(splits.train),
+        settings.batch_size,
+        settings.seed,
+        repeats=settings.repeats,
+        parts=settings.accumulate,
+    )
+    checkpoint = saver.last if saver.last.exists() else None
+    if checkpoint is not None:
+        step = read_checkpoint(checkpoint)["global_step"]
+        batches.begin(step)
+        report(f"resuming after step {step} (epoch {batches.epoch + 1}, batch {batches.start})")
+    steps_per_epoch = len(batches) // settings.accumulate
+    task = Classification(model, settings, steps_per_epoch, len(splits.train.classes))
+    training = TrainingSet(splits.train, augmentation(settings, preprocessing), settings.seed)
+    validation = EvaluationSet(splits.val, Evaluate(**preprocessing))
+    trainer = _trainer(folder, settings, [saver, Progress(saver, settings.epochs)])
+    try:
+        with quiet_lightning():
+            trainer.fit(
+                task,
+                training_loader(training, batches, workers),
+                evaluation_loader(validation, min(2 * settings.batch_size, len(splits.val)), workers),
+                ckpt_path=checkpoint,
+                weights_only=True,
+            )
+    except Stopped as stop:
+        raise Interrupted(
+            f"stopped by {stop}; continue with: muntin train --out {folder} --resume", stop.number
+        ) from stop
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the device has too little memory for batch_size={settings.batch_size} at size={settings.size}; "
+            f"lower it, as in --set batch_size={max(settings.batch_size // 2, 1)}"
+        ) from error
+    return saver.elapsed(), saver.best
+
+
+def augmentation(settings: Settings, preprocessing: Mapping[str, Any]) -> Augment:
+    """The training transform that the settings name."""
+    mean, std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
+    evaluate = Evaluate(**preprocessing)
+    if settings.augment == "distort":
+        return Distort(evaluate.picture, mean, std, settings.distortion)
+    if settings.augment == "photographs":
+        height, width = preprocessing["size"]
+        return Photographs((height, width), mean, std, settings.randaugment, settings.color_jitter, settings.erasing)
+    return Plain(evaluate)
+
+
+def _trainer(folder: Path, settings: Settings, callbacks: list[lightning.Callback]) -> lightning.Trainer:
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    plugins: list[Any] = [AtomicCheckpoints()]
+    if settings.precision != "32":
+        # By hand: told by name, Lightning would replace float16 by bfloat16 on a CPU.
+        plugins.append(MixedPrecision("16-mixed" if settings.precision == "16" else "bf16-mixed", kind))
+    with quiet_lightning():
+        return lightning.Trainer(
+            max_epochs=settings.epochs,
+            devices=1,
+            accumulate_grad_batches=settings.accumulate,
+            deterministic=settings.deterministic or None,
+            logger=TensorBoardLogger(folder, name="tensorboard", version=""),
+            callbacks=callbacks,
+            plugins=plugins,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            log_every_n_steps=1,
+        )
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """So many threads within, as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Without Lightning's remarks on the hardware, on its own use of torch, and on loaders that cannot resume: ours
+    is told where to start.
+    """
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        remarks = ("does not have many workers", "dataloader is not resumable", "LeafSpec", "in eval mode at the start")
+        for message in (f".*{remark}.*" for remark in remarks):
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

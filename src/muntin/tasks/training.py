@@ -1,0 +1,285 @@
+"""`train`: from settings to a finished run."""
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import muntin
+from muntin.data.datasets import (
+    Splits,
+    digits_splits,
+    folder_splits,
+    splits_from_json,
+    write_held_out,
+)
+from muntin.data.transforms import CROP, IMAGENET_MEAN, IMAGENET_STD
+from muntin.errors import UserError
+from muntin.models import published
+from muntin.run import Run, atomic_write, read_json, save_model, write_json
+from muntin.tasks.callbacks import duration
+from muntin.tasks.checkpoints import read_checkpoint, remove_partial_files
+from muntin.tasks.fitting import fit, threads
+from muntin.tasks.inference import evaluate_images
+from muntin.tasks.precision import choose_precision
+from muntin.tasks.recipes import read_config, read_recipe, to_yaml
+from muntin.tasks.settings import Settings, settings_from
+from muntin.tasks.trained import on_device
+from muntin.weights.download import resolve
+
+FREE_TO_CHANGE = {"workers", "save_minutes"}  # on --resume: they do not touch the result
+
+
+def train(
+    out: str | os.PathLike[str] | None = None,
+    *,
+    resume: bool = False,
+    recipe: str | None = None,
+    config: str | os.PathLike[str] | None = None,
+    report: Callable[[str], None] = print,
+    **settings: Any,
+) -> Run:
+    """Train a classifier and evaluate it on the test split; the run is the folder `out`.
+
+    `settings` are fields of `Settings`, or fields of the model's configuration as `{"model.window": (4, 8, 4, 2)}`;
+    they win over the YAML file `config`, and that over the `recipe` (by default that of the digits, if those are the
+    data).
+    With `resume` a run that was stopped in any way continues, to the bit as if it had not been stopped; one that is
+    not there is started, and a finished one left as it is.
+
+    Raises `UserError` for bad input, before anything is written; `Interrupted` when a signal stopped it.
+    """
+    told = _told(recipe, config, settings)
+    chosen = _chosen(told)
+    folder = Path(out) if out is not None else Path("runs") / _run_name(chosen)
+    begun = (folder / "config.yaml").exists()
+    if resume and begun:
+        chosen = _resumed(folder, told)
+        if "test_accuracy" in _metrics(folder):
+            report(f"{folder} is finished; nothing to resume. See it with: muntin report {folder}")
+            return Run.open(folder)
+        remove_partial_files(folder)
+    elif resume:
+        report(f"no run at {folder} yet: starting one")
+    elif (folder / "checkpoints").exists() or (folder / "model.safetensors").exists():
+        raise UserError(f"{folder} holds a run already; continue it with --resume, or choose another folder with --out")
+    return _train(folder, chosen, resume and begun, report)
+
+
+def resolved(
+    recipe: str | None = None, config: str | os.PathLike[str] | None = None, **settings: Any
+) -> dict[str, Any]:
+    """Every setting that `train` would use, with the model's configuration, as flat plain values; the precision stays
+    "auto" where the machine decides it.
+    """
+    chosen = _with_defaults(_chosen(_told(recipe, config, settings)))
+    model = _build(chosen, num_classes=2, meta=True)
+    return replace(chosen, model=model.name, model_config=asdict(model.config)).flat()
+
+
+def _told(recipe: str | None, config: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the user said, later layers winning: the recipe, the file, the settings."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    from_recipe = read_recipe(recipe) if recipe is not None else {}
+    return _absolute(from_recipe | (read_config(os.fspath(config)) if config is not None else {}) | given)
+
+
+def _chosen(told: Mapping[str, Any]) -> Settings:
+    usual = read_recipe("digits") if told.get("data", Settings.data) == "digits" else {}
+    return settings_from(usual, told)
+
+
+def _absolute(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With the paths in them absolute, so that a run can be resumed and evaluated from any folder."""
+    values = dict(values)
+    if values.get("data", "digits") != "digits":
+        values["data"] = os.path.abspath(str(values["data"]))
+    weights = str(values.get("weights") or "")
+    if os.path.exists(weights):  # otherwise a tag, or an address
+        values["weights"] = os.path.abspath(weights)
+    return values
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    path = folder / "metrics.json"
+    return read_json(path) if path.exists() else {}
+
+
+def _run_name(settings: Settings) -> str:
+    return f"{Path(settings.data).name}-{_model_name(settings)}"
+
+
+def _model_name(settings: Settings) -> str:
+    return settings.model or "swin_t"
+
+
+def _resumed(folder: Path, given: Mapping[str, Any]) -> Settings:
+    """The run's own settings. Raises `UserError` when told otherwise than then."""
+    path = folder / "config.yaml"
+    stored = settings_from(read_config(path))
+    if given:
+        wanted = settings_from(stored.flat(), given)
+        for name, value in wanted.flat().items():
+            if name not in FREE_TO_CHANGE and value != stored.flat().get(name):
+                raise UserError(
+                    f"{name}={value} differs from {name}={stored.flat().get(name)} in {path}; leave it out to resume, "
+                    f"or start another run from these weights with: --set weights={folder / 'model.safetensors'}"
+                )
+        stored = wanted
+    return stored
+
+
+def _train(folder: Path, settings: Settings, resume: bool, report: Callable[[str], None]) -> Run:
+    settings = _with_defaults(settings)
+    torch.manual_seed(settings.seed)
+    name = _model_name(settings)
+    _build(settings, num_classes=2, meta=True)  # refuses a wrong configuration before reading any image
+    _writable(folder)
+    splits, preprocessing = _data(folder, settings, resume)
+    begun = (folder / "checkpoints" / "last.ckpt").exists()
+    start = replace(settings, weights="") if begun else settings  # a checkpoint holds all weights
+    model = _build(start, num_classes=len(splits.train.classes))
+    model.set_grad_checkpointing(settings.grad_checkpointing)
+    if settings.batch_size > len(splits.train):
+        settings = replace(settings, batch_size=len(splits.train))
+        report(f"a step takes all {len(splits.train)} training images: batch_size is larger")
+    if settings.precision == "auto":
+        precision, why = choose_precision()
+        settings = replace(settings, precision=precision)
+        report(f"precision {precision}: {why}")
+    if not resume:
+        settings = replace(settings, model=name, model_config=asdict(model.config))
+        write_json(folder / "split.json", splits.json() | {"preprocessing": preprocessing})
+        atomic_write(folder / "config.yaml", to_yaml(settings.flat()).encode())  # last: it makes the folder a run
+    test = len(splits.test) if splits.test else 0
+    report(
+        f"{name} with {sum(p.numel() for p in model.parameters()):,} parameters on {settings.data}: "
+        f"{len(splits.train)} train, {len(splits.val)} val, {test} test images in {len(splits.train.classes)} classes"
+    )
+    # The test split goes no further than this: training and selection are handed the other two.
+    with threads(settings.threads):
+        seconds, best = fit(folder, settings, model, replace(splits, test=None), preprocessing, report)
+    return _finish(folder, settings, splits, preprocessing, seconds, best, report)
+
+
+def _writable(folder: Path) -> None:
+    """Refuse at once what would otherwise fail after all images have been read."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        what = "is a file" if existing.is_file() else "cannot be written"
+        raise UserError(f"cannot write {folder}: {existing} {what}; choose a folder that you may write to (--out)")
+
+
+def _with_defaults(settings: Settings) -> Settings:
+    """What was left to the data and the model."""
+    name = _model_name(settings)
+    workers = settings.workers if settings.workers is not None else min(os.cpu_count() or 1, 8)
+    size = settings.size or published(name).get("size", 224)
+    drop_path = settings.drop_path if settings.drop_path is not None else published(name).get("drop_path", 0.1)
+    return replace(settings, workers=workers, size=size, drop_path=drop_path)
+
+
+def _build(settings: Settings, num_classes: int, meta: bool = False) -> Any:
+    """The model with what it starts from; on "meta" only its shapes."""
+    name, config = _model_name(settings), dict(settings.model_config)
+    weights: bool | str = {"": False, "pretrained": True}.get(settings.weights, settings.weights)
+    if meta and weights:
+        config = dict(getattr(resolve(name, weights), "config", {})) | config
+        weights = False
+    with torch.device("meta") if meta else contextlib.nullcontext():
+        model = muntin.create_model(name, num_classes, weights, settings.drop_path or 0.0, **config)
+    if second := [name for name, _ in model.head.named_children() if name.startswith("fc_")]:
+        raise UserError(
+            f"{name} with a second head ({', '.join(second)}) learns from a teacher's labels, and "
+            "these are images with a class each: leave out the setting that adds the head, or train in your own loop"
+        )
+    return model
+
+
+def _data(folder: Path, settings: Settings, resume: bool) -> tuple[Splits, dict[str, Any]]:
+    """The splits and the preprocessing: made now, or read back from split.json."""
+    assert settings.size is not None
+    if resume and (folder / "checkpoints").exists() and not (folder / "split.json").exists():
+        raise UserError(
+            f"{folder / 'split.json'} is gone: another split would train on test images; put it back, or start another "
+            "run with --out"
+        )
+    if resume and (folder / "split.json").exists():
+        stored = read_json(folder / "split.json")
+        preprocessing = stored["preprocessing"]
+        return splits_from_json(settings.data, stored, preprocessing["resize"] is None), preprocessing
+    if settings.data == "digits":
+        splits = digits_splits(settings.seed, settings.size)
+    else:
+        splits = folder_splits(settings.data, settings.seed, settings.size, settings.on_bad_image)
+    preprocessing = {
+        "size": [settings.size, settings.size],
+        "resize": None if splits.plain_resize else round(settings.size / CROP),
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+        "interpolation": "bicubic",
+        "channels": "RGB",
+    }
+    return splits, preprocessing
+
+
+def _finish(
+    folder: Path,
+    settings: Settings,
+    splits: Splits,
+    preprocessing: dict[str, Any],
+    seconds: float,
+    best: dict[str, Any],
+    report: Callable[[str], None],
+) -> Run:
+    """The best weights as model.safetensors, their test accuracy, metrics.json."""
+    model = _build(replace(settings, weights=""), num_classes=len(splits.train.classes))
+    state = read_checkpoint(folder / "checkpoints" / "best.ckpt")["state_dict"]
+    prefix = {"raw": "model.", "ema": "average."}[best["weights"]]
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    save_model(folder / "model.safetensors", model, classes=splits.train.classes, preprocessing=preprocessing)
+    run = Run.open(folder)
+    if settings.data == "digits" and splits.test is not None:
+        write_held_out(splits.test, folder / "held_out")
+    from muntin.measure.machine import machine, versions
+
+    metrics = {
+        "model": run.name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "test_accuracy": None,
+        "val_accuracy": best["accuracy"],
+        "best_epoch": best["epoch"],
+        "weights": best["weights"],
+        "epochs": settings.epochs,
+        "seconds": round(seconds, 2),
+        "precision": settings.precision,
+        "seed": settings.seed,
+        "data": settings.data,
+        "versions": versions(),
+        "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "latency_ms": None,
+    }
+    if splits.test is not None:
+        found = evaluate_images(on_device(run.model()), splits.test, run.transform(), settings.data, "test")
+        write_json(folder / "evaluation.json", found.json())
+        metrics["test_accuracy"] = found.top1
+    run.update_metrics(**metrics)
+    measure_latency(run)
+    shown = f"test accuracy {metrics['test_accuracy']:.2%}" if splits.test is not None else "no test split"
+    report(
+        f"{folder}: {shown}, val accuracy {best['accuracy']:.2%} ({best['weights']} weights of epoch "
+        f"{best['epoch']}), trained in {duration(seconds)}"
+    )
+    return run
+
+
+def measure_latency(run: Run) -> None:
+    """A first `latency_ms` for metrics.json; `muntin bench RUN` measures at length."""
+    from muntin.measure import bench
+
+    bench([str(run.path)], batch_sizes=(1,), rounds=2, seconds=0.5, progress=False)
+    run.metrics = Run.open(run.path).metrics
