@@ -222,6 +222,9 @@ class Photographs:
             std=std,
         )
 
+    def __repr__(self) -> str:
+        return repr(self.transform)
+
     def __call__(self, image: Image.Image, seed: tuple[int, int, int]) -> Tensor:
         with _seeded(seed):
             return self.transform(image)
