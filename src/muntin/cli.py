@@ -219,6 +219,28 @@ def _train(args: Any) -> int:
     return 0
 
 
+def _describe_sweep(parser: Any) -> None:
+    parser.add_argument("sweep", help='a sweep that comes with Muntin, a YAML file with runs, or "list"')
+    parser.add_argument("--out", help="the folder of all runs (default: runs/NAME); called again, it goes on")
+    parser.add_argument(
+        "--seeds", type=str, default="0", help="as in 0,1,2: each row is trained from each (default: 0)"
+    )
+    parser.add_argument("--data", help="as in muntin train")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all rows")
+
+
+def _sweep(args: Any) -> int:
+    from muntin.tasks.settings import parse_sets
+    from muntin.tasks.sweep import parse_seeds, sweep, sweeps, table
+
+    if args.sweep == "list":
+        print("\n".join(sweeps()))
+        return 0
+    settings = parse_sets(args.set) | ({"data": args.data} if args.data else {})
+    print(table(sweep(args.sweep, args.out, seeds=parse_seeds(args.seeds), **settings)))
+    return 0
+
+
 def _describe_eval(parser: Any) -> None:
     parser.add_argument("run", help="a run's folder or weights, an exported file, or a checkpoint with --model")
     parser.add_argument("--data", help="digits, or a folder (default: the run's own test split)")
@@ -502,6 +524,12 @@ COMMANDS: dict[str, tuple[Any, str, str, Any]] = {
         "train a classifier",
         "muntin train --data photos --model swin_free_t --epochs 50 --out runs/photos",
         _train,
+    ),
+    "sweep": (
+        _describe_sweep,
+        "train every row of a grid of settings",
+        "muntin sweep digits_windows --seeds 0,1,2 --out runs/windows",
+        _sweep,
     ),
     "eval": (_describe_eval, "evaluate a run or a checkpoint", "muntin eval runs/photos --data holiday", _eval),
     "predict": (
