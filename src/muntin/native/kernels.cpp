@@ -6,6 +6,7 @@
 // ("channels last"); A tokens of a window, L of a line, h heads, K channels of a query or key, V of a value. float32.
 // Weights of products stand in panels of PANEL output channels, each a (C, panel) matrix (_arrange in prepare.py).
 
+#include "attention.h"
 #include "maps.h"
 
 constexpr int PATCHES = 4 * ROWS;  // of a convolution, put side by side
@@ -24,23 +25,9 @@ static void attend(int rows, const float* q, int64_t ldq, int depth, const float
         block(rows, q, ldq, depth, keys + c, padded, out);
     }
     float inverse[ROWS];
-    for (int i = 0; i < rows; ++i) {
-        float* line = weights + (int64_t)i * padded;
-        vec most = spread(-INFINITY);
-        for (int c = 0; c < padded; c += LANES) {
-            const vec logits = change(i, c, load(line + c));
-            store(line + c, logits);
-            most = larger(most, logits);
-        }
-        const float top = largest(most);
-        vec sum = vec{};
-        for (int c = 0; c < padded; c += LANES) {
-            const vec e = exponential(load(line + c) - top);
-            sum += e;
-            store(line + c, e);
-        }
-        inverse[i] = 1.0f / total(sum);
-    }
+    for (int i = 0; i < rows; ++i)
+        inverse[i] = exponentials(weights + (int64_t)i * padded, padded,
+                                  [=](int c, vec logits) { return change(i, c, logits); });
     for (int c = 0; c < dim; c += PANEL) {
         float made[ROWS * PANEL];
         const int columns = least(PANEL, dim - c);
@@ -255,13 +242,11 @@ static void gather(const int32_t* tokens, int area, const float* x, int64_t ldx,
 }
 
 // Attention in windows of a map that is shifted. x: q, k and v side by side, (N, 3C); `weight` is what stands there for
-// a token beside the map; `bias` has a matrix for each kind of window where there is a shift: 1 at the right end, 2 at
-// the bottom, 3 at both.
+// a token beside the map; `bias` has a matrix for each kind of window.
 static void run_window(const Layer& l, const float* x, float* y, int batch, float* scratch) {
-    const int height = l.height, width = l.width, channels = l.outputs, dim = l.key;
-    const int wh = l.window_height, ww = l.window_width, area = wh * ww;
+    const Partition partition{l.height, l.width, l.window_height, l.window_width, l.shift_height, l.shift_width};
+    const int channels = l.outputs, dim = l.key, area = partition.area(), places = partition.places();
     const int padded = (area + LANES - 1) / LANES * LANES;
-    const int down = (height + wh - 1) / wh, across = (width + ww - 1) / ww;
     int32_t* tokens = (int32_t*)scratch;                      // (A): of the window in its image, -1: beside the map
     float* query = scratch + padded;                          // (A, K)
     float* values = query + (int64_t)area * dim;              // (A, K)
@@ -269,35 +254,25 @@ static void run_window(const Layer& l, const float* x, float* y, int batch, floa
     float* keys = made + (int64_t)area * dim;                 // (K, A up to a multiple of LANES), room to read beyond
     float* weights = keys + (int64_t)dim * padded + PANEL;    // (ROWS, the same)
 #pragma omp for schedule(static)
-    for (int task = 0; task < batch * down * across * l.heads; ++task) {
-        const int head = task % l.heads, place = task / l.heads % (down * across);
-        const int image = task / l.heads / (down * across), down_at = place / across, across_at = place % across;
-        const int kind = (l.shift_height && down_at == down - 1 ? 2 : 0) + (l.shift_width && across_at == across - 1);
-        for (int i = 0, t = 0; i < wh; ++i) {
-            int row = down_at * wh + i + l.shift_height;
-            if (row >= down * wh) row -= down * wh;
-            for (int j = 0; j < ww; ++j, ++t) {
-                int column = across_at * ww + j + l.shift_width;
-                if (column >= across * ww) column -= across * ww;
-                tokens[t] = row < height && column < width ? row * width + column : -1;
-            }
-        }
-        const float* from = x + (int64_t)image * height * width * 3 * channels + head * dim;
+    for (int task = 0; task < batch * places * l.heads; ++task) {
+        const int head = task % l.heads, place = task / l.heads % places, image = task / l.heads / places;
+        partition.tokens(place, tokens);
+        const float* from = x + (int64_t)image * l.height * l.width * 3 * channels + head * dim;
         const float* padding = (const float*)l.weight + head * dim;
         const bool unit = l.factors;
         gather(tokens, area, from, 3 * channels, padding, dim, unit, unit ? l.factors[head] : 1.0f, query);
         gather(tokens, area, from + channels, 3 * channels, padding + channels, dim, unit, 1.0f, made);
         transpose(made, dim, area, dim, keys);
         gather(tokens, area, from + 2 * channels, 3 * channels, padding + 2 * channels, dim, false, 1.0f, values);
-        const float* all = l.bias + ((int64_t)kind * l.heads + head) * area * padded;
+        const float* all = l.bias + ((int64_t)partition.kind(place) * l.heads + head) * area * padded;
         for (int r = 0, tiles = (area + ROWS - 1) / ROWS; tiles; --tiles) {
             const int rows = (area - r + tiles - 1) / tiles;
             const float* bias = all + (int64_t)r * padded;
-            attend(rows, query + (int64_t)r * dim, dim, dim, keys, area, values, dim, dim, made + (int64_t)r * dim,
-                   dim, weights, [=](int i, int c, vec logits) { return logits + load(bias + (int64_t)i * padded + c); });
+            attend(rows, query + (int64_t)r * dim, dim, dim, keys, area, values, dim, dim, made + (int64_t)r * dim, dim,
+                   weights, [=](int i, int c, vec logits) { return logits + load(bias + (int64_t)i * padded + c); });
             r += rows;
         }
-        float* to = y + (int64_t)image * height * width * channels + head * dim;
+        float* to = y + (int64_t)image * l.height * l.width * channels + head * dim;
         for (int t = 0; t < area; ++t)
             if (tokens[t] >= 0)
                 for (int c = 0; c < dim; c += LANES)

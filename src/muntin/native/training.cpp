@@ -7,6 +7,7 @@
 // With Half the products of linear layers are of bfloat16, summed in float. All widths are multiples of LANES (of Half,
 // K, N and H of 2 * LANES).
 
+#include "attention.h"
 #include "operands.h"
 
 // ------------------------------------------------------------------------------------------------------------ norms
@@ -382,15 +383,17 @@ static void mlp_backward(const Mlp& l, const MlpGradient& g, int threads) {
 // -------------------------------------------------------------------------------------------------- window attention
 
 // softmax(scale q k^T + bias) v in windows of a map in raster order that is shifted, qkv (tokens, 3C) side by side.
-// bias: (kinds, h, A, A up to a multiple of LANES), -inf beyond; kinds are 1, or 4 with a shift: 1 at the right end, 2
-// at the bottom, 3 at both. padding (3C): q, k and v of a token beside the map. factors (h): of unit vectors q and k in
-// place of the scale, or null.
+// bias: (kinds, h, A, A up to a multiple of LANES), -inf beyond; kinds are those of Partition, 1 or, with a shift, 4.
+// padding (3C): q, k and v of a token beside the map. factors (h): of unit vectors q and k in place of the scale, or
+// null.
 struct Window {
     const void* qkv;
     const float *bias, *padding, *factors;
     void* y;
     float scale;
     int32_t batch, height, width, heads, dim, window_height, window_width, shift_height, shift_width;
+
+    Partition partition() const { return {height, width, window_height, window_width, shift_height, shift_width}; }
 };
 
 struct WindowGradient {
@@ -400,18 +403,26 @@ struct WindowGradient {
     int32_t splits;
 };
 
+// The tokens of all windows of an image: (windows, A)
+static const int32_t* tabulate(const Partition& partition) {
+    const int area = partition.area(), places = partition.places();
+    int32_t* table = (int32_t*)kept_shared.get((int64_t)places * area * sizeof(int32_t));
+    for (int place = 0; place < places; ++place) partition.tokens(place, table + (int64_t)place * area);
+    return table;
+}
+
 // One window of one head, in scratch of its thread
 template <typename S>
 struct Cut {
     const Window& w;
-    int area, padded, down, across, channels;
+    const Partition partition;
+    const int area, padded, channels;
     float *q, *k, *v, *keys, *lengths, *weights, *out;  // q, k, v, out: (A, D); keys: (D, padded); lengths: (2, A)
     const int32_t* tokens;                              // of the window in its image, -1: padding
 
     explicit Cut(const Window& w)
-        : w(w), area(w.window_height * w.window_width), padded((area + LANES - 1) / LANES * LANES),
-          down((w.height + w.window_height - 1) / w.window_height),
-          across((w.width + w.window_width - 1) / w.window_width), channels(w.heads * w.dim) {}
+        : w(w), partition(w.partition()), area(partition.area()), padded((area + LANES - 1) / LANES * LANES),
+          channels(w.heads * w.dim) {}
 
     void place(Pieces& pieces) {
         const int64_t wide = (int64_t)padded * w.dim;
@@ -419,23 +430,6 @@ struct Cut {
         keys = pieces.take<float>(wide), out = pieces.take<float>(wide);
         lengths = pieces.take<float>(2 * padded);
         weights = pieces.take<float>((int64_t)padded * padded);
-    }
-
-    // The tokens of all windows of an image: (windows, A)
-    void tabulate(int32_t* table) const {
-        for (int place = 0; place < down * across; ++place)
-            for (int t = 0; t < area; ++t) {
-                const int y = (place / across * w.window_height + t / w.window_width + w.shift_height) %
-                              (down * w.window_height);
-                const int x = (place % across * w.window_width + t % w.window_width + w.shift_width) %
-                              (across * w.window_width);
-                *table++ = y < w.height && x < w.width ? y * w.width + x : -1;
-            }
-    }
-
-    int kind(int place) const {
-        return (w.shift_height && place / across == down - 1 ? 2 : 0) +
-               (w.shift_width && place % across == across - 1);
     }
 
     // One of q, k and v (`part`), times a factor; unit: to unit length first, whose inverse lengths are kept
@@ -469,20 +463,9 @@ struct Cut {
                 block(count, q + r * w.dim, w.dim, w.dim, keys + c, padded,
                       Out{lines + c, padded, nullptr, nullptr, NONE, least(PANEL, padded - c)});
             for (int i = 0; i < count; ++i, lines += padded) {
-                vec most = spread(-INFINITY);
-                for (int c = 0; c < padded; c += LANES) {
-                    const vec logits = load(lines + c) + load(bias + (int64_t)(r + i) * padded + c);
-                    store(lines + c, logits);
-                    most = larger(most, logits);
-                }
-                const float top = largest(most);
-                vec sum = vec{};
-                for (int c = 0; c < padded; c += LANES) {
-                    const vec e = exponential(load(lines + c) - top);
-                    sum += e;
-                    store(lines + c, e);
-                }
-                const vec inverse = spread(1.0f / total(sum));
+                const float* beside = bias + (int64_t)(r + i) * padded;
+                const float inverse =
+                    exponentials(lines, padded, [=](int c, vec logits) { return logits + load(beside + c); });
                 for (int c = 0; c < padded; c += LANES) store(lines + c, load(lines + c) * inverse);
             }
         }
@@ -496,7 +479,7 @@ struct Cut {
         gather(from, head, 1, 1.0f, k, w.factors ? lengths + padded : nullptr);
         gather(from, head, 2, 1.0f, v, nullptr);
         turned(k, keys);
-        attend(w.bias + ((int64_t)kind(place) * w.heads + head) * area * padded);
+        attend(w.bias + ((int64_t)partition.kind(place) * w.heads + head) * area * padded);
     }
 
     // to (rows, columns) = a @ b, b (depth, columns); TURNED: a is (depth, rows)
@@ -512,10 +495,8 @@ struct Cut {
 
 template <typename S>
 static void window_forward(const Window& w, int threads) {
-    const Cut<S> all(w);
-    const int places = all.down * all.across;
-    int32_t* table = (int32_t*)kept_shared.get((int64_t)places * all.area * sizeof(int32_t));
-    all.tabulate(table);
+    const int places = w.partition().places();
+    const int32_t* table = tabulate(w.partition());
 #pragma omp parallel num_threads(threads)
     {
         Cut<S> cut(w);
@@ -539,10 +520,8 @@ static void window_forward(const Window& w, int threads) {
 
 template <typename S>
 static void window_backward(const Window& w, const WindowGradient& g, int threads) {
-    const Cut<S> all(w);
-    const int places = all.down * all.across;
-    int32_t* table = (int32_t*)kept_shared.get((int64_t)places * all.area * sizeof(int32_t));
-    all.tabulate(table);
+    const int places = w.partition().places();
+    const int32_t* table = tabulate(w.partition());
 #pragma omp parallel num_threads(threads)
     {
         Cut<S> cut(w);
