@@ -299,9 +299,9 @@ static void run_merge(const Layer& l, const float* x, float* y, int batch) {
     }
 }
 
-static void norm_rows(const Layer& l, const float* x, const float* residual, float* y, int first, int last) {
+static void norm_rows(const Layer& l, const float* x, const float* residual, float* y, int rows) {
     const int channels = l.inputs;
-    for (int row = first; row < last; ++row) {
+    for (int row = 0; row < rows; ++row) {
         const float* from = x + (int64_t)row * channels;
         float* to = y + (int64_t)row * channels;
         vec sum = vec{}, squares = vec{};
@@ -330,22 +330,22 @@ static void run_together(const Layer* layers, const int64_t* offsets, float* con
         const int start = (int)((int64_t)tiles * chunk / threads) * ROWS;
         const int stop = least(rows, (int)((int64_t)tiles * (chunk + 1) / threads) * ROWS);
         for (int first = start; first < stop; first += layers->block) {
-            const int last = least(stop, first + layers->block);
+            const int count = least(layers->block, stop - first);
             for (int i = 0; i < layers->together; ++i) {
                 const Layer& l = layers[i];
                 const double before = clock ? omp_get_wtime() : 0.0;
                 const auto at = [&](int value, int channels) {
                     const int64_t place = -1 - offsets[value];
-                    return place < 0 ? buffers[value] : scratch + place - (int64_t)first * channels;
+                    return place < 0 ? buffers[value] + (int64_t)first * channels : scratch + place;
                 };
                 const float* x = at(l.source, l.inputs);
                 float* y = at(l.to, l.outputs);
                 const float* residual = l.other < 0 ? nullptr : at(l.other, l.outputs);
                 if (l.kind == NORM) {
-                    norm_rows(l, x, residual, y, first, last);
+                    norm_rows(l, x, residual, y, count);
                 } else {
                     const Weights weights{l.weight, l.bias, l.inputs, l.outputs, l.half ? (Pair*)scratch : nullptr};
-                    linear(x, l.inputs, weights, l.act, residual, y, l.outputs, first, last, 0,
+                    linear(x, l.inputs, weights, l.act, residual, y, l.outputs, 0, count, 0,
                            (l.outputs + PANEL - 1) / PANEL);
                 }
                 if (clock && chunk == 0) clock[i] += omp_get_wtime() - before;
@@ -404,7 +404,10 @@ static void run_layer(const Layer& l, float* const* buffers, int batch, float* s
     } else if (l.kind == NORM) {
         const float* residual = l.other < 0 ? nullptr : buffers[l.other];
 #pragma omp for schedule(static)
-        for (int row = 0; row < l.rows; ++row) norm_rows(l, x, residual, y, row, row + 1);
+        for (int row = 0; row < l.rows; ++row) {
+            const int64_t at = (int64_t)row * l.inputs;
+            norm_rows(l, x + at, residual ? residual + at : nullptr, y + at, 1);
+        }
     } else if (l.kind == MERGE) {
         run_merge(l, x, y, batch);
     } else if (l.kind == WINDOW) {
@@ -446,8 +449,8 @@ extern "C" int muntin_layer_bytes() { return sizeof(Layer); }
 
 // `batch` images at a time, `times` times, so that what is between the layers stays in cache. `offsets` has a place in
 // `scratch` for each of `values` values, or one below 0 (run_together), but the first is the input x and the one called
-// `last` the output y, which move on by so many floats. After `own` floats of the scratch come `each` floats for every thread. `clock`, unless it
-// is null, gets the seconds of each layer added.
+// `last` the output y, which move on by so many floats. After `own` floats of the scratch come `each` floats for every
+// thread. `clock`, unless it is null, gets the seconds of each layer added.
 extern "C" void muntin_run(const Layer* layers, int count, const int64_t* offsets, int values, int last, float* x,
                            float* y, int batch, int times, int64_t input, int64_t output, float* scratch, int64_t own,
                            int64_t each, int threads, double* clock) {
