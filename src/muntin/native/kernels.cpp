@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "maps.h"
+#include "operands.h"
 
 constexpr int PATCHES = 4 * ROWS;  // of a convolution, put side by side
 constexpr int MOST = 1024;         // values of a program
@@ -19,7 +20,7 @@ constexpr int MOST = 1024;         // values of a program
 template <typename Change>
 static void attend(int rows, const float* q, int64_t ldq, int depth, const float* keys, int tokens,
                    const float* values, int64_t ldv, int dim, float* y, int64_t ldy, float* weights, Change change) {
-    const int padded = (tokens + LANES - 1) / LANES * LANES;
+    const int padded = padded_to(tokens);
     for (int c = 0; c < padded; c += PANEL) {
         const Out out{weights + c, padded, nullptr, nullptr, NONE, least(PANEL, padded - c)};
         block(rows, q, ldq, depth, keys + c, padded, out);
@@ -35,18 +36,6 @@ static void attend(int rows, const float* q, int64_t ldq, int depth, const float
         for (int i = 0; i < rows; ++i)
             for (int d = 0; d < columns; d += LANES) store(y + i * ldy + c + d, load(made + i * PANEL + d) * inverse[i]);
     }
-}
-
-// (tokens, depth) -> (depth, padded)
-static void transpose(const float* x, int64_t ldx, int tokens, int depth, float* y) {
-    const int padded = (tokens + LANES - 1) / LANES * LANES;
-    for (int t = 0; t < padded; t += LANES)
-        for (int k = 0; k < depth; k += LANES) {
-            vec a[LANES];
-            for (int i = 0; i < LANES; ++i) a[i] = t + i < tokens ? load(x + (t + i) * ldx + k) : vec{};
-            turn(a);
-            for (int i = 0; i < LANES; ++i) store(y + (int64_t)(k + i) * padded + t, a[i]);
-        }
 }
 
 // -------------------------------------------------------------------------------------------------------- programs
@@ -81,7 +70,7 @@ struct Layer {
 static void run_cascade(const Layer& l, const float* x, float* y, int batch, float* scratch) {
     const int height = l.height, width = l.width, channels = l.inputs, value = channels / l.heads;
     const int wh = l.window_height, ww = l.window_width, area = wh * ww;
-    const int padded = (area + LANES - 1) / LANES * LANES, wide = 2 * l.key + value;
+    const int padded = padded_to(area), wide = 2 * l.key + value;
     const int down = (height + wh - 1) / wh, across = (width + ww - 1) / ww;
     float* group = scratch;                               // (A, V): what the head sees
     float* qkv = group + (int64_t)area * value;           // (A, 2K + V), and room to read beyond
@@ -117,7 +106,7 @@ static void run_cascade(const Layer& l, const float* x, float* y, int batch, flo
             for (int row = 0; row < wh; ++row)
                 depthwise_row<float>(qkv, wide, wh, ww, l.key, head.kernel, 1, head.taps, head.tap_bias, NONE,
                                      nullptr, query + (int64_t)row * ww * l.key, l.key, ww, row);
-            transpose(qkv + l.key, wide, area, l.key, keys);
+            pack_turned(qkv + l.key, wide, area, l.key, keys, padded);
             for (int r = 0; r < area; r += ROWS) {
                 const float* bias = l.bias + ((int64_t)h * area + r) * padded;
                 attend(least(ROWS, area - r), query + (int64_t)r * l.key, l.key, l.key, keys, area, qkv + 2 * l.key,
@@ -142,7 +131,7 @@ static void run_mix(const Layer& l, const float* x, const float* v, float* y, in
     const bool rows = l.kernel == HORIZONTAL, whole = l.kernel == WHOLE;
     const int length = whole ? tokens : rows ? width : height, lines = whole ? 1 : rows ? height : width;
     const int step = rows || whole ? 1 : width;  // tokens from one to the next
-    const int padded = (length + LANES - 1) / LANES * LANES, tiles = (length + ROWS - 1) / ROWS;
+    const int padded = padded_to(length), tiles = (length + ROWS - 1) / ROWS;
     const float scale = 1.0f / std::sqrt((float)dim);
     float* keys = scratch;                           // (K, L up to a multiple of LANES), and room to read beyond
     float* weights = keys + (int64_t)dim * padded + PANEL;     // (ROWS, the same)
@@ -167,7 +156,7 @@ static void run_mix(const Layer& l, const float* x, const float* v, float* y, in
         const float* q = x + first * 2 * channels + head * dim;
         const int64_t ldq = (int64_t)step * 2 * channels, ldv = (int64_t)step * channels;
         const float slope = ((const float*)l.weight)[head];
-        transpose(q + channels, ldq, length, dim, keys);
+        pack_turned(q + channels, ldq, length, dim, keys, padded);
         for (int t = 0; t < length; ++t)
             for (int c = 0; c < dim; c += LANES)
                 store(values + (int64_t)t * dim + c, load(v + (first + (int64_t)t * step) * channels + head * dim + c));
@@ -246,7 +235,7 @@ static void gather(const int32_t* tokens, int area, const float* x, int64_t ldx,
 static void run_window(const Layer& l, const float* x, float* y, int batch, float* scratch) {
     const Partition partition{l.height, l.width, l.window_height, l.window_width, l.shift_height, l.shift_width};
     const int channels = l.outputs, dim = l.key, area = partition.area(), places = partition.places();
-    const int padded = (area + LANES - 1) / LANES * LANES;
+    const int padded = padded_to(area);
     int32_t* tokens = (int32_t*)scratch;                      // (A): of the window in its image, -1: beside the map
     float* query = scratch + padded;                          // (A, K)
     float* values = query + (int64_t)area * dim;              // (A, K)
@@ -262,7 +251,7 @@ static void run_window(const Layer& l, const float* x, float* y, int batch, floa
         const bool unit = l.factors;
         gather(tokens, area, from, 3 * channels, padding, dim, unit, unit ? l.factors[head] : 1.0f, query);
         gather(tokens, area, from + channels, 3 * channels, padding + channels, dim, unit, 1.0f, made);
-        transpose(made, dim, area, dim, keys);
+        pack_turned(made, dim, area, dim, keys, padded);
         gather(tokens, area, from + 2 * channels, 3 * channels, padding + 2 * channels, dim, false, 1.0f, values);
         const float* all = l.bias + ((int64_t)partition.kind(place) * l.heads + head) * area * padded;
         for (int r = 0, tiles = (area + ROWS - 1) / ROWS; tiles; --tiles) {

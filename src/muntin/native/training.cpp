@@ -421,8 +421,7 @@ struct Cut {
     const int32_t* tokens;                              // of the window in its image, -1: padding
 
     explicit Cut(const Window& w)
-        : w(w), partition(w.partition()), area(partition.area()), padded((area + LANES - 1) / LANES * LANES),
-          channels(w.heads * w.dim) {}
+        : w(w), partition(w.partition()), area(partition.area()), padded(padded_to(area)), channels(w.heads * w.dim) {}
 
     void place(Pieces& pieces) {
         const int64_t wide = (int64_t)padded * w.dim;
