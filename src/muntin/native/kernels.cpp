@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "maps.h"
+#include "norms.h"
 #include "operands.h"
 
 constexpr int PATCHES = 4 * ROWS;  // of a convolution, put side by side
@@ -65,6 +66,8 @@ struct Layer {
     const float* factors;          // WINDOW: of unit vectors q, or null where q and k are taken as they are
     const Head* head;
     float epsilon;
+
+    Norm norm() const { return {(const float*)weight, bias, epsilon}; }
 };
 
 static void run_cascade(const Layer& l, const float* x, float* y, int batch, float* scratch) {
@@ -288,27 +291,6 @@ static void run_merge(const Layer& l, const float* x, float* y, int batch) {
     }
 }
 
-static void norm_rows(const Layer& l, const float* x, const float* residual, float* y, int rows) {
-    const int channels = l.inputs;
-    for (int row = 0; row < rows; ++row) {
-        const float* from = x + (int64_t)row * channels;
-        float* to = y + (int64_t)row * channels;
-        vec sum = vec{}, squares = vec{};
-        for (int c = 0; c < channels; c += LANES) sum += load(from + c);
-        const float mean = total(sum) / channels;
-        for (int c = 0; c < channels; c += LANES) {
-            const vec d = load(from + c) - mean;
-            squares += d * d;
-        }
-        const float inverse = 1.0f / std::sqrt(total(squares) / channels + l.epsilon);
-        for (int c = 0; c < channels; c += LANES) {
-            vec v = (load(from + c) - mean) * inverse * load((const float*)l.weight + c) + load(l.bias + c);
-            if (residual) v += load(residual + (int64_t)row * channels + c);
-            store(to + c, v);
-        }
-    }
-}
-
 // Layers that take each row by itself, LINEAR and NORM, over a few rows at a time: what is between them stays in cache.
 // A value that only they see has its place in `scratch`, for these rows alone; `offsets` tells it as -1 - place.
 static void run_together(const Layer* layers, const int64_t* offsets, float* const* buffers, float* scratch,
@@ -331,7 +313,7 @@ static void run_together(const Layer* layers, const int64_t* offsets, float* con
                 float* y = at(l.to, l.outputs);
                 const float* residual = l.other < 0 ? nullptr : at(l.other, l.outputs);
                 if (l.kind == NORM) {
-                    norm_rows(l, x, residual, y, count);
+                    normalise(x, count, l.inputs, l.norm(), y, residual);
                 } else {
                     const Weights weights{l.weight, l.bias, l.inputs, l.outputs, l.half ? (Pair*)scratch : nullptr};
                     linear(x, l.inputs, weights, l.act, residual, y, l.outputs, 0, count, 0,
@@ -395,7 +377,7 @@ static void run_layer(const Layer& l, float* const* buffers, int batch, float* s
 #pragma omp for schedule(static)
         for (int row = 0; row < l.rows; ++row) {
             const int64_t at = (int64_t)row * l.inputs;
-            norm_rows(l, x + at, residual ? residual + at : nullptr, y + at, 1);
+            normalise(x + at, 1, l.inputs, l.norm(), y + at, residual ? residual + at : nullptr);
         }
     } else if (l.kind == MERGE) {
         run_merge(l, x, y, batch);

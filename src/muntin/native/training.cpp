@@ -8,37 +8,10 @@
 // K, N and H of 2 * LANES).
 
 #include "attention.h"
+#include "norms.h"
 #include "operands.h"
 
 // ------------------------------------------------------------------------------------------------------------ norms
-
-// LayerNorm over the channels; weight null: none
-struct Norm {
-    const float *weight, *bias;
-    float epsilon;
-};
-
-template <typename S>
-static inline void moments(const S* x, int channels, float epsilon, float& mean, float& inverse) {
-    vec sum = vec{}, squares = vec{};
-    for (int c = 0; c < channels; c += LANES) sum += load(x + c);
-    mean = total(sum) / channels;
-    for (int c = 0; c < channels; c += LANES) {
-        const vec d = load(x + c) - mean;
-        squares += d * d;
-    }
-    inverse = 1.0f / std::sqrt(total(squares) / channels + epsilon);
-}
-
-template <typename S>
-static void normalise(const S* x, int rows, int channels, const Norm& norm, S* y) {
-    for (int r = 0; r < rows; ++r, x += channels, y += channels) {
-        float mean, inverse;
-        moments(x, channels, norm.epsilon, mean, inverse);
-        for (int c = 0; c < channels; c += LANES)
-            store(y + c, (load(x + c) - mean) * inverse * load(norm.weight + c) + load(norm.bias + c));
-    }
-}
 
 // dn: the gradient of the normalised rows. Adds to those of weight and bias, side by side in `sums`, by way of `part`,
 // so that long sums lose no digits; dx = the gradient of x, plus `beside`.
