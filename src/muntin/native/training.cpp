@@ -68,9 +68,33 @@ static void scaled(const S* x, int64_t first, int rows, int channels, const floa
         }
 }
 
-static void add_part(const float* part, int width, float* to) {
-    if (to)
-        for (int c = 0; c < width; ++c) to[c] += part[c];
+// The gradients of a norm, which threads have summed up side by side: (threads, 2, channels). G: Linear- or MlpGradient
+template <typename G>
+static void add_parts(const float* parts, int threads, int channels, const G& g) {
+    for (int t = 0; t < threads; ++t)
+        for (float* to : {g.dnorm_weight, g.dnorm_bias}) {
+            if (to)
+                for (int c = 0; c < channels; ++c) to[c] += parts[c];
+            parts += channels;
+        }
+}
+
+// What multiply_rows does with sums of rows from `first` on: y = residual + scale * (sums + bias). L: Linear or Mlp
+template <typename S, typename L>
+static auto joined(const L& l, const float* bias, int64_t first) {
+    const S* residual = (const S*)l.residual;
+    S* y = (S*)l.y;
+    return [=, scale = l.scale, tokens = l.tokens, outputs = l.outputs](int r, int c, vec v) {
+        const int64_t at = (first + r) * outputs + c;
+        if (bias) v += load(bias + c);
+        if (scale) v *= scale[(first + r) / tokens];
+        AHEAD(y + at, outputs, 1);
+        if (residual) {
+            AHEAD(residual + at, outputs, 0);
+            v += load(residual + at);
+        }
+        store(y + at, v);
+    };
 }
 
 // --------------------------------------------------------------------------------------------------- linear layers
@@ -98,22 +122,12 @@ static void linear_forward(const Linear& l, int threads) {
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < l.rows; first += BLOCK) {
             const int count = (int)(l.rows - first < BLOCK ? l.rows - first : BLOCK);
-            const S *x = (const S*)l.x + first * inputs, *residual = (const S*)l.residual;
+            const S* x = (const S*)l.x + first * inputs;
             if (norm.weight) {
                 normalise(x, count, inputs, norm, own);
                 x = own;
             }
-            multiply_rows(x, inputs, count, inputs, panels, outputs, [=](int r, int c, vec v) {
-                const int64_t at = (first + r) * outputs + c;
-                if (l.bias) v += load(l.bias + c);
-                if (l.scale) v *= l.scale[(first + r) / l.tokens];
-                AHEAD((S*)l.y + at, outputs, 1);
-                if (residual) {
-                    AHEAD(residual + at, outputs, 0);
-                    v += load(residual + at);
-                }
-                store((S*)l.y + at, v);
-            });
+            multiply_rows(x, inputs, count, inputs, panels, outputs, joined<S>(l, l.bias, first));
         }
     }
 }
@@ -197,10 +211,7 @@ static void linear_backward(const Linear& l, const LinearGradient& g, int thread
             }
         }
     }
-    for (int t = 0; t < threads; ++t) {
-        add_part(parts + (int64_t)t * 2 * inputs, inputs, g.dnorm_weight);
-        add_part(parts + (int64_t)t * 2 * inputs + inputs, inputs, g.dnorm_bias);
-    }
+    add_parts(parts, threads, inputs, g);
 }
 
 // ------------------------------------------------------------------------------------------------ feed-forward layers
@@ -231,7 +242,7 @@ static void mlp_forward(const Mlp& l, int threads) {
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < l.rows; first += BLOCK) {
             const int count = (int)(l.rows - first < BLOCK ? l.rows - first : BLOCK);
-            const S *x = (const S*)l.x + first * inputs, *residual = (const S*)l.residual;
+            const S* x = (const S*)l.x + first * inputs;
             if (norm.weight) {
                 normalise(x, count, inputs, norm, own);
                 x = own;
@@ -242,17 +253,7 @@ static void mlp_forward(const Mlp& l, int threads) {
                 store((S*)l.hidden + (first + r) * width + c, v);
                 store(made + (int64_t)r * width + c, activated(v, l.act));
             });
-            multiply_rows(made, width, count, width, second_panels, outputs, [=](int r, int c, vec v) {
-                const int64_t at = (first + r) * outputs + c;
-                if (l.bias2) v += load(l.bias2 + c);
-                if (l.scale) v *= l.scale[(first + r) / l.tokens];
-                AHEAD((S*)l.y + at, outputs, 1);
-                if (residual) {
-                    AHEAD(residual + at, outputs, 0);
-                    v += load(residual + at);
-                }
-                store((S*)l.y + at, v);
-            });
+            multiply_rows(made, width, count, width, second_panels, outputs, joined<S>(l, l.bias2, first));
         }
     }
 }
@@ -347,10 +348,7 @@ static void mlp_backward(const Mlp& l, const MlpGradient& g, int threads) {
             }
         }
     }
-    for (int t = 0; t < threads; ++t) {
-        add_part(parts + (int64_t)t * 2 * inputs, inputs, g.dnorm_weight);
-        add_part(parts + (int64_t)t * 2 * inputs + inputs, inputs, g.dnorm_bias);
-    }
+    add_parts(parts, threads, inputs, g);
 }
 
 // -------------------------------------------------------------------------------------------------- window attention
