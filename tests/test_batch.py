@@ -9,6 +9,7 @@ import sys
 import tarfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,12 @@ from PIL import Image
 
 import muntin
 from muntin.cli import main
-from muntin.data.images import BadImage
+from muntin.data.images import BadImage, open_image
 from muntin.errors import UserError
 from muntin.run import save_model
 from muntin.tasks import predict
 from muntin.tasks.inference import Prediction
-from muntin.tasks.units import BadShard, blocks, find_inputs, shard_unit
+from muntin.tasks.units import BadShard, Sample, blocks, find_inputs, shard_unit
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -115,6 +116,8 @@ def test_inputs_are_found_once(tmp_path, monkeypatch):
     assert found.duplicates == 2
     with pytest.raises(UserError, match=r"x\{3..1\}.tar: the range \{3..1\} is empty"):
         find_inputs(["x{3..1}.tar"])
+    with pytest.raises(UserError, match="has a name that is no UTF-8"):
+        find_inputs([b"\xff.png".decode(errors="surrogateescape")])
     (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match="no images and no shards found in nothing"):
         find_inputs(["nothing"])
@@ -187,6 +190,12 @@ def test_other_predictions_are_refused_or_replaced(tmp_path):
     (tmp_path / "foreign.parquet").write_bytes(b"cut")
     with pytest.raises(UserError, match=r"foreign\.parquet is damaged"):
         Predictions(tmp_path, "n", 2).__enter__()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot write to .*file: File exists; choose a folder"):
+        Predictions(tmp_path / "file", "m", 2).__enter__()
 
 
 def test_keys_are_told_apart():
@@ -351,6 +360,25 @@ def test_a_unit_under_which_workers_die_is_given_up(local_ray, place):
         assert worker(unit)["table"]
     assert "the worker died 3 times under it" in worker(unit)["failure"]
     assert worker(unit | {"unit": 5})["table"]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_worker_reads_a_batch_ahead_and_no_more(place, threads):
+    worker = Worker(str(place / "run/model.safetensors"), 3, 16, threads, None)
+    read = []
+
+    def samples() -> Iterator[Sample]:
+        for path in sorted((place / "unpacked").iterdir()):
+            read.append(path)
+            yield Sample(path.name, "", lambda path=path: open_image(path))
+
+    batches = worker._decoded(samples())
+    sizes = []
+    for batch in batches:
+        sizes.append(len(batch))
+        assert len(read) <= sum(sizes) + (16 if threads > 1 else 0)
+    assert sum(sizes) == 3 * IN_SHARD and max(sizes) == 16
+    assert [row.image for row in worker._predictions(samples())] == [path.name for path in read[: 3 * IN_SHARD]]
 
 
 def test_a_model_that_does_not_open_in_a_worker_is_refused_by_name(place, tmp_path):

@@ -256,9 +256,7 @@ def _describe_predict(parser: Any) -> None:
         help="ray: many processes, here or on a cluster; takes .tar shards too and continues where it stopped",
     )
     parser.add_argument("--workers", type=int, help="processes of --engine ray (default: one per GPU, or per core)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="with --engine ray: remove another model's predictions"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="with --engine ray: remove what OUT holds first")
 
 
 def _predict(args: Any) -> int:

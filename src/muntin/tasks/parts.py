@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ class Keys:
 
 
 def _short(key: str) -> bytes:
-    return hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=16).digest()
+    return hashlib.blake2b(key.encode(), digest_size=16).digest()
 
 
 class Predictions:
@@ -98,7 +98,7 @@ class Predictions:
     `parts` are its parts by name, `keys` the images in them.
 
     model: digest of the model that predicts; top: classes per image. Raises `UserError` where the folder holds
-    predictions of another model or with another top, unless `overwrite`, which removes these; where it holds other
+    predictions of another model or with another top, unless `overwrite`, which removes all; where it holds other
     Parquet files, cannot be written, or another process is writing to it.
     """
 
@@ -115,13 +115,11 @@ class Predictions:
             opening.callback(self.keys.close)
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                handle = os.open(self.folder, os.O_RDONLY)
             except OSError as error:
                 raise UserError(
                     f"cannot write to {self.folder}: {error.strerror}; choose a folder that you may write to (--out)"
                 ) from error
-            opening.callback(os.close, handle)
-            _lock(self.folder, handle)
+            opening.enter_context(_locked(self.folder))
             for left in self.folder.glob(".*.tmp.parquet"):  # of a process that was killed
                 left.unlink()
             self._read()
@@ -132,19 +130,18 @@ class Predictions:
         self._open.close()
 
     def _read(self) -> None:
-        for path in sorted(self.folder.glob("*.parquet")):
-            part = _part(path)
-            if (part.model, part.top) == (self.model, self.top) and not self.overwrite:
-                self.parts[_name(path)] = part
-            elif self.overwrite:
-                path.unlink()
-            else:
+        parts = {path: _part(path) for path in sorted(self.folder.glob("*.parquet"))}
+        if self.overwrite:
+            for path in [*parts, self._path_of_manifest()]:
+                path.unlink(missing_ok=True)
+            return
+        for path, part in parts.items():
+            if (part.model, part.top) != (self.model, self.top):
                 other = "by another model" if part.model != self.model else f"with --top {part.top}"
                 raise UserError(
                     f"{self.folder} holds predictions {other}; give another folder, or replace them with --overwrite"
                 )
-        if self.overwrite:
-            self._path_of_manifest().unlink(missing_ok=True)
+            self.parts[path.stem.removeprefix("part-")] = part
 
     def begin(self, names: Mapping[str, str]) -> None:
         """Learn which images are done. names: of the parts of shards, by the paths of these; the part of a shard that
@@ -179,18 +176,21 @@ class Predictions:
         return self.folder / MANIFEST
 
 
-def _name(path: Path) -> str:
-    return path.stem.removeprefix("part-")
-
-
-def _lock(folder: Path, handle: int) -> None:
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     """Refuse a folder that another process is writing to; the lock goes with the process, however it ends."""
     if fcntl is None:
+        yield
         return
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another command is writing to {folder}; wait for it, or give another folder") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another command is writing to {folder}; wait for it, or give another folder") from error
+        yield
+    finally:
+        os.close(handle)
 
 
 def _part(path: Path) -> Part:

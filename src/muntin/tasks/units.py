@@ -71,7 +71,7 @@ def blocks(files: Sequence[str], count: int) -> list[Unit]:
 
 
 def _digest(content: Iterable[str]) -> str:
-    return hashlib.sha256("\0".join(content).encode(errors="surrogateescape")).hexdigest()[:24]
+    return hashlib.sha256("\0".join(content).encode()).hexdigest()[:24]
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,21 @@ def find_inputs(inputs: Iterable[str | os.PathLike[str]]) -> Found:
             ".txt list of paths"
         )
     absolute = [os.path.abspath(path) for path in paths]
+    odd = next((path for path in absolute if not _is_text(path)), None)
+    if odd is not None:
+        raise UserError(f"{odd!r} has a name that is no UTF-8 and cannot stand in a table; rename it")
     files = [path for path in absolute if not path.endswith(".tar")]
     unique = list(dict.fromkeys(files))
     shards = dict.fromkeys(path for path in absolute if path.endswith(".tar"))
     return Found(unique, list(shards), len(files) - len(unique))
+
+
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _expanded(entry: str) -> list[str]:
@@ -144,7 +155,8 @@ def _shard_samples(path: str) -> Iterator[Sample]:
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """Key, extension in lower case, and where it stands, of every member that belongs to a sample."""
     for info in tar:
-        found = MEMBER.fullmatch(info.name)
+        name = info.name.encode(errors="surrogateescape").decode(errors="replace")
+        found = MEMBER.fullmatch(name)
         if info.isfile() and found and not found[1].startswith("__"):
             yield found[1], found[2].lower(), info
 

@@ -82,6 +82,8 @@ def _pool(workers: int | None, threads: int | None) -> Pool:
     """Workers share cores and GPUs evenly, as if every node (with a GPU, where there are some) were the smallest."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     nodes = [node for node in nodes if node.get("GPU")] or nodes
+    if not nodes:
+        raise UserError("Ray has no node with a core; start it with: ray start --head")
     cores = [int(node["CPU"]) for node in nodes]
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     workers = workers or gpus or max(sum(cores) // (threads or 1), 1)
