@@ -13,6 +13,7 @@ from muntin.errors import UserError, nearest
 EXTRAS = {
     "train": "jsonargparse lightning PIL sklearn tensorboard timm torchmetrics torchvision yaml numpy",
     "export": "onnx onnxscript onnxruntime openvino tqdm",
+    "scale": "ray pyarrow pandas",
 }
 
 
@@ -269,12 +270,24 @@ def _eval(args: Any) -> int:
 
 def _describe_predict(parser: Any) -> None:
     parser.add_argument("run", help="a run's folder, its model.safetensors, or an exported file")
-    parser.add_argument("images", nargs="+", help="files, folders, or .txt lists with one path per line")
-    parser.add_argument("--out", help="write a table to this .csv file")
+    parser.add_argument("images", nargs="+", help="files, folders, .txt lists with one path per line; see --engine")
+    parser.add_argument("--out", help="write a table to this .csv file, or with --engine to a folder of Parquet files")
     parser.add_argument("--top", type=int, default=5, help="classes per image (default: 5)")
+    parser.add_argument(
+        "--engine",
+        help="ray: many processes, here or on a cluster; takes .tar shards too and continues where it stopped",
+    )
+    parser.add_argument("--workers", type=int, help="processes of --engine ray (default: one per GPU, or per core)")
+    parser.add_argument("--overwrite", action="store_true", help="with --engine ray: remove what OUT holds first")
 
 
 def _predict(args: Any) -> int:
+    if args.engine is not None:
+        return _predict_batches(args)
+    for option in ("workers", "overwrite"):
+        if args[option]:
+            raise UserError(f"--{option} is for --engine ray; add that, or leave it out")
+
     from muntin.tasks import predict
     from muntin.tasks.inference import write_predictions
 
@@ -291,6 +304,26 @@ def _predict(args: Any) -> int:
     if args.out:
         write_predictions(rows, args.out)
         print(f"{args.out}: {len(rows)} images" + (f", {broken} of them unreadable" if broken else ""))
+    return 0
+
+
+def _predict_batches(args: Any) -> int:
+    if args.engine != "ray":
+        near = nearest(args.engine, ["ray"])
+        raise UserError(f"there is no engine {args.engine!r}{near}; valid is ray, or leave --engine out")
+    if args.out is None or args.out.endswith(".csv"):
+        raise UserError(f"--out {args.out or 'is missing'}: with --engine ray give a folder for Parquet files")
+
+    from muntin.tasks.batch import predict_batches
+
+    report = predict_batches(
+        args.run, args.images, args.out, top=args.top, workers=args.workers, overwrite=args.overwrite
+    )
+    print(report)
+    if report.failed:
+        raise UserError(f"{report.not_done()}; their images are missing, and the same command tries again")
+    if report.images and report.unreadable == report.images:
+        raise UserError(f"none of the {report.images} images could be read; give images such as PNG or JPEG files")
     return 0
 
 

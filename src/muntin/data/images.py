@@ -1,6 +1,7 @@
 """Any image file to an upright RGB image, or an error that names the file."""
 
 import contextlib
+import io
 import os
 import struct
 import warnings
@@ -45,10 +46,21 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """Decode a file to upright RGB. Raises `BadImage` naming the file and what is wrong with it."""
+    return _decoded(path, Path(path))
+
+
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """Decode a file's content to upright RGB. Raises `BadImage` with this name and what is wrong with it."""
+    if not content:
+        raise BadImage(f"{name} is empty (zero bytes); write it again")
+    return _decoded(io.BytesIO(content), name)
+
+
+def _decoded(file: str | os.PathLike[str] | io.BytesIO, name: Path | str) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd EXIF or palettes are decoded all the same; bombs are refused below
-        with _reading(Path(path)), Image.open(path) as image:
-            _refuse_bomb(Path(path), image)
+        with _reading(name), Image.open(file) as image:
+            _refuse_bomb(name, image)
             return to_rgb(image)
 
 
@@ -66,10 +78,10 @@ def check_image(path: Path) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Whatever goes wrong while decoding, as a `BadImage`."""
+def _reading(path: Path | str) -> Iterator[None]:
+    """Whatever goes wrong while decoding, as a `BadImage`; a string is the name of what is no file of its own."""
     try:
-        if path.stat().st_size == 0:
+        if isinstance(path, Path) and path.stat().st_size == 0:
             raise BadImage(f"{path} is empty (zero bytes); remove it or copy it again")
         yield
     except BadImage:
@@ -87,13 +99,13 @@ def _reading(path: Path) -> Iterator[None]:
         raise BadImage(f"{path} is damaged ({error}); remove it or copy it again") from error
 
 
-def _refuse_bomb(path: Path, image: Image.Image) -> None:
+def _refuse_bomb(path: Path | str, image: Image.Image) -> None:
     """Pillow itself refuses only twice its limit, and warns from the limit on."""
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise _bomb(path)
 
 
-def _bomb(path: Path) -> BadImage:
+def _bomb(path: Path | str) -> BadImage:
     return BadImage(
         f"{path} is too large to decode safely (more than {Image.MAX_IMAGE_PIXELS:,} pixels); "
         "make it smaller or remove it"
