@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from muntin.data.images import SUFFIXES, BadImage, check_image, open_image
+from muntin.data.decode import Encoded, Picture, read_image
+from muntin.data.images import SUFFIXES, BadImage, check_image, read_bytes
 from muntin.errors import UserError, nearest
 from muntin.progress import progress
 from muntin.run import atomic_write
@@ -29,15 +30,20 @@ VAL, TEST = 0.1, 0.2  # of all images, where the data set has no splits of its o
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images: keys, labels (indices into `classes`), and how to open one as RGB."""
+    """Labelled images: keys, labels (indices into `classes`), and how to read one, encoded or as upright RGB."""
 
     keys: list[Key]
     labels: list[int]
     classes: list[str]
-    open: Callable[[int], Image.Image]
+    read: Callable[[int], Picture]
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def open(self, position: int) -> Image.Image:
+        """One image as upright RGB."""
+        found = self.read(position)
+        return found.image() if isinstance(found, Encoded) else found
 
 
 @dataclass(frozen=True)
@@ -101,10 +107,10 @@ def select(images: Images, positions: Sequence[int]) -> Images:
     """Some of the images; opening any other through the result is impossible."""
     chosen = list(positions)
 
-    def open_chosen(position: int) -> Image.Image:
-        return images.open(chosen[position])
+    def read(position: int) -> Picture:
+        return images.read(chosen[position])
 
-    return Images([images.keys[i] for i in chosen], [images.labels[i] for i in chosen], images.classes, open_chosen)
+    return Images([images.keys[i] for i in chosen], [images.labels[i] for i in chosen], images.classes, read)
 
 
 def digits_splits(seed: int, size: int) -> Splits:
@@ -153,7 +159,7 @@ def folder_images(folder: Path, root: Path, classes: list[str]) -> Images:
 
 def from_files(root: Path, keys: list[Key], labels: list[int], classes: list[str]) -> Images:
     """Images that are files below `root`."""
-    return Images(keys, labels, classes, lambda position: open_image(root / str(keys[position])))
+    return Images(keys, labels, classes, lambda position: read_image(root / str(keys[position])))
 
 
 def read_folder(path: str | os.PathLike[str]) -> Path:
@@ -251,7 +257,7 @@ def check_files(files: Sequence[Path]) -> list[int | BadImage]:
 
 def _check(file: Path) -> int | BadImage:
     try:
-        return min(check_image(file))
+        return min(check_image(read_bytes(file), str(file)))
     except BadImage as error:
         return error
 

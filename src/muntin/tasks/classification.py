@@ -19,6 +19,7 @@ from torchmetrics import MeanMetric
 from torchvision.transforms import v2
 
 import muntin
+from muntin.data.augment import Augment, Distort, Photographs, Plain
 from muntin.data.datasets import (
     Splits,
     digits_splits,
@@ -26,13 +27,10 @@ from muntin.data.datasets import (
     splits_from_json,
     write_held_out,
 )
+from muntin.data.device import Erase, Prepare
 from muntin.data.loading import (
-    Augment,
-    Distort,
     EpochBatches,
     EvaluationSet,
-    Photographs,
-    Plain,
     TrainingSet,
     evaluation_loader,
     training_loader,
@@ -73,8 +71,12 @@ class Classification(Task):
     `results` holds the last validation: {"raw" | "ema": {"accuracy", "loss"}}.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, steps_per_epoch: int, num_classes: int) -> None:
+    def __init__(
+        self, model: nn.Module, settings: Settings, steps_per_epoch: int, num_classes: int, prepare: Prepare
+    ) -> None:
         super().__init__(model, settings, steps_per_epoch)
+        self.prepare = prepare
+        self.erase = Erase(settings.erasing if settings.augment == "photographs" else 0.0)
         self.mixes: list[nn.Module] = []
         if settings.mixup:
             self.mixes.append(v2.MixUp(alpha=settings.mixup, num_classes=num_classes))
@@ -87,6 +89,7 @@ class Classification(Task):
 
     def training_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, targets = batch
+        images = self.erase(self.prepare(images))
         if self.mixes:
             mix = self.mixes[int(torch.randint(len(self.mixes), ()))]
             images, targets = mix(images, targets)
@@ -95,6 +98,7 @@ class Classification(Task):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
+        images = self.prepare(images)
         for name, model in self.candidates().items():
             logits = model(images).float()
             found = {
@@ -319,14 +323,13 @@ def _cpu_multiplies_bf16() -> bool:
 
 def augmentation(settings: Settings, preprocessing: Mapping[str, Any]) -> Augment:
     """The training transform that the settings name."""
-    mean, std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
     evaluate = Evaluate(**preprocessing)
     if settings.augment == "distort":
-        return Distort(evaluate.picture, mean, std, settings.distortion)
+        return Distort(evaluate.picture, settings.distortion)
     if settings.augment == "photographs":
         height, width = preprocessing["size"]
-        return Photographs((height, width), mean, std, settings.randaugment, settings.erasing)
-    return Plain(evaluate)
+        return Photographs((height, width), tuple(preprocessing["mean"]), settings.randaugment)
+    return Plain(evaluate.bytes)
 
 
 def _fit(
@@ -346,9 +349,10 @@ def _fit(
         step = read_checkpoint(checkpoint)["global_step"]
         batches.epoch, batches.start = divmod(step, len(batches))
         report(f"resuming after step {step} (epoch {batches.epoch + 1}, batch {batches.start})")
-    task = Classification(model, settings, len(batches), len(splits.train.classes))
+    prepare = Prepare(preprocessing["mean"], preprocessing["std"])
+    task = Classification(model, settings, len(batches), len(splits.train.classes), prepare)
     training = TrainingSet(splits.train, augmentation(settings, preprocessing), settings.seed)
-    validation = EvaluationSet(splits.val, Evaluate(**preprocessing))
+    validation = EvaluationSet(splits.val, Evaluate(**preprocessing).bytes)
     trainer = _trainer(folder, settings, [saver, Progress(saver, settings.epochs)])
     try:
         with quiet_lightning():

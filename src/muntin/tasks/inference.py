@@ -5,13 +5,12 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from muntin.data.datasets import (
@@ -23,7 +22,8 @@ from muntin.data.datasets import (
     read_folder,
     splits_from_json,
 )
-from muntin.data.images import BadImage, open_image
+from muntin.data.decode import Picture, read_image
+from muntin.data.images import BadImage
 from muntin.data.loading import EvaluationSet, evaluation_loader
 from muntin.data.transforms import CROP, IMAGENET_MEAN, IMAGENET_STD, Evaluate
 from muntin.errors import UserError, nearest
@@ -113,7 +113,7 @@ def _confusion_table(classes: list[str], confusion: list[list[int]]) -> list[str
 def evaluate_images(
     logits: Callable[[Tensor], Tensor],
     images: Images,
-    transform: Callable[[Image.Image], Tensor],
+    transform: Callable[[Picture], Tensor],
     data: str,
     split: str,
     batch_size: int = 64,
@@ -255,12 +255,12 @@ def _in_classes_of(run: Trained, images: Images, where: str) -> Images:
                 f"its classes are {', '.join(run.classes[:20])}"
             )
     labels = [run.classes.index(images.classes[label]) for label in images.labels]
-    return Images(images.keys, labels, run.classes, images.open)
+    return replace(images, labels=labels, classes=run.classes)
 
 
 def _foreign(
     path: Path, name: str, classes: list[str], size: int | None
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Image.Image], Tensor]]:
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Picture], Tensor]]:
     """A model of a listed name with someone's weights, and the papers' preprocessing."""
     import muntin
 
@@ -341,11 +341,11 @@ def predict(
 
 
 def _decoded(
-    batches: Sequence[list[Path]], transform: Callable[[Image.Image], Tensor]
+    batches: Sequence[list[Path]], transform: Callable[[Picture], Tensor]
 ) -> Iterator[tuple[list[Path], list[Tensor | BadImage]]]:
     def decode(file: Path) -> Tensor | BadImage:
         try:
-            return transform(open_image(file))
+            return transform(read_image(file))
         except BadImage as error:
             return error
 
