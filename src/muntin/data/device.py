@@ -25,7 +25,8 @@ class Prepare(nn.Module):
         self.register_buffer("shift", shift.clone(), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return images.to(torch.float32, memory_format=torch.contiguous_format).mul_(self.scale).add_(self.shift)
+        pixels = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        return pixels.mul_(self.scale).add_(self.shift)
 
 
 class Erase(nn.Module):

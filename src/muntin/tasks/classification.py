@@ -72,10 +72,15 @@ class Classification(Task):
     """
 
     def __init__(
-        self, model: nn.Module, settings: Settings, steps_per_epoch: int, num_classes: int, prepare: Prepare
+        self,
+        model: nn.Module,
+        settings: Settings,
+        steps_per_epoch: int,
+        num_classes: int,
+        prepare: Prepare | None = None,
     ) -> None:
         super().__init__(model, settings, steps_per_epoch)
-        self.prepare = prepare
+        self.prepare = prepare or Prepare(IMAGENET_MEAN, IMAGENET_STD)
         self.erase = Erase(settings.erasing if settings.augment == "photographs" else 0.0)
         self.mixes: list[nn.Module] = []
         if settings.mixup:
