@@ -14,17 +14,15 @@ from muntin.data.augment import Distort, Photographs
 from muntin.data.datasets import (
     Images,
     Splits,
-    digits_splits,
-    folder_splits,
     load_digits,
     select,
-    splits_from_json,
     stratified,
 )
 from muntin.data.decode import Encoded, cut, read_image
 from muntin.data.device import Erase, Prepare
 from muntin.data.images import BadImage, check_image, open_image, read_bytes
 from muntin.data.loading import EpochBatches, EvaluationSet, TrainingSet, evaluation_loader
+from muntin.data.sources import open_splits, splits_from_json
 from muntin.data.transforms import Evaluate
 from muntin.errors import UserError
 
@@ -152,7 +150,7 @@ def test_a_class_of_one_or_two_images_is_trained_on():
 
 
 def test_the_digits_are_split_into_about_70_10_and_20_percent():
-    splits = digits_splits(seed=0, size=32)
+    splits = open_splits("digits", 0, 32)
     assert [round(len(part) / 1797, 2) for part in (splits.train, splits.val, splits.test)] == [0.7, 0.1, 0.2]
     position = 5
     assert splits.test.open(position) == load_digits().open(splits.test.keys[position])
@@ -166,7 +164,7 @@ def test_overlapping_splits_are_refused():
 
 def test_a_folder_of_classes_is_split_once_and_read_back(tmp_path):
     root = folder_of(tmp_path, {"cat": 12, "dog": 20})
-    splits = folder_splits(str(root), seed=3, size=16, on_bad_image="error")
+    splits = open_splits(str(root), 3, 16)
     assert splits.train.classes == ["cat", "dog"] and splits.plain_resize
     assert len(splits.train) + len(splits.val) + len(splits.test) == 32
     stored = json.loads(json.dumps(splits.json()))
@@ -180,7 +178,7 @@ def test_a_folder_of_classes_is_split_once_and_read_back(tmp_path):
 def test_a_folder_with_train_and_val_keeps_them(tmp_path):
     folder_of(tmp_path / "train", {"cat": 4, "dog": 3}, size=(40, 30))
     folder_of(tmp_path / "val", {"dog": 2}, size=(40, 30))
-    splits = folder_splits(str(tmp_path), seed=0, size=16, on_bad_image="error")
+    splits = open_splits(str(tmp_path), 0, 16)
     assert (len(splits.train), len(splits.val), splits.test) == (7, 2, None)
     assert splits.val.labels == [1, 1] and not splits.plain_resize
     again = splits_from_json(str(tmp_path), splits.json(), plain_resize=False)
@@ -189,13 +187,13 @@ def test_a_folder_with_train_and_val_keeps_them(tmp_path):
 
 def test_a_class_may_be_called_test(tmp_path):
     root = folder_of(tmp_path, {"test": 6, "other": 6})
-    splits = folder_splits(str(root), seed=0, size=16, on_bad_image="error")
+    splits = open_splits(str(root), 0, 16)
     assert splits_from_json(str(root), splits.json(), True).train.labels == splits.train.labels
 
 
 def test_an_image_that_has_gone_is_named(tmp_path):
     root = folder_of(tmp_path, {"cat": 6, "dog": 6})
-    splits = folder_splits(str(root), seed=0, size=16, on_bad_image="error")
+    splits = open_splits(str(root), 0, 16)
     (root / str(splits.test.keys[0])).unlink()
     with pytest.raises(UserError, match=rf"{splits.test.keys[0]} is in the run's split.json but not on the disk"):
         splits_from_json(str(root), splits.json(), True)
@@ -399,7 +397,7 @@ def test_erasing_repeats_with_the_generator_and_can_be_off():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_loaders_give_bytes_in_the_order_of_the_items(workers):
-    splits = digits_splits(seed=0, size=16)
+    splits = open_splits("digits", 0, 16)
     evaluate = Evaluate((16, 16), None)
     loader = evaluation_loader(EvaluationSet(select(splits.val, range(10)), evaluate.bytes), 5, workers)
     batches = list(loader)
@@ -429,7 +427,7 @@ def test_a_set_smaller_than_a_batch_is_one_batch():
 
 
 def test_a_training_item_is_a_function_of_epoch_and_position():
-    splits = digits_splits(seed=0, size=16)
+    splits = open_splits("digits", 0, 16)
     data = TrainingSet(splits.train, augments()["distort"], seed=0)
     assert torch.equal(data[(3, 7)][0], data[(3, 7)][0])
     assert not torch.equal(data[(3, 7)][0], data[(4, 7)][0])

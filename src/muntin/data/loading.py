@@ -13,27 +13,61 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from muntin.data.augment import Augment
+from muntin.data.check import BadFiles
 from muntin.data.datasets import Images
 from muntin.data.decode import Picture
+from muntin.data.images import BadImage
+from muntin.data.order import Order, Shuffled
 
 Item = tuple[int, int]  # epoch, position
 
 
-class TrainingSet(Dataset[tuple[Tensor, int]]):
-    """Augmented images, (3, H, W) uint8, asked for by (epoch, position)."""
+Target = int | Tensor  # a class, or (K,) float with a 1 for each class that an image has
+Sample = tuple[Tensor, Target] | BadImage
+TRIES = 100  # other images, before it is said that none can be read
 
-    def __init__(self, images: Images, augment: Augment, seed: int) -> None:
+
+def target(images: Images, position: int) -> Target:
+    """What the model is to say of an image."""
+    label = images.labels[position]
+    if isinstance(label, int):
+        return label
+    hot = torch.zeros(len(images.classes))
+    hot[label] = 1
+    return hot
+
+
+class TrainingSet(Dataset[Sample]):
+    """Augmented images, (3, H, W) uint8, asked for by (epoch, position).
+
+    With `bad_files` an image that cannot be used is listed there, and another one, drawn from (seed, epoch, position),
+    takes its place; without it is given as the `BadImage` that the loader raises.
+    """
+
+    def __init__(self, images: Images, augment: Augment, seed: int, bad_files: BadFiles | None = None) -> None:
         self.images = images
         self.augment = augment
         self.seed = seed
+        self.bad_files = bad_files
 
-    def __getitem__(self, item: Item) -> tuple[Tensor, int]:
+    def __getitem__(self, item: Item) -> Sample:
         epoch, position = item
-        image = self.augment(self.images.read(position), (self.seed, epoch, position))
-        return image, self.images.labels[position]
+        seed = (self.seed, epoch, position)
+        others: np.ndarray | None = None
+        for attempt in range(TRIES):
+            try:
+                return self.augment(self.images.read(position), seed), target(self.images, position)
+            except BadImage as error:
+                if self.bad_files is None:
+                    return error
+                self.bad_files.add(self.images.name(position), str(error))
+            if others is None:
+                others = np.random.default_rng((*seed, 1)).integers(len(self.images), size=TRIES)
+            position = int(others[attempt])
+        return BadImage(f"{TRIES} images in a row cannot be used; see {self.bad_files.path if self.bad_files else ''}")
 
 
-class EvaluationSet(Dataset[tuple[Tensor, int]]):
+class EvaluationSet(Dataset[Sample]):
     """Images as the model is to see them, asked for by position."""
 
     def __init__(self, images: Images, transform: Callable[[Picture], Tensor]) -> None:
@@ -43,19 +77,32 @@ class EvaluationSet(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int]:
-        return self.transform(self.images.read(position)), self.images.labels[position]
+    def __getitem__(self, position: int) -> Sample:
+        try:
+            return self.transform(self.images.read(position)), target(self.images, position)
+        except BadImage as error:
+            return error
 
 
 class EpochBatches:
     """Batches of (epoch, position) in the order of (seed, epoch), from batch `start` of the first epoch on.
 
-    Batches are full: the last few images of an epoch wait for another order. A set smaller than one batch is
-    one batch.
+    Batches are full: the last few images of an epoch wait for another order. A set smaller than one batch is one
+    batch. order: which images may follow which (by default any).
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, epoch: int = 0, start: int = 0) -> None:
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        epoch: int = 0,
+        start: int = 0,
+        *,
+        order: Order | None = None,
+    ) -> None:
         self.count = count
+        self.order = order or Shuffled(count)
         self.batch_size = min(batch_size, count)
         self.seed = seed
         self.epoch = epoch
@@ -71,14 +118,27 @@ class EpochBatches:
         return self.count // self.batch_size
 
     def __iter__(self) -> Iterator[list[Item]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count).tolist()
+        order = self.order(self.seed, self.epoch)
         for number in range(self.start, len(self)):
-            positions = order[number * self.batch_size : (number + 1) * self.batch_size]
+            first = number * self.batch_size
+            self.order.ahead(order[first:])
+            positions = order[first : first + self.batch_size].tolist()
             yield [(self.epoch, position) for position in positions]
 
 
-def training_loader(data: TrainingSet, batches: EpochBatches, workers: int) -> DataLoader[tuple[Tensor, int]]:
-    return DataLoader(
+class Loader(DataLoader[Sample]):
+    """A DataLoader that raises a worker's `BadImage` as it is: torch would bury it in the worker's traceback."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, BadImage):
+                raise batch
+            yield batch
+
+
+def training_loader(data: TrainingSet, batches: EpochBatches, workers: int) -> Loader:
+    """Batches of (B, 3, H, W) uint8 and targets, (B,) or (B, K)."""
+    return Loader(
         data,
         batch_sampler=batches,  # of items, not integers
         num_workers=workers,
@@ -89,8 +149,9 @@ def training_loader(data: TrainingSet, batches: EpochBatches, workers: int) -> D
     )
 
 
-def evaluation_loader(data: EvaluationSet, batch_size: int, workers: int) -> DataLoader[tuple[Tensor, int]]:
-    return DataLoader(
+def evaluation_loader(data: EvaluationSet, batch_size: int, workers: int) -> Loader:
+    """All images in order, in batches of what `data` makes of them."""
+    return Loader(
         data,
         batch_size=batch_size,
         num_workers=workers,
@@ -101,17 +162,21 @@ def evaluation_loader(data: EvaluationSet, batch_size: int, workers: int) -> Dat
     )
 
 
-def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """(B, 3, H, W) images, in memory as their channels lie in the items, and (B,) targets.
+def collate(items: list[Sample]) -> tuple[Tensor, Tensor] | BadImage:
+    """(B, 3, H, W) images, in memory as their channels lie in the items, and (B,) or (B, K) targets.
 
     Decoded images lie pixel by pixel: stacked like that they are copied whole, several times faster than by channel.
     """
-    images, targets = zip(*items, strict=True)
-    first = images[0]
-    if first.stride(0) == 1:
+    images, targets = [], []
+    for item in items:
+        if isinstance(item, BadImage):
+            return item
+        images.append(item[0])
+        targets.append(item[1])
+    if images[0].stride(0) == 1:
         pixels = default_collate([image.permute(1, 2, 0) for image in images])
-        return pixels.permute(0, 3, 1, 2), default_collate(list(targets))
-    return default_collate(list(images)), default_collate(list(targets))
+        return pixels.permute(0, 3, 1, 2), default_collate(targets)
+    return default_collate(images), default_collate(targets)
 
 
 def _quiet(_worker: int) -> None:

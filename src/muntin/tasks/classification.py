@@ -20,13 +20,8 @@ from torchvision.transforms import v2
 
 import muntin
 from muntin.data.augment import Augment, Distort, Photographs, Plain
-from muntin.data.datasets import (
-    Splits,
-    digits_splits,
-    folder_splits,
-    splits_from_json,
-    write_held_out,
-)
+from muntin.data.check import BadFiles
+from muntin.data.datasets import Splits, write_held_out
 from muntin.data.device import Erase, Prepare
 from muntin.data.loading import (
     EpochBatches,
@@ -35,6 +30,7 @@ from muntin.data.loading import (
     evaluation_loader,
     training_loader,
 )
+from muntin.data.sources import absolute, open_splits, splits_from_json
 from muntin.data.transforms import CROP, IMAGENET_MEAN, IMAGENET_STD, Evaluate
 from muntin.errors import UserError
 from muntin.models import published
@@ -165,8 +161,8 @@ def train(
 def _absolute(values: Mapping[str, Any]) -> dict[str, Any]:
     """With the paths in them absolute, so that a run can be resumed and evaluated from any folder."""
     values = dict(values)
-    if values.get("data", "digits") != "digits":
-        values["data"] = os.path.abspath(str(values["data"]))
+    if "data" in values:
+        values["data"] = absolute(str(values["data"]))
     weights = str(values.get("weights") or "")
     if os.path.exists(weights):  # otherwise a tag, or an address
         values["weights"] = os.path.abspath(weights)
@@ -288,10 +284,9 @@ def _data(folder: Path, settings: Settings, resume: bool) -> tuple[Splits, dict[
         stored = read_json(folder / "split.json")
         preprocessing = stored["preprocessing"]
         return splits_from_json(settings.data, stored, preprocessing["resize"] is None), preprocessing
-    if settings.data == "digits":
-        splits = digits_splits(settings.seed, settings.size)
-    else:
-        splits = folder_splits(settings.data, settings.seed, settings.size, settings.on_bad_image)
+    splits = open_splits(
+        settings.data, settings.seed, settings.size, settings.on_bad_image, BadFiles(folder / "bad_files.csv")
+    )
     preprocessing = {
         "size": [settings.size, settings.size],
         "resize": None if splits.plain_resize else round(settings.size / CROP),
@@ -348,7 +343,7 @@ def _fit(
     """Train to the end, from the last checkpoint if there is one; seconds, and the best epoch's description."""
     workers = settings.workers or 0
     saver = Saver(folder, settings.patience, settings.save_minutes, len(splits.val))
-    batches = EpochBatches(len(splits.train), settings.batch_size, settings.seed)
+    batches = EpochBatches(len(splits.train), settings.batch_size, settings.seed, order=splits.train.order)
     checkpoint = saver.last if saver.last.exists() else None
     if checkpoint is not None:
         step = read_checkpoint(checkpoint)["global_step"]
@@ -356,7 +351,8 @@ def _fit(
         report(f"resuming after step {step} (epoch {batches.epoch + 1}, batch {batches.start})")
     prepare = Prepare(preprocessing["mean"], preprocessing["std"])
     task = Classification(model, settings, len(batches), len(splits.train.classes), prepare)
-    training = TrainingSet(splits.train, augmentation(settings, preprocessing), settings.seed)
+    bad_files = BadFiles(folder / "bad_files.csv") if settings.on_bad_image == "skip" else None
+    training = TrainingSet(splits.train, augmentation(settings, preprocessing), settings.seed, bad_files)
     validation = EvaluationSet(splits.val, Evaluate(**preprocessing).bytes)
     trainer = _trainer(folder, settings, [saver, Progress(saver, settings.epochs)])
     try:
