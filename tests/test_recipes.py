@@ -11,8 +11,9 @@ from torch import nn
 
 import muntin
 from muntin.cli import main
+from muntin.data.augment import Photographs
 from muntin.data.datasets import Images, Splits
-from muntin.data.loading import EpochBatches, Photographs
+from muntin.data.loading import EpochBatches
 from muntin.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from muntin.errors import UserError
 from muntin.models import FAMILIES, list_models

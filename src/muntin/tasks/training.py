@@ -10,13 +10,9 @@ from typing import Any
 import torch
 
 import muntin
-from muntin.data.datasets import (
-    Splits,
-    digits_splits,
-    folder_splits,
-    splits_from_json,
-    write_held_out,
-)
+from muntin.data.check import BadFiles
+from muntin.data.datasets import Splits, write_held_out
+from muntin.data.sources import absolute, open_splits, splits_from_json
 from muntin.data.transforms import CROP, IMAGENET_MEAN, IMAGENET_STD
 from muntin.errors import UserError
 from muntin.models import published
@@ -97,8 +93,8 @@ def _chosen(told: Mapping[str, Any], recipe: str | None) -> Settings:
 def _absolute(values: Mapping[str, Any]) -> dict[str, Any]:
     """With the paths in them absolute, so that a run can be resumed and evaluated from any folder."""
     values = dict(values)
-    if values.get("data", "digits") != "digits":
-        values["data"] = os.path.abspath(str(values["data"]))
+    if "data" in values:
+        values["data"] = absolute(str(values["data"]))
     weights = str(values.get("weights") or "")
     if os.path.exists(weights):  # otherwise a tag, or an address
         values["weights"] = os.path.abspath(weights)
@@ -217,10 +213,9 @@ def _data(folder: Path, settings: Settings, resume: bool) -> tuple[Splits, dict[
         stored = read_json(folder / "split.json")
         preprocessing = stored["preprocessing"]
         return splits_from_json(settings.data, stored, preprocessing["resize"] is None), preprocessing
-    if settings.data == "digits":
-        splits = digits_splits(settings.seed, settings.size)
-    else:
-        splits = folder_splits(settings.data, settings.seed, settings.size, settings.on_bad_image)
+    splits = open_splits(
+        settings.data, settings.seed, settings.size, settings.on_bad_image, BadFiles(folder / "bad_files.csv")
+    )
     preprocessing = {
         "size": [settings.size, settings.size],
         "resize": None if splits.plain_resize else round(settings.size / CROP),
