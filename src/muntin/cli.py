@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a fault of ours, 2 bad input (one line that says what to d
 Only the parser is imported here; what a subcommand needs it imports itself, so that help answers at once.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -235,6 +236,12 @@ def _train(args: Any) -> int:
 
         print(to_yaml(resolved(args.recipe, args.config, **settings)), end="")
         return 0
+
+    devices = int(settings.get("devices") or 1)
+    if devices > 1 and "WORLD_SIZE" not in os.environ:
+        from muntin.tasks.launch import launch
+
+        return launch(sys.argv[1:], devices)
 
     from muntin.tasks import train
 

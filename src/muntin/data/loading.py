@@ -69,20 +69,29 @@ class TrainingSet(Dataset[Sample]):
 
 
 class EvaluationSet(Dataset[Sample]):
-    """Images as the model is to see them, asked for by position."""
+    """Images as the model is to see them, asked for by position.
 
-    def __init__(self, images: Images, transform: Callable[[Picture], Tensor]) -> None:
+    share: the rank of this process and their number. Each has every so manieth image, and all have as many: where the
+    images run out, the last one comes again with a target of -1, which does not count.
+    """
+
+    def __init__(self, images: Images, transform: Callable[[Picture], Tensor], share: tuple[int, int] = (0, 1)) -> None:
         self.images = images
         self.transform = transform
+        self.rank, self.processes = share
 
     def __len__(self) -> int:
-        return len(self.images)
+        return -(-len(self.images) // self.processes)
 
-    def __getitem__(self, position: int) -> Sample:
+    def __getitem__(self, number: int) -> Sample:
+        position = number * self.processes + self.rank
+        beyond = position >= len(self.images)
+        position = min(position, len(self.images) - 1)
         try:
-            return self.transform(self.images.read(position)), target(self.images, position)
+            image, wanted = self.transform(self.images.read(position)), target(self.images, position)
         except BadImage as error:
             return error
+        return image, 0 * wanted - 1 if beyond else wanted
 
 
 class EpochBatches:

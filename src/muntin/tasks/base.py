@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from muntin.errors import UserError
 from muntin.tasks.optimizer import clip_gradients, groups, rate
+from muntin.tasks.ranks import mean
 from muntin.tasks.settings import Settings
 
 MEMORY = 0.98  # of the running mean of the loss, per step
@@ -53,6 +54,7 @@ class Task(lightning.LightningModule):
         self.register_buffer("skipped", torch.zeros(()))
         self.register_buffer("in_a_row", torch.zeros(()))
         self._losses: list[Tensor] = []  # of the parts of this step
+        self._sharded = False
 
     def candidates(self) -> dict[str, nn.Module]:
         """The weights to choose from, by name: "raw", and "ema" where there is an average."""
@@ -85,7 +87,7 @@ class Task(lightning.LightningModule):
         """Clip, and mark the step as one to be skipped where loss or gradient say so; all without waiting for the
         device.
         """
-        loss = torch.stack(self._losses).mean().float()
+        loss = mean(torch.stack(self._losses).mean().float(), self.trainer.world_size)
         self._losses.clear()
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         spike = self._spikes(loss)
@@ -95,10 +97,38 @@ class Task(lightning.LightningModule):
             scaler.unscale_(optimizer)
         norm = clip_gradients(self.model, self.settings)
         bad = spike | ~torch.isfinite(norm)
-        if scaler is None:
+        if self._sharded:
+            if bad:  # the fused AdamW takes no such mark for sharded weights
+                optimizer.zero_grad()
+        elif scaler is None:
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # what the fused AdamW skips a step by
         # An overflow under a loss scale is the scaler's to mend, but counts.
         self._count(loss, bad)
+
+    def on_validation_start(self) -> None:
+        self.share_statistics()
+
+    def share_statistics(self) -> None:
+        """Statistics of BatchNorm, of which each process has its own, become their mean."""
+        for model in self.candidates().values():
+            for buffer in model.buffers():
+                if buffer.is_floating_point():
+                    mean(buffer, self.trainer.world_size)
+
+    def configure_model(self) -> None:
+        """With strategy "fsdp": weights, gradients and the optimiser's state are shared out over the processes."""
+        if self.settings.strategy != "fsdp" or self.trainer.world_size == 1 or self._sharded:
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        for model in self.candidates().values():
+            backbone: Any = getattr(model, "backbone", model)
+            for stage in backbone.stages:
+                for block in stage.blocks:
+                    fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        self._sharded = True
 
     def _spikes(self, loss: Tensor) -> Tensor:
         bad = ~torch.isfinite(loss)
@@ -138,7 +168,7 @@ class Task(lightning.LightningModule):
             return
         if not self._averaged:  # collected once: walking the modules takes longer than the arithmetic
             for ours, theirs in zip(self.average.state_dict().values(), self.model.state_dict().values(), strict=True):
-                self._averaged[theirs.is_floating_point()].append((ours, theirs))
+                self._averaged[theirs.is_floating_point()].append((local(ours), local(theirs)))
         ours, theirs = zip(*self._averaged[True], strict=True)
         torch._foreach_lerp_(ours, theirs, 1 - self.settings.average_decay())  # as in torch.optim.swa_utils
         for counter, value in self._averaged[False]:
@@ -152,6 +182,11 @@ class Task(lightning.LightningModule):
     def rate(self, step: int) -> float:
         """The learning rate at a step over its peak."""
         return rate(step, self.settings, self.steps_per_epoch)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that is shared out, or the tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def frozen(model: nn.Module, stages: int) -> list[nn.Module]:

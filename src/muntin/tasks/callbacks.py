@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 
 from muntin.run import atomic_write
 from muntin.tasks.base import Task
 
 CHECKED = 50  # steps between two looks at how many were skipped: each waits for the device
+AGREED = 10  # steps between two questions whether a process was told to save or stop: each waits for all
 HISTORY = ("epoch", "train_loss", "val_loss", "val_accuracy", "lr", "seconds")
 
 
@@ -49,7 +51,8 @@ class Saver(lightning.Callback):
         self.top: dict[str, float] = {"epoch": 0, "accuracy": -1.0}
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0  # of all sessions before this one
-        self.signal: int | None = None
+        self.signal: int | None = None  # that this process got
+        self.stop: int | None = None  # that all processes stop for
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "top": self.top, "history": self.history, "seconds": self.elapsed()}
@@ -87,13 +90,24 @@ class Saver(lightning.Callback):
 
     def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         # At the start of a step all of Lightning's counters agree on what is done; at its end they do not.
-        due = time.monotonic() - self._saved > self.save_seconds
-        if batch_idx % pl_module.settings.accumulate:
+        if not batch_idx or batch_idx % pl_module.settings.accumulate:
             return  # within a step of the optimiser
-        if batch_idx and trainer.global_step % CHECKED == 0:
+        if trainer.global_step % CHECKED == 0:
             pl_module.refuse_skips()
-        if batch_idx and (due or self.signal is not None):
+        if trainer.world_size > 1 and trainer.global_step % AGREED:
+            return
+        if self._asked(trainer, time.monotonic() - self._saved > self.save_seconds):
             self._save_last(trainer, pl_module)
+
+    def _asked(self, trainer: lightning.Trainer, due: bool) -> bool:
+        """Whether to save, because it is due or to stop then: the same in all processes, whichever got a signal."""
+        if trainer.world_size == 1:
+            self.stop = self.signal
+        else:
+            asked = torch.tensor([float(due), float(self.signal or 0)], device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            due, self.stop = bool(asked[0]), int(asked[1]) or None
+        return due or self.stop is not None
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         pl_module.refuse_skips(epoch_done=True)  # before validation and saving
@@ -120,17 +134,20 @@ class Saver(lightning.Callback):
         if found["accuracy"] >= least(self.top["accuracy"], self.val_images):
             self.best = {"epoch": epoch, "weights": name, **found}
             trainer.save_checkpoint(self.best_path, weights_only=True)
-        atomic_write(self.folder / "history.csv", history_csv(self.history))
+        if trainer.is_global_zero:
+            atomic_write(self.folder / "history.csv", history_csv(self.history))
+        self._asked(trainer, True)
         self._save_last(trainer, pl_module)
         if self.exhausted():
             trainer.should_stop = True
 
     def _save_last(self, trainer: lightning.Trainer, task: Any) -> None:
         task.refuse_skips()
+        task.share_statistics()
         trainer.save_checkpoint(self.last)
         self._saved = time.monotonic()
-        if self.signal is not None:
-            raise Stopped(self.signal)
+        if self.stop is not None:
+            raise Stopped(self.stop)
 
 
 def least(accuracy: float, images: int) -> float:
@@ -171,7 +188,7 @@ class Progress(lightning.Callback):
         self.bar: Any = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        if self.terminal:
+        if self.terminal and trainer.is_global_zero:
             from tqdm import tqdm
 
             total = self.epochs * pl_module.steps_per_epoch
@@ -200,6 +217,7 @@ class Progress(lightning.Callback):
             trainer.logger.log_metrics(values, trainer.global_step)
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {row['train_loss']:.3f}, val {row['val_accuracy']:.2%}")
+        if self.bar is not None or not trainer.is_global_zero:
             return
         rate = (trainer.global_step - self._first) / max(time.monotonic() - self._started, 1e-9)
         left = (self.epochs * pl_module.steps_per_epoch - trainer.global_step) / max(rate, 1e-9)

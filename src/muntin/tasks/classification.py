@@ -40,8 +40,8 @@ class Classification(Task):
         self.results: dict[str, dict[str, float]] = {}
         if settings.channels_last:
             self.to(memory_format=torch.channels_last)
-        # A bound method, so that the weights keep their names.
-        self.forward_model = torch.compile(model.forward, dynamic=False) if settings.compile else model.forward
+        if settings.compile:
+            model.compile(dynamic=False)  # in place: the weights keep their names
 
     def training_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, targets = batch
@@ -49,12 +49,14 @@ class Classification(Task):
         if self.mixes:
             mix = self.mixes[int(torch.randint(len(self.mixes), ()))]
             images, targets = mix(images, targets)
-        logits = self.forward_model(images)
+        logits = self.model(images)
         return F.cross_entropy(logits.float(), targets, label_smoothing=self.settings.label_smoothing)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
         images = self.prepare(images)
+        counts = (labels >= 0).float()  # others fill up a process's share
+        labels = labels.clamp(min=0)
         for name, model in self.candidates().items():
             logits = model(images).float()
             found = {
@@ -64,7 +66,7 @@ class Classification(Task):
             for what, values in found.items():
                 meter = self.meters[f"{name}_{what}"]
                 assert isinstance(meter, MeanMetric)
-                meter.update(values)
+                meter.update(values, counts)
 
     def on_validation_epoch_end(self) -> None:
         found = {}

@@ -11,6 +11,8 @@ import lightning
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from muntin.data.augment import Augment, Distort, Photographs, Plain
@@ -23,6 +25,7 @@ from muntin.errors import UserError
 from muntin.tasks.callbacks import Progress, Saver, Stopped
 from muntin.tasks.checkpoints import AtomicCheckpoints, read_checkpoint
 from muntin.tasks.classification import Classification
+from muntin.tasks.ranks import Ranks
 from muntin.tasks.settings import Settings
 
 
@@ -41,6 +44,7 @@ def fit(
     splits: Splits,
     preprocessing: Mapping[str, Any],
     report: Callable[[str], None],
+    ranks: Ranks,
 ) -> tuple[float, dict[str, Any]]:
     """Train to the end, from the last checkpoint if there is one; seconds, and the best epoch's description."""
     workers = settings.workers or 0
@@ -51,6 +55,7 @@ def fit(
         settings.seed,
         repeats=settings.repeats,
         parts=settings.accumulate,
+        share=(ranks.rank, ranks.count),
         order=splits.train.order,
     )
     checkpoint = saver.last if saver.last.exists() else None
@@ -63,14 +68,14 @@ def fit(
     task = Classification(model, settings, steps_per_epoch, len(splits.train.classes), prepare)
     bad_files = BadFiles(folder / "bad_files.csv") if settings.on_bad_image == "skip" else None
     training = TrainingSet(splits.train, augmentation(settings, preprocessing), settings.seed, bad_files)
-    validation = EvaluationSet(splits.val, Evaluate(**preprocessing).bytes)
-    trainer = _trainer(folder, settings, [saver, Progress(saver, settings.epochs)])
+    validation = EvaluationSet(splits.val, Evaluate(**preprocessing).bytes, (ranks.rank, ranks.count))
+    trainer = _trainer(folder, settings, ranks, [saver, Progress(saver, settings.epochs)])
     try:
         with quiet_lightning():
             trainer.fit(
                 task,
                 training_loader(training, batches, workers),
-                evaluation_loader(validation, min(2 * settings.batch_size, len(splits.val)), workers),
+                evaluation_loader(validation, min(2 * batches.batch_size // ranks.count, len(validation)), workers),
                 ckpt_path=checkpoint,
                 weights_only=True,
             )
@@ -98,16 +103,21 @@ def augmentation(settings: Settings, preprocessing: Mapping[str, Any]) -> Augmen
     return Plain(evaluate.bytes)
 
 
-def _trainer(folder: Path, settings: Settings, callbacks: list[lightning.Callback]) -> lightning.Trainer:
+def _trainer(folder: Path, settings: Settings, ranks: Ranks, callbacks: list[lightning.Callback]) -> lightning.Trainer:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    plugins: list[Any] = [AtomicCheckpoints()]
+    # Told, since within a SLURM job Lightning would take the job's tasks for the processes.
+    environment = TorchElasticEnvironment() if ranks.count > 1 else LightningEnvironment()
+    plugins: list[Any] = [AtomicCheckpoints(), environment]
     if settings.precision != "32":
         # By hand: told by name, Lightning would replace float16 by bfloat16 on a CPU.
         plugins.append(MixedPrecision("16-mixed" if settings.precision == "16" else "bf16-mixed", kind))
     with quiet_lightning():
         return lightning.Trainer(
             max_epochs=settings.epochs,
-            devices=1,
+            accelerator="gpu" if kind == "cuda" else "cpu",
+            devices=ranks.here,
+            num_nodes=ranks.machines,
+            strategy=_strategy(settings, ranks),
             accumulate_grad_batches=settings.accumulate,
             deterministic=settings.deterministic or None,
             logger=TensorBoardLogger(folder, name="tensorboard", version=""),
@@ -120,6 +130,15 @@ def _trainer(folder: Path, settings: Settings, callbacks: list[lightning.Callbac
             use_distributed_sampler=False,
             log_every_n_steps=1,
         )
+
+
+def _strategy(settings: Settings, ranks: Ranks) -> Any:
+    if ranks.count == 1:
+        return "auto"
+    if settings.strategy == "fsdp":
+        return ModelParallelStrategy(ranks.count, 1, save_distributed_checkpoint=False)
+    # Buffers are shared when that is due: statistics of BatchNorm before validation, see Task.share_statistics.
+    return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 @contextlib.contextmanager

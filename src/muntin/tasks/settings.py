@@ -133,6 +133,10 @@ class Settings:
             value = getattr(self, name)
             if value not in words:
                 raise UserError(f"{name}={value!r} is unknown{nearest(value, words)}; valid are {', '.join(words)}")
+        if self.agc and self.strategy == "fsdp":
+            raise UserError(
+                "agc needs whole gradients, which strategy=fsdp has not; set strategy=ddp, or agc=0 and clip"
+            )
         if self.clip and self.agc:
             raise UserError(f"clip={self.clip} and agc={self.agc} both clip gradients; set one of them to 0")
 

@@ -22,12 +22,13 @@ from muntin.tasks.checkpoints import read_checkpoint, remove_partial_files
 from muntin.tasks.fitting import fit, threads
 from muntin.tasks.inference import evaluate_images
 from muntin.tasks.precision import choose_precision
+from muntin.tasks.ranks import Ranks
 from muntin.tasks.recipes import read_config, read_recipe, to_yaml
 from muntin.tasks.settings import Settings, settings_from
 from muntin.tasks.trained import on_device
 from muntin.weights.download import resolve
 
-FREE_TO_CHANGE = {"workers", "save_minutes"}  # on --resume: they do not touch the result
+FREE_TO_CHANGE = {"workers", "save_minutes", "devices", "strategy"}  # on --resume: they do not touch the result
 
 
 def train(
@@ -49,21 +50,25 @@ def train(
 
     Raises `UserError` for bad input, before anything is written; `Interrupted` when a signal stopped it.
     """
+    ranks = Ranks()
+    if not ranks.first:
+        report = _nothing
     told = _told(recipe, config, settings)
     chosen = _chosen(told, recipe)
     folder = Path(out) if out is not None else Path("runs") / _run_name(chosen)
-    begun = (folder / "config.yaml").exists()
+    begun = ranks.agree((folder / "config.yaml").exists)
     if resume and begun:
         chosen = _resumed(folder, told)
-        if "test_accuracy" in _metrics(folder):
+        if ranks.agree(lambda: "test_accuracy" in _metrics(folder)):
             report(f"{folder} is finished; nothing to resume. See it with: muntin report {folder}")
             return Run.open(folder)
-        remove_partial_files(folder)
+        if ranks.first:
+            remove_partial_files(folder)
     elif resume:
         report(f"no run at {folder} yet: starting one")
-    elif (folder / "checkpoints").exists() or (folder / "model.safetensors").exists():
+    elif ranks.agree(lambda: (folder / "checkpoints").exists() or (folder / "model.safetensors").exists()):
         raise UserError(f"{folder} holds a run already; continue it with --resume, or choose another folder with --out")
-    return _train(folder, chosen, resume and begun, report)
+    return _train(folder, chosen, resume and begun, report, ranks)
 
 
 def resolved(
@@ -130,7 +135,11 @@ def _resumed(folder: Path, given: Mapping[str, Any]) -> Settings:
     return stored
 
 
-def _train(folder: Path, settings: Settings, resume: bool, report: Callable[[str], None]) -> Run:
+def _nothing(_line: str) -> None:
+    """What processes but the first report."""
+
+
+def _train(folder: Path, settings: Settings, resume: bool, report: Callable[[str], None], ranks: Ranks) -> Run:
     settings = _with_defaults(settings)
     torch.manual_seed(settings.seed)
     name = _model_name(settings)
@@ -151,8 +160,10 @@ def _train(folder: Path, settings: Settings, resume: bool, report: Callable[[str
         report(f"precision {precision}: {why}")
     if not resume:
         settings = replace(settings, model=name, model_config=asdict(model.config))
+    if not resume and ranks.first:
         write_json(folder / "split.json", splits.json() | {"preprocessing": preprocessing})
         atomic_write(folder / "config.yaml", to_yaml(settings.flat()).encode())  # last: it makes the folder a run
+    ranks.wait()
     test = len(splits.test) if splits.test else 0
     report(
         f"{name} with {sum(p.numel() for p in model.parameters()):,} parameters on {settings.data}: "
@@ -160,8 +171,11 @@ def _train(folder: Path, settings: Settings, resume: bool, report: Callable[[str
     )
     # The test split goes no further than this: training and selection are handed the other two.
     with threads(settings.threads):
-        seconds, best = fit(folder, settings, model, replace(splits, test=None), preprocessing, report)
-    return _finish(folder, settings, splits, preprocessing, seconds, best, report)
+        seconds, best = fit(folder, settings, model, replace(splits, test=None), preprocessing, report, ranks)
+    if ranks.first:
+        _finish(folder, settings, splits, preprocessing, seconds, best, report)
+    ranks.wait()
+    return Run.open(folder)
 
 
 def _writable(folder: Path) -> None:
@@ -235,7 +249,7 @@ def _finish(
     seconds: float,
     best: dict[str, Any],
     report: Callable[[str], None],
-) -> Run:
+) -> None:
     """The best weights as model.safetensors, their test accuracy, metrics.json."""
     model = _build(replace(settings, weights=""), num_classes=len(splits.train.classes))
     state = read_checkpoint(folder / "checkpoints" / "best.ckpt")["state_dict"]
@@ -274,7 +288,6 @@ def _finish(
         f"{folder}: {shown}, val accuracy {best['accuracy']:.2%} ({best['weights']} weights of epoch "
         f"{best['epoch']}), trained in {duration(seconds)}"
     )
-    return run
 
 
 def measure_latency(run: Run) -> None:
