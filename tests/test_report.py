@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 import muntin
-from muntin.data.datasets import folder_splits
+from muntin.data.sources import open_splits
 from muntin.errors import UserError
 from muntin.measure import report, svg
 from muntin.measure.bench import bench
@@ -96,7 +96,7 @@ def trained(tmp_path_factory):
     folder = root / "a run"
     torch.manual_seed(0)
     model = muntin.create_model("swin_t", num_classes=3, dim=16, depths=(1, 1, 2, 1), heads=(1, 2, 4, 8))
-    splits = folder_splits(str(images), 0, 32, "error")
+    splits = open_splits(str(images), 0, 32)
     save_model(folder / "model.safetensors", model, classes=splits.train.classes, preprocessing=PREPROCESSING)
     write_json(folder / "split.json", splits.json())
     atomic_write(folder / "config.yaml", f"data: {json.dumps(str(images))}\nmodel: swin_t\n".encode())

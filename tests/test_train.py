@@ -199,10 +199,10 @@ def test_another_seed_gives_another_run(tmp_path, uninterrupted):
 
 def test_the_test_split_touches_neither_training_nor_selection(tmp_path, uninterrupted, monkeypatch):
     """With black images and wrong labels in the test split, and none of them to be opened before the end."""
-    clean = training.digits_splits
+    clean = training.open_splits
 
-    def poisoned(seed, size):
-        splits = clean(seed, size)
+    def poisoned(*arguments):
+        splits = clean(*arguments)
 
         def open_poisoned(position):
             assert (tmp_path / "run" / "model.safetensors").exists(), "a test image was read in training"
@@ -211,7 +211,7 @@ def test_the_test_split_touches_neither_training_nor_selection(tmp_path, uninter
         labels = [(label + 1) % 10 for label in splits.test.labels]
         return replace(splits, test=Images(splits.test.keys, labels, splits.test.classes, open_poisoned))
 
-    monkeypatch.setattr(training, "digits_splits", poisoned)
+    monkeypatch.setattr(training, "open_splits", poisoned)
     run = train(tmp_path / "run", report=silent, **TINY)
     assert run.metrics["test_accuracy"] != uninterrupted.metrics["test_accuracy"]
     assert run.weights.read_bytes() == uninterrupted.weights.read_bytes()

@@ -12,6 +12,7 @@ from muntin.errors import UserError, nearest
 
 EXTRAS = {
     "train": "jsonargparse lightning PIL sklearn tensorboard timm torchmetrics torchvision yaml numpy",
+    "scale": "pyarrow datasets webdataset",
     "export": "onnx onnxscript onnxruntime openvino tqdm",
 }
 
@@ -175,9 +176,31 @@ def _convert(args: Any) -> int:
     return 0
 
 
+def _describe_shard(parser: Any) -> None:
+    parser.add_argument("data", metavar="FOLDER", help="images: a folder, or anything else that --data takes")
+    parser.add_argument("out", metavar="OUT", help="a new folder: PART-000000.tar ..., classes.json, index.json")
+    parser.add_argument("--per-shard", type=int, metavar="N", help="images of a shard")
+    parser.add_argument(
+        "--megabytes", type=float, metavar="M", help="size of a shard, where N is not given (default: 256)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the images' order (default: 0)")
+    parser.add_argument("--on-bad-image", default="error", help="error (default), or skip: leave it out, and list it")
+
+
+def _shard(args: Any) -> int:
+    from muntin.data.pack import MEGABYTES, write_shards
+
+    counts = write_shards(
+        args.data, args.out, args.per_shard, args.megabytes or MEGABYTES, args.seed, args.on_bad_image
+    )
+    for part, (images, shards) in counts.items():
+        print(f"{args.out}: {part}: {images} images in {shards} shards")
+    return 0
+
+
 def _describe_train(parser: Any) -> None:
     parser.add_argument("--model", help="name of a model (see: muntin models); swin_free_digits for digits")
-    parser.add_argument("--data", help="digits (default), or a folder: FOLDER/CLASS/*, or FOLDER/{train,val}/CLASS/*")
+    parser.add_argument("--data", help="digits (default), FOLDER/CLASS/*, FOLDER/{train,val}/CLASS/*, or shards ...")
     parser.add_argument("--out", help="the run's folder (default: runs/DATA-MODEL)")
     parser.add_argument("--epochs", help="passes over the training images")
     parser.add_argument("--size", help="side of the model's input in pixels")
@@ -497,6 +520,7 @@ COMMANDS: dict[str, tuple[Any, str, str, Any]] = {
         "muntin convert swin_tiny_patch4_window7_224.pth swin_t.safetensors",
         _convert,
     ),
+    "shard": (_describe_shard, "write images as tar shards", "muntin shard photos shards --megabytes 256", _shard),
     "train": (
         _describe_train,
         "train a classifier",

@@ -30,7 +30,7 @@ import torch
 from muntin.errors import UserError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from muntin.data.transforms import Evaluate
 
 METADATA = "muntin"  # the key of our JSON in a safetensors file's metadata
 
@@ -205,8 +205,8 @@ class Run:
         config = self.path / "config.yaml"
         return config.exists() and f"model: {self.name}" in config.read_text(encoding="utf-8").splitlines()
 
-    def transform(self) -> "Callable[[Image], torch.Tensor]":
-        """What turns a PIL image of any mode into the model's input, (3, H, W) float."""
+    def transform(self) -> "Evaluate":
+        """What turns an encoded image, or a PIL image of any mode, into the model's input, (3, H, W) float."""
         from muntin.data.transforms import Evaluate
 
         return Evaluate(**self.preprocessing)

@@ -1,82 +1,119 @@
-"""Labelled images and their splits: the bundled digits, and folders of images.
+"""Labelled images and their splits; the bundled digits, and folders of images.
 
-A data set's images are named by keys, an index (digits) or a path relative to the folder. A split is three
-lists of keys; it is made once, written to split.json, and read from there ever after.
+A data set's images are named by keys: an index (digits), or a path relative to the folder. A split is three lists of
+keys; it is made once, written to split.json, and read from there ever after (sources.py).
 """
 
+import hashlib
+import json
 import os
-import sys
-import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from muntin.data.images import SUFFIXES, BadImage, check_image, open_image
+from muntin.data.decode import Encoded, Picture, read_image
+from muntin.data.images import SUFFIXES
+from muntin.data.order import Order
 from muntin.errors import UserError, nearest
-from muntin.progress import progress
 from muntin.run import atomic_write
 
 Key = int | str
+Label = int | list[int]
 PARTS = ("train", "val", "test")
 VAL, TEST = 0.1, 0.2  # of all images, where the data set has no splits of its own
 
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images: keys, labels (indices into `classes`), and how to open one as RGB."""
+    """Labelled images: keys, labels (indices into `classes`, one or a list of them), how to read one, encoded or as
+    upright RGB, and in which order an epoch may read them (None: in any)."""
 
     keys: list[Key]
-    labels: list[int]
+    labels: Sequence[Label]
     classes: list[str]
-    open: Callable[[int], Image.Image]
+    read: Callable[[int], Picture]
+    order: Order | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several classes, or none."""
+        return any(isinstance(label, list) for label in self.labels[:1])
+
+    def open(self, position: int) -> Image.Image:
+        """One image as upright RGB."""
+        found = self.read(position)
+        return found.image() if isinstance(found, Encoded) else found
+
+    def name(self, position: int) -> str:
+        """What errors call an image."""
+        return str(self.keys[position])
+
+    def digest(self) -> str:
+        """Of which images these are, in which order, with which labels."""
+        rows = json.dumps([self.keys, list(self.labels)], separators=(",", ":"))
+        return hashlib.sha256(rows.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Splits:
     """Disjoint parts of one data set. `test` is None where a folder has train and val alone.
 
-    `plain_resize` says that the images are no larger than the model's input: nothing is cropped then.
+    `plain_resize` says that the images are no larger than the model's input: nothing is cropped then. `given`: the data
+    come with their parts, and split.json holds how many images those have and a digest of them instead of all keys.
+    `left_out`: keys of images that could not be used.
     """
 
     train: Images
     val: Images
     test: Images | None
     plain_resize: bool
+    given: bool = False
+    left_out: tuple[Key, ...] = ()
 
     def __post_init__(self) -> None:
-        keys = [key for part in self._parts().values() for key in part.keys]
+        keys = [key for part in self.parts().values() for key in part.keys]
         if len(set(keys)) != len(keys):
             raise RuntimeError("the splits of a data set overlap")
 
-    def _parts(self) -> dict[str, Images]:
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several classes, or none: labels are lists then, and targets multi-hot."""
+        return self.train.multi_label
+
+    def parts(self) -> dict[str, Images]:
+        """The parts that there are, by name."""
         parts = {"train": self.train, "val": self.val, "test": self.test}
         return {name: part for name, part in parts.items() if part is not None}
 
     def json(self) -> dict[str, Any]:
         """What split.json holds."""
-        return {"classes": self.train.classes} | {name: part.keys for name, part in self._parts().items()}
+        described: dict[str, Any] = {"classes": self.train.classes}
+        if not self.given:
+            return described | {name: part.keys for name, part in self.parts().items()}
+        given = {name: {"images": len(part), "sha256": part.digest()} for name, part in self.parts().items()}
+        return described | {"given": given, "left_out": list(self.left_out)}
 
 
-def stratified(labels: Sequence[int], seed: int) -> dict[str, list[int]]:
+def stratified(labels: Sequence[Label], seed: int, test: float = TEST) -> dict[str, list[int]]:
     """Positions of train, val and test: the same shares of every class, drawn from `seed`.
 
-    Every class keeps at least one training image; one of two images gives none to val.
+    Every class keeps at least one training image; one of two images gives none to val. An image of several classes
+    counts for its first one.
     """
+    first = np.array([label if isinstance(label, int) else (label or [-1])[0] for label in labels], dtype=np.int64)
     parts: dict[str, list[int]] = {name: [] for name in PARTS}
-    for label in sorted(set(labels)):
-        members = np.flatnonzero(np.asarray(labels) == label)
-        order = np.random.default_rng((seed, label)).permutation(members)
+    for label in np.unique(first).tolist():
+        members = np.flatnonzero(first == label)
+        order = np.random.default_rng((seed, label % 2**32)).permutation(members)
         # At least one of each where there are three.
-        held = min(max(round(len(order) * TEST), 1), len(order) - 1) if len(order) >= 3 else 0
+        held = min(max(round(len(order) * test), 1), len(order) - 1) if len(order) >= 3 and test else 0
         checked = min(max(round(len(order) * VAL), 1), len(order) - held - 1) if len(order) >= 2 else 0
         parts["test"] += order[:held].tolist()
         parts["val"] += order[held : held + checked].tolist()
@@ -101,18 +138,11 @@ def select(images: Images, positions: Sequence[int]) -> Images:
     """Some of the images; opening any other through the result is impossible."""
     chosen = list(positions)
 
-    def open_chosen(position: int) -> Image.Image:
-        return images.open(chosen[position])
+    def read(position: int) -> Picture:
+        return images.read(chosen[position])
 
-    return Images([images.keys[i] for i in chosen], [images.labels[i] for i in chosen], images.classes, open_chosen)
-
-
-def digits_splits(seed: int, size: int) -> Splits:
-    """The bundled digits in 70% train, 10% val, 20% test."""
-    images = load_digits()
-    parts = stratified(images.labels, seed)
-    train, val, test = (select(images, parts[name]) for name in PARTS)
-    return Splits(train, val, test, plain_resize=size >= 8)
+    order = images.order.select(chosen) if images.order is not None else None
+    return Images([images.keys[i] for i in chosen], [images.labels[i] for i in chosen], images.classes, read, order)
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -151,9 +181,9 @@ def folder_images(folder: Path, root: Path, classes: list[str]) -> Images:
     return from_files(root, keys, labels, classes)
 
 
-def from_files(root: Path, keys: list[Key], labels: list[int], classes: list[str]) -> Images:
+def from_files(root: Path, keys: list[Key], labels: Sequence[Label], classes: list[str]) -> Images:
     """Images that are files below `root`."""
-    return Images(keys, labels, classes, lambda position: open_image(root / str(keys[position])))
+    return Images(keys, labels, classes, lambda position: read_image(root / str(keys[position])))
 
 
 def read_folder(path: str | os.PathLike[str]) -> Path:
@@ -166,29 +196,34 @@ def read_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def folder_splits(path: str, seed: int, size: int, on_bad_image: str) -> Splits:
-    """FOLDER/{train,val[,test]}/CLASS/*, or FOLDER/CLASS/* in 70% train, 10% val, 20% test."""
+def folder_parts(path: str) -> dict[str, Images]:
+    """FOLDER/{train,val[,test]}/CLASS/*, or FOLDER/CLASS/* as "all".
+
+    Raises `UserError` naming a class without images, or one that train does not have.
+    """
     root = read_folder(path)
     if (root / "train").is_dir():
         parts = _given_parts(root)
-    else:
-        classes = class_folders(root)
-        parts = {"all": folder_images(root, root, classes)}
-    learned = "train" if "train" in parts else "all"
-    _refuse_empty_classes(root, parts[learned])
-    parts, sides = _readable(root, parts, on_bad_image)
-    _refuse_empty_classes(root, parts[learned])
-    if "all" in parts:
-        whole = parts.pop("all")
-        positions = stratified(whole.labels, seed)
-        parts = {name: select(whole, positions[name]) for name in PARTS}
-    if not len(parts["val"]):
-        raise UserError(
-            f"{root} has too few images to set some aside for validation ({len(parts['train'])} in "
-            f"{len(parts['train'].classes)} classes); add images so that a class has at least three"
-        )
-    test = parts.get("test")
-    return Splits(parts["train"], parts["val"], test if test is not None and len(test) else None, median(sides) <= size)
+        refuse_empty_classes(str(root), parts["train"])
+        return parts
+    whole = folder_images(root, root, class_folders(root))
+    refuse_empty_classes(str(root), whole)
+    return {"all": whole}
+
+
+def folder_part(path: str, split: str | None) -> tuple[Images, str]:
+    """The images of FOLDER/{test,val,train}/CLASS/*, by default of the first of these, or of FOLDER/CLASS/* as "all",
+    with the part's name. Raises `UserError` where there is no such folder."""
+    root = read_folder(path)
+    present = [name for name in ("test", "val", "train") if (root / name).is_dir()]
+    if split is not None and split not in present:
+        raise UserError(f"{root} has no folder {split}; leave --split out, or give the folder of classes itself")
+    chosen = split or (present[0] if "train" in present or len(present) == 2 else None)
+    folder = root / chosen if chosen else root
+    images = folder_images(folder, folder, class_folders(folder))
+    if not len(images):
+        raise UserError(f"{folder} has no images in its class folders; add some or give another folder")
+    return images, chosen or "all"
 
 
 def _given_parts(root: Path) -> dict[str, Images]:
@@ -215,78 +250,23 @@ def _given_parts(root: Path) -> dict[str, Images]:
     return parts
 
 
-def _refuse_empty_classes(root: Path, images: Images) -> None:
+def refuse_empty_classes(data: str, images: Images) -> None:
+    """Raise `UserError` where a class has no images to learn it from."""
     if not len(images):
-        raise UserError(f"{root} has no images ({', '.join(sorted(SUFFIXES))}) in its class folders; add some")
-    present = set(images.labels)
+        raise UserError(f"{data} has no images ({', '.join(sorted(SUFFIXES))}) in its class folders; add some")
+    present = {one for label in images.labels for one in (label if isinstance(label, list) else [label])}
     empty = [name for label, name in enumerate(images.classes) if label not in present]
     if empty:
-        raise UserError(f"{root}: the class {empty[0]!r} has no images; add some or remove its folder")
-
-
-def _readable(root: Path, parts: dict[str, Images], on_bad_image: str) -> tuple[dict[str, Images], list[int]]:
-    """The parts without broken images (or a `UserError` that names them), and all shorter sides."""
-    keys = [key for part in parts.values() for key in part.keys]
-    found = check_files([root / str(key) for key in keys])
-    bad = {key: error for key, error in zip(keys, found, strict=True) if isinstance(error, BadImage)}
-    if bad and on_bad_image == "error":
-        shown = "; ".join(str(error) for error in list(bad.values())[:3])
-        more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise UserError(f"{len(bad)} of {len(keys)} images cannot be used: {shown}{more}. "
-                        "Or leave them out with: --set on_bad_image=skip")  # fmt: skip
-    for error in bad.values():
-        print(f"left out: {error}", file=sys.stderr)
-    kept = {
-        name: select(part, [i for i, key in enumerate(part.keys) if key not in bad]) for name, part in parts.items()
-    }
-    return kept, [side for side in found if isinstance(side, int)]
-
-
-def check_files(files: Sequence[Path]) -> list[int | BadImage]:
-    """Decode every file once, coarsely: its shorter side, or what is wrong with it."""
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        warnings.simplefilter("ignore")  # check_image reports what matters
-        return list(progress(pool.map(_check, files), len(files), "checking images"))
-
-
-def _check(file: Path) -> int | BadImage:
-    try:
-        return min(check_image(file))
-    except BadImage as error:
-        return error
-
-
-def splits_from_json(data: str, stored: dict[str, Any], plain_resize: bool) -> Splits:
-    """The splits of a run, from its split.json: the same images whatever was added to the folder since."""
-    classes: list[str] = stored["classes"]
-    if data == "digits":
-        whole = load_digits()
-        parts = {name: select(whole, stored[name]) for name in PARTS}
-    else:
-        root = read_folder(data)
-        # FOLDER/train/CLASS/* or FOLDER/CLASS/*: no class is called train, or it would be the former.
-        level = int(all(str(key).startswith("train/") for key in stored["train"]))
-        parts = {name: _stored_part(root, stored[name], classes, level) for name in PARTS if name in stored}
-    return Splits(parts["train"], parts["val"], parts.get("test"), plain_resize)
-
-
-def _stored_part(root: Path, keys: list[Key], classes: list[str], level: int) -> Images:
-    labels = []
-    for key in keys:
-        if not (root / str(key)).is_file():
-            raise UserError(
-                f"{root / str(key)} is in the run's split.json but not on the disk; put it back, "
-                "or give the images to evaluate with --data"
-            )
-        labels.append(classes.index(Path(str(key)).parts[level]))
-    return from_files(root, keys, labels, classes)
+        raise UserError(f"{data}: the class {empty[0]!r} has no images; add some or remove its folder")
 
 
 def write_held_out(images: Images, folder: Path) -> None:
     """The images as FOLDER/CLASS/KEY.png, so that commands that take files have real ones to read."""
     for position, key in enumerate(images.keys):
         image = images.open(position)
-        path = folder / images.classes[images.labels[position]] / f"{key}.png"
+        label = images.labels[position]
+        assert isinstance(label, int)
+        path = folder / images.classes[label] / f"{key}.png"
 
         def save(partial: Path, image: Image.Image = image) -> None:
             image.save(partial, format="PNG")

@@ -1,6 +1,7 @@
 """Any image file to an upright RGB image, or an error that names the file."""
 
 import contextlib
+import io
 import os
 import struct
 import warnings
@@ -45,20 +46,34 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """Decode a file to upright RGB. Raises `BadImage` naming the file and what is wrong with it."""
+    return decode_image(read_bytes(Path(path)), str(path))
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """Decode the bytes of a file to upright RGB. Raises `BadImage` naming it and what is wrong with it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd EXIF or palettes are decoded all the same; bombs are refused below
-        with _reading(Path(path)), Image.open(path) as image:
-            _refuse_bomb(Path(path), image)
+        with decoding(name), Image.open(io.BytesIO(data)) as image:
+            refuse_bomb(name, *image.size)
             return to_rgb(image)
 
 
-def check_image(path: Path) -> tuple[int, int]:
-    """Width and height of a file that decodes to its end, or `BadImage`. Several times faster than decoding.
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file. Raises `BadImage` where it cannot be read or has none."""
+    with decoding(str(path)):
+        data = path.read_bytes()
+    if not data:
+        raise BadImage(f"{path} is empty (zero bytes); remove it or copy it again")
+    return data
+
+
+def check_image(data: bytes, name: str) -> tuple[int, int]:
+    """Width and height of an image file that decodes to its end, or `BadImage`. Several times faster than decoding.
 
     It leaves the process's warning filters alone, so that threads may run it.
     """
-    with _reading(path), Image.open(path) as image:
-        _refuse_bomb(path, image)
+    with decoding(name), Image.open(io.BytesIO(data)) as image:
+        refuse_bomb(name, *image.size)
         size = image.size
         image.draft("RGB", (1, 1))  # a JPEG is then read at an eighth of its size, but still to its end
         image.load()
@@ -66,35 +81,33 @@ def check_image(path: Path) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Whatever goes wrong while decoding, as a `BadImage`."""
+def decoding(name: str) -> Iterator[None]:
+    """Whatever goes wrong while an image is read and decoded, as a `BadImage` that names it."""
     try:
-        if path.stat().st_size == 0:
-            raise BadImage(f"{path} is empty (zero bytes); remove it or copy it again")
         yield
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _bomb(path) from error
+        raise _bomb(name) from error
     except UnidentifiedImageError as error:
-        raise BadImage(f"{path} is not a readable image; remove it or convert it to PNG or JPEG") from error
+        raise BadImage(f"{name} is not a readable image; remove it or convert it to PNG or JPEG") from error
     except FileNotFoundError as error:
-        raise BadImage(f"{path} does not exist; check the path") from error
+        raise BadImage(f"{name} does not exist; check the path") from error
     except (PermissionError, IsADirectoryError) as error:
-        raise BadImage(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+        raise BadImage(f"{name} cannot be read ({error.strerror}); check its permissions") from error
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error) as error:
         # Pillow's decoders raise all of these for truncated or corrupt files.
-        raise BadImage(f"{path} is damaged ({error}); remove it or copy it again") from error
+        raise BadImage(f"{name} is damaged ({error}); remove it or copy it again") from error
 
 
-def _refuse_bomb(path: Path, image: Image.Image) -> None:
+def refuse_bomb(name: str, width: int, height: int) -> None:
     """Pillow itself refuses only twice its limit, and warns from the limit on."""
-    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise _bomb(path)
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        raise _bomb(name)
 
 
-def _bomb(path: Path) -> BadImage:
+def _bomb(name: str) -> BadImage:
     return BadImage(
-        f"{path} is too large to decode safely (more than {Image.MAX_IMAGE_PIXELS:,} pixels); "
+        f"{name} is too large to decode safely (more than {Image.MAX_IMAGE_PIXELS:,} pixels); "
         "make it smaller or remove it"
     )

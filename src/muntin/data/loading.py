@@ -4,59 +4,87 @@ Nothing is drawn from a generator that lives on, so a run that was stopped anywh
 whatever the number of workers.
 """
 
-import contextlib
-import itertools
-import math
-import random
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from muntin.data.augment import Augment
+from muntin.data.check import BadFiles
 from muntin.data.datasets import Images
-from muntin.data.transforms import to_tensor
+from muntin.data.decode import Picture
+from muntin.data.images import BadImage
+from muntin.data.order import Order, Shuffled
 from muntin.errors import UserError
 
 Item = tuple[int, int]  # epoch, position
 
 
-class Augment(Protocol):
-    """A training transform: RGB image and the three numbers that it may draw from -> (3, H, W) float."""
+Target = int | Tensor  # a class, or (K,) float with a 1 for each class that an image has
+Sample = tuple[Tensor, Target] | UserError
+TRIES = 100  # other images, before it is said that none can be read
 
-    def __call__(self, image: Image.Image, seed: tuple[int, int, int]) -> Tensor: ...
+
+def target(images: Images, position: int) -> Target:
+    """What the model is to say of an image."""
+    label = images.labels[position]
+    if isinstance(label, int):
+        return label
+    hot = torch.zeros(len(images.classes))
+    hot[label] = 1
+    return hot
 
 
-class TrainingSet(Dataset[tuple[Tensor, int]]):
-    """Augmented images, asked for by (epoch, position)."""
+class TrainingSet(Dataset[Sample]):
+    """Augmented images, (3, H, W) uint8, asked for by (epoch, position).
 
-    def __init__(self, images: Images, augment: Augment, seed: int) -> None:
+    With `bad_files` an image that cannot be used is listed there, and another one, drawn from (seed, epoch, position),
+    takes its place; without it is given as the `BadImage` that the loader raises.
+    """
+
+    def __init__(self, images: Images, augment: Augment, seed: int, bad_files: BadFiles | None = None) -> None:
         self.images = images
         self.augment = augment
         self.seed = seed
+        self.bad_files = bad_files
 
-    def __getitem__(self, item: Item) -> tuple[Tensor, int]:
+    def __getitem__(self, item: Item) -> Sample:
         epoch, position = item
-        image = self.augment(self.images.open(position), (self.seed, epoch, position))
-        return image, self.images.labels[position]
+        seed = (self.seed, epoch, position)
+        others: np.ndarray | None = None
+        for attempt in range(TRIES):
+            try:
+                return self.augment(self.images.read(position), seed), target(self.images, position)
+            except BadImage as error:
+                if self.bad_files is None:
+                    return error
+                self.bad_files.add(self.images.name(position), str(error))
+            except UserError as error:
+                return error
+            if others is None:
+                others = np.random.default_rng((*seed, 1)).integers(len(self.images), size=TRIES)
+            position = int(others[attempt])
+        return BadImage(f"{TRIES} images in a row cannot be used; see {self.bad_files.path if self.bad_files else ''}")
 
 
-class EvaluationSet(Dataset[tuple[Tensor, int]]):
+class EvaluationSet(Dataset[Sample]):
     """Images as the model is to see them, asked for by position."""
 
-    def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor]) -> None:
+    def __init__(self, images: Images, transform: Callable[[Picture], Tensor]) -> None:
         self.images = images
         self.transform = transform
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int]:
-        return self.transform(self.images.open(position)), self.images.labels[position]
+    def __getitem__(self, position: int) -> Sample:
+        try:
+            return self.transform(self.images.read(position)), target(self.images, position)
+        except UserError as error:
+            return error
 
 
 class EpochBatches:
@@ -66,7 +94,8 @@ class EpochBatches:
     rank of this one and their number. So a step has the same images however it is divided. Steps are full: the last few
     images of an epoch wait for another order. A set smaller than one step is one step. With `repeats` each image comes
     so many times in a row, under an epoch number of its own each time, so that its augmentations differ, and an epoch
-    takes as many steps as without (repeated augmentation, Hoffer et al., 2020).
+    takes as many steps as without (repeated augmentation, Hoffer et al., 2020). `order` says which images may follow
+    which (by default any).
     """
 
     def __init__(
@@ -78,8 +107,10 @@ class EpochBatches:
         repeats: int = 1,
         parts: int = 1,
         share: tuple[int, int] = (0, 1),
+        order: Order | None = None,
     ) -> None:
         self.count = count
+        self.order = order or Shuffled(count)
         self.parts = parts
         self.rank, self.processes = share
         pieces = parts * self.processes
@@ -109,145 +140,72 @@ class EpochBatches:
         return self.count // self.batch_size * self.parts
 
     def __iter__(self) -> Iterator[list[Item]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
+        order = self.order(self.seed, self.epoch)
         order = order[: -(-self.count // self.repeats)].repeat(self.repeats)
         piece = self.batch_size // (self.parts * self.processes)
         for number in range(self.start, len(self)):
             first = (number * self.processes + self.rank) * piece
+            self.order.ahead(order[first:])
             yield [
                 (self.epoch * self.repeats + place % self.repeats, int(order[place]))
                 for place in range(first, first + piece)
             ]
 
 
-def training_loader(data: TrainingSet, batches: EpochBatches, workers: int) -> DataLoader[tuple[Tensor, int]]:
-    return DataLoader(
+class Loader(DataLoader[Sample]):
+    """A DataLoader that raises a worker's `UserError` as it is: torch would bury it in the worker's traceback."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+def training_loader(data: TrainingSet, batches: EpochBatches, workers: int) -> Loader:
+    """Batches of (B, 3, H, W) uint8 and targets, (B,) or (B, K)."""
+    return Loader(
         data,
         batch_sampler=batches,  # of items, not integers
         num_workers=workers,
+        collate_fn=collate,
         persistent_workers=workers > 0,
         worker_init_fn=_quiet if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
 
 
-def evaluation_loader(data: EvaluationSet, batch_size: int, workers: int) -> DataLoader[tuple[Tensor, int]]:
-    return DataLoader(
+def evaluation_loader(data: EvaluationSet, batch_size: int, workers: int) -> Loader:
+    """All images in order, in batches of what `data` makes of them."""
+    return Loader(
         data,
         batch_size=batch_size,
         num_workers=workers,
+        collate_fn=collate,
         persistent_workers=workers > 0,
         worker_init_fn=_quiet if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def collate(items: list[Sample]) -> tuple[Tensor, Tensor] | UserError:
+    """(B, 3, H, W) images, in memory as their channels lie in the items, and (B,) or (B, K) targets.
+
+    Decoded images lie pixel by pixel: stacked like that they are copied whole, several times faster than by channel.
+    """
+    images, targets = [], []
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+        images.append(item[0])
+        targets.append(item[1])
+    if images[0].stride(0) == 1:
+        pixels = default_collate([image.permute(1, 2, 0) for image in images])
+        return pixels.permute(0, 3, 1, 2), default_collate(targets)
+    return default_collate(images), default_collate(targets)
 
 
 def _quiet(_worker: int) -> None:
     """One thread for each worker, and no repeated warnings from decoders."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-
-
-class Distort:
-    """Small rotation, scale, shear, shift and bending of the resized image, for characters: no flip, no crop.
-
-    At strength 1 up to 15 degrees, a factor of 1.16 each way, 0.15, and a tenth of the side; bending moves
-    the knots of a 4 x 4 mesh by a normal deviate of 1/32 of the side (after Simard et al., ICDAR 2003).
-    """
-
-    CELLS = 4
-
-    def __init__(
-        self,
-        picture: Callable[[Image.Image], Image.Image],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        strength: float = 1.0,
-    ) -> None:
-        self.picture = picture
-        self.mean, self.std = mean, std
-        self.radians = strength * math.radians(15)
-        self.scale, self.shear, self.shift = 0.15 * strength, 0.15 * strength, 0.1 * strength
-        self.bend = strength / 32
-
-    def __call__(self, image: Image.Image, seed: tuple[int, int, int]) -> Tensor:
-        image = self.picture(image)
-        x, y = self._knots(np.random.default_rng(seed))
-        x, y = ((x + 0.5) * image.width).tolist(), ((y + 0.5) * image.height).tolist()
-        edges_x = [round(image.width * i / self.CELLS) for i in range(self.CELLS + 1)]
-        edges_y = [round(image.height * i / self.CELLS) for i in range(self.CELLS + 1)]
-        mesh = []
-        for i, j in itertools.product(range(self.CELLS), repeat=2):
-            box = (edges_x[j], edges_y[i], edges_x[j + 1], edges_y[i + 1])
-            corners = ((i, j), (i + 1, j), (i + 1, j + 1), (i, j + 1))  # anticlockwise from the upper left
-            mesh.append((box, tuple(value for r, c in corners for value in (x[r][c], y[r][c]))))
-        image = image.transform(image.size, Image.Transform.MESH, mesh, Image.Resampling.BICUBIC)
-        return to_tensor(image, self.mean, self.std)
-
-    def _knots(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Where each knot of the mesh is taken from: x and y in sides from the centre, (CELLS + 1, CELLS + 1)."""
-        turn, wide, high, lean, right, down = random.uniform(-1, 1, 6).tolist()
-        sine, cosine = math.sin(self.radians * turn), math.cos(self.radians * turn)
-        wide, high, lean = math.exp(self.scale * wide), math.exp(self.scale * high), self.shear * lean
-        place = np.linspace(-0.5, 0.5, self.CELLS + 1)
-        x, y = wide * (place[None, :] + lean * place[:, None]), high * place[:, None]
-        noise = self.bend * random.standard_normal((2, self.CELLS + 1, self.CELLS + 1))
-        x, y = cosine * x - sine * y, sine * x + cosine * y
-        return x + self.shift * right + noise[0], y + self.shift * down + noise[1]
-
-
-class Photographs:
-    """Random resized crop, flip, RandAugment and erasing: the recipe of DeiT and Swin, by timm."""
-
-    def __init__(
-        self,
-        size: tuple[int, int],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        strength: str,
-        color_jitter: float,
-        erasing: float,
-    ) -> None:
-        from timm.data import create_transform
-
-        self.transform = create_transform(
-            size,
-            is_training=True,
-            auto_augment=strength or None,
-            color_jitter=color_jitter,
-            interpolation="bicubic",
-            re_prob=erasing,
-            re_mode="pixel",
-            mean=mean,
-            std=std,
-        )
-
-    def __call__(self, image: Image.Image, seed: tuple[int, int, int]) -> Tensor:
-        with _seeded(seed):
-            return self.transform(image)
-
-
-class Plain:
-    """No augmentation: what evaluation sees."""
-
-    def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.transform = transform
-
-    def __call__(self, image: Image.Image, seed: tuple[int, int, int]) -> Tensor:
-        return self.transform(image)
-
-
-@contextlib.contextmanager
-def _seeded(seed: tuple[int, int, int]) -> Iterator[None]:
-    """The three global generators that timm draws from, seeded for a while and then put back."""
-    first, second, third = np.random.SeedSequence(seed).generate_state(3).tolist()
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(first)
-        np.random.seed(second)
-        torch.default_generator.manual_seed(third)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

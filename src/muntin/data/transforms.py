@@ -1,4 +1,4 @@
-"""Evaluation and training transforms: a PIL image to the model's input, (3, H, W) float."""
+"""The evaluation transform: an image, encoded or decoded, to the model's input."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -7,35 +7,33 @@ import numpy as np
 import torch
 from PIL import Image
 
+from muntin.data.decode import INTERPOLATIONS, Picture, cut
 from muntin.data.images import to_rgb
 from muntin.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CROP = 224 / 256  # the papers resize the shorter side to 256 and crop 224 from the centre
-INTERPOLATIONS = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "nearest": Image.Resampling.NEAREST,
-}
+MARGIN = 2.0  # an image twice as large as needed in every direction, or more, is decoded at a reduced scale
 
 
-def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """An RGB image as (3, H, W) float, scaled to 0..1, minus `mean`, over `std`."""
-    scale, shift = _affine(tuple(mean), tuple(std))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()  # 3 H W
-    return torch.addcmul(shift, pixels, scale)
+def to_bytes(pixels: np.ndarray) -> torch.Tensor:
+    """(H, W, 3) uint8 as a tensor (3, H, W) that shares its memory."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 @lru_cache
-def _affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factor and summand, (3, 1, 1), that take 0..255 to the normalised values."""
+def affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factor and summand, (3, 1, 1), that take 0..255 to values scaled to 0..1, minus `mean`, over `std`."""
     deviation = torch.tensor(std)[:, None, None]
     return 1 / (255 * deviation), -torch.tensor(mean)[:, None, None] / deviation
 
 
 class Evaluate:
-    """Resize the shorter side, crop the centre, normalise; or, with `resize=None`, resize the whole image."""
+    """Resize the shorter side, crop the centre, normalise; or, with `resize=None`, resize the whole image.
+
+    A call takes an encoded or a Pillow image to (3, H, W) float.
+    """
 
     def __init__(
         self,
@@ -54,19 +52,30 @@ class Evaluate:
         self.height, self.width = size
         self.resize = resize
         self.mean, self.std = mean, std
-        self.interpolation = INTERPOLATIONS[interpolation]
+        self.interpolation = interpolation
 
-    def picture(self, image: Image.Image) -> Image.Image:
-        """What the model sees, still an RGB image: resized and cropped."""
-        image = to_rgb(image)
+    def pixels(self, image: Picture) -> np.ndarray:
+        """What the model sees, (H, W, 3) uint8: resized and cropped."""
+        if isinstance(image, Image.Image):
+            image = to_rgb(image)
+        width, height = image.size
+        whole = (0, 0, width, height)
         if self.resize is None:
-            return image.resize((self.width, self.height), self.interpolation)
-        scale = max(self.resize / min(image.size), self.height / image.height, self.width / image.width)
-        wide = max(round(image.width * scale), self.width)
-        high = max(round(image.height * scale), self.height)
-        image = image.resize((wide, high), self.interpolation)
+            return cut(image, whole, (self.height, self.width), self.interpolation, MARGIN)
+        scale = max(self.resize / min(width, height), self.height / height, self.width / width)
+        wide, high = max(round(width * scale), self.width), max(round(height * scale), self.height)
         left, top = (wide - self.width) // 2, (high - self.height) // 2
-        return image.crop((left, top, left + self.width, top + self.height))
+        resized = cut(image, whole, (high, wide), self.interpolation, MARGIN)
+        return resized[top : top + self.height, left : left + self.width]
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        return to_tensor(self.picture(image), self.mean, self.std)
+    def picture(self, image: Picture) -> Image.Image:
+        """What the model sees, still an RGB image."""
+        return Image.fromarray(np.ascontiguousarray(self.pixels(image)))
+
+    def bytes(self, image: Picture) -> torch.Tensor:
+        """What the model sees, (3, H, W) uint8: for `Prepare`, which normalises a batch on the device."""
+        return to_bytes(self.pixels(image))
+
+    def __call__(self, image: Picture) -> torch.Tensor:
+        scale, shift = affine(tuple(self.mean), tuple(self.std))
+        return self.bytes(image).to(torch.float32, memory_format=torch.contiguous_format).mul_(scale).add_(shift)

@@ -78,7 +78,7 @@ def look(run: Run, model: nn.Module, batch_size: int = 64) -> Seen:
     found, labels = torch.cat(logits).double(), torch.tensor(images.labels)
     return Seen(
         images=images,
-        picture=transform.picture,  # type: ignore[attr-defined]
+        picture=transform.picture,
         labels=labels,
         probabilities=found.softmax(1),
         losses=F.cross_entropy(found, labels, reduction="none"),

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchvision.transforms import v2
 
+from muntin.data.device import Erase, Prepare
+from muntin.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from muntin.tasks.base import Task
 from muntin.tasks.settings import Settings
 
@@ -16,8 +18,17 @@ class Classification(Task):
     `results` holds the last validation: {"raw" | "ema": {"accuracy", "loss"}}.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, steps_per_epoch: int, num_classes: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        steps_per_epoch: int,
+        num_classes: int,
+        prepare: Prepare | None = None,
+    ) -> None:
         super().__init__(model, settings, steps_per_epoch)
+        self.prepare = prepare or Prepare(IMAGENET_MEAN, IMAGENET_STD)
+        self.erase = Erase(settings.erasing if settings.augment == "photographs" else 0.0)
         self.mixes: list[nn.Module] = []
         if settings.mixup:
             self.mixes.append(v2.MixUp(alpha=settings.mixup, num_classes=num_classes))
@@ -34,6 +45,7 @@ class Classification(Task):
 
     def training_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, targets = batch
+        images = self.erase(self.prepare(images))
         if self.mixes:
             mix = self.mixes[int(torch.randint(len(self.mixes), ()))]
             images, targets = mix(images, targets)
@@ -42,6 +54,7 @@ class Classification(Task):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
+        images = self.prepare(images)
         for name, model in self.candidates().items():
             logits = model(images).float()
             found = {

@@ -13,18 +13,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
+from muntin.data.augment import Augment, Distort, Photographs, Plain
+from muntin.data.check import BadFiles
 from muntin.data.datasets import Splits
-from muntin.data.loading import (
-    Augment,
-    Distort,
-    EpochBatches,
-    EvaluationSet,
-    Photographs,
-    Plain,
-    TrainingSet,
-    evaluation_loader,
-    training_loader,
-)
+from muntin.data.device import Prepare
+from muntin.data.loading import EpochBatches, EvaluationSet, TrainingSet, evaluation_loader, training_loader
 from muntin.data.transforms import Evaluate
 from muntin.errors import UserError
 from muntin.tasks.callbacks import Progress, Saver, Stopped
@@ -58,6 +51,7 @@ def fit(
         settings.seed,
         repeats=settings.repeats,
         parts=settings.accumulate,
+        order=splits.train.order,
     )
     checkpoint = saver.last if saver.last.exists() else None
     if checkpoint is not None:
@@ -65,9 +59,11 @@ def fit(
         batches.begin(step)
         report(f"resuming after step {step} (epoch {batches.epoch + 1}, batch {batches.start})")
     steps_per_epoch = len(batches) // settings.accumulate
-    task = Classification(model, settings, steps_per_epoch, len(splits.train.classes))
-    training = TrainingSet(splits.train, augmentation(settings, preprocessing), settings.seed)
-    validation = EvaluationSet(splits.val, Evaluate(**preprocessing))
+    prepare = Prepare(preprocessing["mean"], preprocessing["std"])
+    task = Classification(model, settings, steps_per_epoch, len(splits.train.classes), prepare)
+    bad_files = BadFiles(folder / "bad_files.csv") if settings.on_bad_image == "skip" else None
+    training = TrainingSet(splits.train, augmentation(settings, preprocessing), settings.seed, bad_files)
+    validation = EvaluationSet(splits.val, Evaluate(**preprocessing).bytes)
     trainer = _trainer(folder, settings, [saver, Progress(saver, settings.epochs)])
     try:
         with quiet_lightning():
@@ -92,14 +88,14 @@ def fit(
 
 def augmentation(settings: Settings, preprocessing: Mapping[str, Any]) -> Augment:
     """The training transform that the settings name."""
-    mean, std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
     evaluate = Evaluate(**preprocessing)
     if settings.augment == "distort":
-        return Distort(evaluate.picture, mean, std, settings.distortion)
+        return Distort(evaluate.picture, settings.distortion)
     if settings.augment == "photographs":
         height, width = preprocessing["size"]
-        return Photographs((height, width), mean, std, settings.randaugment, settings.color_jitter, settings.erasing)
-    return Plain(evaluate)
+        mean = tuple(preprocessing["mean"])
+        return Photographs((height, width), mean, settings.randaugment, settings.color_jitter)
+    return Plain(evaluate.bytes)
 
 
 def _trainer(folder: Path, settings: Settings, callbacks: list[lightning.Callback]) -> lightning.Trainer:

@@ -5,26 +5,19 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from muntin.data.datasets import (
-    Images,
-    class_folders,
-    digits_splits,
-    folder_images,
-    image_files,
-    read_folder,
-    splits_from_json,
-)
-from muntin.data.images import BadImage, open_image
+from muntin.data.datasets import Images, image_files
+from muntin.data.decode import Picture, read_image
+from muntin.data.images import BadImage
 from muntin.data.loading import EvaluationSet, evaluation_loader
+from muntin.data.sources import open_part, splits_from_json
 from muntin.data.transforms import CROP, IMAGENET_MEAN, IMAGENET_STD, Evaluate
 from muntin.errors import UserError, nearest
 from muntin.progress import progress
@@ -113,7 +106,7 @@ def _confusion_table(classes: list[str], confusion: list[list[int]]) -> list[str
 def evaluate_images(
     logits: Callable[[Tensor], Tensor],
     images: Images,
-    transform: Callable[[Image.Image], Tensor],
+    transform: Callable[[Picture], Tensor],
     data: str,
     split: str,
     batch_size: int = 64,
@@ -226,22 +219,8 @@ def _own_images(folder: Path, data: str | None, split: str | None, whole: bool) 
 def _foreign_images(data: str | None, split: str | None) -> tuple[Images, str, str]:
     if data is None:
         raise UserError("no data given; say what to evaluate on with --data FOLDER (FOLDER/CLASS/*) or --data digits")
-    if data == "digits":
-        splits = digits_splits(seed=0, size=32)
-        split = split or "test"
-        images = {"train": splits.train, "val": splits.val, "test": splits.test}[split]
-        assert images is not None
-        return images, data, split
-    root = read_folder(data)
-    present = [name for name in ("test", "val", "train") if (root / name).is_dir()]
-    if split is not None and split not in present:
-        raise UserError(f"{root} has no folder {split}; leave --split out, or give the folder of classes itself")
-    chosen = split or (present[0] if "train" in present or len(present) == 2 else None)
-    folder = root / chosen if chosen else root
-    images = folder_images(folder, folder, class_folders(folder))
-    if not len(images):
-        raise UserError(f"{folder} has no images in its class folders; add some or give another folder")
-    return images, str(data), chosen or "all"
+    images, part = open_part(data, split)
+    return images, data, part
 
 
 def _in_classes_of(run: Trained, images: Images, where: str) -> Images:
@@ -254,13 +233,14 @@ def _in_classes_of(run: Trained, images: Images, where: str) -> Images:
                 f"{where} has a class {name!r} that {run.path} was not trained on{nearest(name, run.classes)}; "
                 f"its classes are {', '.join(run.classes[:20])}"
             )
-    labels = [run.classes.index(images.classes[label]) for label in images.labels]
-    return Images(images.keys, labels, run.classes, images.open)
+    place = [run.classes.index(name) for name in images.classes]
+    labels = [[place[i] for i in some] if isinstance(some, list) else place[some] for some in images.labels]
+    return replace(images, labels=labels, classes=run.classes)
 
 
 def _foreign(
     path: Path, name: str, classes: list[str], size: int | None
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Image.Image], Tensor]]:
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Picture], Tensor]]:
     """A model of a listed name with someone's weights, and the papers' preprocessing."""
     import muntin
 
@@ -341,11 +321,11 @@ def predict(
 
 
 def _decoded(
-    batches: Sequence[list[Path]], transform: Callable[[Image.Image], Tensor]
+    batches: Sequence[list[Path]], transform: Callable[[Picture], Tensor]
 ) -> Iterator[tuple[list[Path], list[Tensor | BadImage]]]:
     def decode(file: Path) -> Tensor | BadImage:
         try:
-            return transform(open_image(file))
+            return transform(read_image(file))
         except BadImage as error:
             return error
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
+from muntin.data.decode import Picture
 from muntin.data.transforms import Evaluate
 from muntin.errors import UserError
 from muntin.run import PREPROCESSING, Run
@@ -26,14 +25,14 @@ class Trained:
     """What evaluation and prediction need to know.
 
     `path` is what the user named, `folder` where a run's split would be. `classes` are in the order of the logits
-    (empty where an exported file does not name them). `transform` makes an RGB image the input of `logits`, which
+    (empty where an exported file does not name them). `transform` makes an image the input of `logits`, which
     takes a batch of them and returns (B, K) on the CPU. `whole`: images are resized whole, not cropped.
     """
 
     path: Path
     folder: Path
     classes: list[str]
-    transform: Callable[[Image.Image], Tensor]
+    transform: Callable[[Picture], Tensor]
     logits: Callable[[Tensor], Tensor]
     whole: bool
 
@@ -79,11 +78,11 @@ def _exported(path: Path) -> Trained:
             f"{transform.height}x{transform.width}; export it again with --fixed {engine.fixed[0]}x{transform.height}"
             f"x{transform.width}, or without --fixed"
         )
-    prepare: Callable[[Image.Image], Tensor] = transform
+    prepare: Callable[[Picture], Tensor] = transform
     if engine.layout == "NHWC":
 
-        def prepare(image: Image.Image) -> Tensor:
-            return torch.from_numpy(np.array(transform.picture(image)))  # H W 3, uint8
+        def prepare(image: Picture) -> Tensor:
+            return torch.from_numpy(transform.pixels(image))  # H W 3, uint8
 
     return Trained(path, path.parent, engine.classes, prepare, _in_batches(engine), known["resize"] is None)
 

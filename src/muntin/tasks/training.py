@@ -10,13 +10,9 @@ from typing import Any
 import torch
 
 import muntin
-from muntin.data.datasets import (
-    Splits,
-    digits_splits,
-    folder_splits,
-    splits_from_json,
-    write_held_out,
-)
+from muntin.data.check import BadFiles
+from muntin.data.datasets import Splits, write_held_out
+from muntin.data.sources import absolute, open_splits, short_name, splits_from_json
 from muntin.data.transforms import CROP, IMAGENET_MEAN, IMAGENET_STD
 from muntin.errors import UserError
 from muntin.models import published
@@ -96,8 +92,8 @@ def _chosen(told: Mapping[str, Any]) -> Settings:
 def _absolute(values: Mapping[str, Any]) -> dict[str, Any]:
     """With the paths in them absolute, so that a run can be resumed and evaluated from any folder."""
     values = dict(values)
-    if values.get("data", "digits") != "digits":
-        values["data"] = os.path.abspath(str(values["data"]))
+    if "data" in values:
+        values["data"] = absolute(str(values["data"]))
     weights = str(values.get("weights") or "")
     if os.path.exists(weights):  # otherwise a tag, or an address
         values["weights"] = os.path.abspath(weights)
@@ -110,7 +106,7 @@ def _metrics(folder: Path) -> dict[str, Any]:
 
 
 def _run_name(settings: Settings) -> str:
-    return f"{Path(settings.data).name}-{_model_name(settings)}"
+    return f"{short_name(settings.data)}-{_model_name(settings)}"
 
 
 def _model_name(settings: Settings) -> str:
@@ -212,10 +208,8 @@ def _data(folder: Path, settings: Settings, resume: bool) -> tuple[Splits, dict[
         stored = read_json(folder / "split.json")
         preprocessing = stored["preprocessing"]
         return splits_from_json(settings.data, stored, preprocessing["resize"] is None), preprocessing
-    if settings.data == "digits":
-        splits = digits_splits(settings.seed, settings.size)
-    else:
-        splits = folder_splits(settings.data, settings.seed, settings.size, settings.on_bad_image)
+    bad_files = BadFiles(folder / "bad_files.csv")
+    splits = open_splits(settings.data, settings.seed, settings.size, settings.on_bad_image, bad_files)
     preprocessing = {
         "size": [settings.size, settings.size],
         "resize": None if splits.plain_resize else round(settings.size / CROP),
