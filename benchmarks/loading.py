@@ -4,7 +4,7 @@
     python benchmarks/loading.py --images 300 --rounds 9
     python benchmarks/loading.py --tables                   # the table again from stored results
 
-The images are made here: 500 pixels wide or high, smooth noise at all scales under grain, JPEGs of 50 to 110 KB. Every
+The images are made here: 500 pixels wide or high, smooth noise at all scales under grain, JPEGs of 40 to 110 KB. Every
 contestant reads them from the same folder (or, where it says so, from tar shards of the same files), in one process and
 one thread, into float batches of 64 at 224 pixels. Training: random resized crop (bicubic), flip, timm's RandAugment
 rand-m9-mstd0.5-inc1, normalisation, random erasing of a quarter of the images. Evaluation: the shorter side to 256
@@ -65,10 +65,10 @@ def photograph(seed: int, size: tuple[int, int]) -> bytes:
         coarse = generator.standard_normal((2**octave, 2**octave, 3)).astype(np.float32)
         layers = [np.asarray(Image.fromarray(coarse[..., c]).resize(size, Image.Resampling.BICUBIC)) for c in range(3)]
         values += 0.66**octave * (0.8 * layers[0][..., None] + 0.2 * np.stack(layers, -1))
-    values += generator.uniform(0.02, 0.09) * generator.standard_normal((height, width, 1))
+    values += generator.uniform(0.04, 0.1) * generator.standard_normal((height, width, 1))
     pixels = (120 + 50 * values / values.std()).clip(0, 255).astype(np.uint8)
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=int(generator.integers(88, 94)))
+    Image.fromarray(pixels).save(file, "JPEG", quality=int(generator.integers(90, 95)))
     return file.getvalue()
 
 
