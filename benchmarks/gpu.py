@@ -8,7 +8,7 @@ Everything in bfloat16, at 224 pixels (SwinV2 256), same weights, outputs compar
 turns of shuffled rounds. Models: as created, `muntin.optimize`, `muntin.compile`, and at batch 1 CUDA graphs of the
 optimised copy; peers as created, compiled, and at batch 1 compiled with CUDA graphs ("reduce-overhead"). Training: a
 forward, backward and AdamW (fused) step under autocast; peak memory is what the allocator held at most.
-Results: benchmarks/results/GPU.json and .md.
+Results: gpu.json and .md in benchmarks/results/GPU.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from contestants import FAMILIES, SIZE, SIZES, build, difference
-from peers import RESULTS, slug
+from peers import here
 from torch import Tensor, nn
 
 import muntin
@@ -375,19 +375,19 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="timed per contestant")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="small batches and sizes in float32; stores nothing")
-    parser.add_argument("--out", default=str(RESULTS), help="folder of the results")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results/GPU)")
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("no CUDA device is at hand; to see that the script runs: --device cpu --quick", file=sys.stderr)
         return 2
-    described = machine(device)
-    path = Path(args.out) / f"{slug(described)}.json"
+    path = (args.out or here(args.device)) / "gpu.json"
     results = json.loads(path.read_text()) if path.exists() and not args.quick else {}
-    results |= {"machine": described, "versions": versions(), "commit": commit()}
+    results |= {"machine": machine(device), "versions": versions(), "commit": commit()}
     for part in args.parts:
         results[part] = results.get(part, {}) | PARTS[part](args, device)
         if not args.quick:
+            path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(path, (json.dumps(results, indent=1) + "\n").encode())
             atomic_write(path.with_suffix(".md"), markdown(results).encode())
     print(markdown(results) if args.quick else f"written: {path} and {path.with_suffix('.md')}")

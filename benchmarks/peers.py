@@ -168,9 +168,9 @@ def slug(described: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def here() -> Path:
-    """The folder of this machine's results."""
-    return RESULTS / slug(machine(torch.device("cpu")))
+def here(device: str = "cpu") -> Path:
+    """The folder of this machine's results, or of its GPU's."""
+    return RESULTS / slug(machine(torch.device(device)))
 
 
 def ratio(ours: Row, peer: Row) -> tuple[float, float, float]:

@@ -2,7 +2,7 @@
 
     python benchmarks/training.py                           # every model in float32 and bfloat16, about 12 minutes
     python benchmarks/training.py --models swin_t --rounds 5 --precision fp32
-    python benchmarks/training.py --tables                  # the table again from stored results
+    python benchmarks/training.py --tables                  # the tables of all machines again, from stored results
 
 A step is forward, cross-entropy, backward and AdamW (fused), from the same weights at 224 pixels (SwinV2 256), under
 autocast in bfloat16 (by default only where the machine has instructions for it), without stochastic depth. All

@@ -12,7 +12,7 @@ from muntin.errors import UserError, nearest
 
 EXTRAS = {
     "train": "jsonargparse lightning PIL sklearn tensorboard timm torchmetrics torchvision yaml numpy",
-    "scale": "pyarrow datasets webdataset",
+    "scale": "ray pyarrow pandas datasets webdataset",
     "export": "onnx onnxscript onnxruntime openvino tqdm",
 }
 
@@ -242,6 +242,28 @@ def _train(args: Any) -> int:
     return 0
 
 
+def _describe_sweep(parser: Any) -> None:
+    parser.add_argument("sweep", help='a sweep that comes with Muntin, a YAML file with runs, or "list"')
+    parser.add_argument("--out", help="the folder of all runs (default: runs/NAME); called again, it goes on")
+    parser.add_argument(
+        "--seeds", type=str, default="0", help="as in 0,1,2: each row is trained from each (default: 0)"
+    )
+    parser.add_argument("--data", help="as in muntin train")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all rows")
+
+
+def _sweep(args: Any) -> int:
+    from muntin.tasks.settings import parse_sets
+    from muntin.tasks.sweep import parse_seeds, sweep, sweeps, table
+
+    if args.sweep == "list":
+        print("\n".join(sweeps()))
+        return 0
+    settings = parse_sets(args.set) | ({"data": args.data} if args.data else {})
+    print(table(sweep(args.sweep, args.out, seeds=parse_seeds(args.seeds), **settings)))
+    return 0
+
+
 def _describe_eval(parser: Any) -> None:
     parser.add_argument("run", help="a run's folder or weights, an exported file, or a checkpoint with --model")
     parser.add_argument("--data", help="digits, or a folder (default: the run's own test split)")
@@ -270,12 +292,24 @@ def _eval(args: Any) -> int:
 
 def _describe_predict(parser: Any) -> None:
     parser.add_argument("run", help="a run's folder, its model.safetensors, or an exported file")
-    parser.add_argument("images", nargs="+", help="files, folders, or .txt lists with one path per line")
-    parser.add_argument("--out", help="write a table to this .csv file")
+    parser.add_argument("images", nargs="+", help="files, folders, .txt lists with one path per line; see --engine")
+    parser.add_argument("--out", help="write a table to this .csv file, or with --engine to a folder of Parquet files")
     parser.add_argument("--top", type=int, default=5, help="classes per image (default: 5)")
+    parser.add_argument(
+        "--engine",
+        help="ray: many processes, here or on a cluster; takes .tar shards too and continues where it stopped",
+    )
+    parser.add_argument("--workers", type=int, help="processes of --engine ray (default: one per GPU, or per core)")
+    parser.add_argument("--overwrite", action="store_true", help="with --engine ray: remove what OUT holds first")
 
 
 def _predict(args: Any) -> int:
+    if args.engine is not None:
+        return _predict_batches(args)
+    for option in ("workers", "overwrite"):
+        if args[option]:
+            raise UserError(f"--{option} is for --engine ray; add that, or leave it out")
+
     from muntin.tasks import predict
     from muntin.tasks.inference import write_predictions
 
@@ -292,6 +326,26 @@ def _predict(args: Any) -> int:
     if args.out:
         write_predictions(rows, args.out)
         print(f"{args.out}: {len(rows)} images" + (f", {broken} of them unreadable" if broken else ""))
+    return 0
+
+
+def _predict_batches(args: Any) -> int:
+    if args.engine != "ray":
+        near = nearest(args.engine, ["ray"])
+        raise UserError(f"there is no engine {args.engine!r}{near}; valid is ray, or leave --engine out")
+    if args.out is None or args.out.endswith(".csv"):
+        raise UserError(f"--out {args.out or 'is missing'}: with --engine ray give a folder for Parquet files")
+
+    from muntin.tasks.batch import predict_batches
+
+    report = predict_batches(
+        args.run, args.images, args.out, top=args.top, workers=args.workers, overwrite=args.overwrite
+    )
+    print(report)
+    if report.failed:
+        raise UserError(f"{report.not_done()}; their images are missing, and the same command tries again")
+    if report.images and report.unreadable == report.images:
+        raise UserError(f"none of the {report.images} images could be read; give images such as PNG or JPEG files")
     return 0
 
 
@@ -526,6 +580,12 @@ COMMANDS: dict[str, tuple[Any, str, str, Any]] = {
         "train a classifier",
         "muntin train --data photos --model swin_free_t --epochs 50 --out runs/photos",
         _train,
+    ),
+    "sweep": (
+        _describe_sweep,
+        "train every row of a grid of settings",
+        "muntin sweep digits_windows --seeds 0,1,2 --out runs/windows",
+        _sweep,
     ),
     "eval": (_describe_eval, "evaluate a run or a checkpoint", "muntin eval runs/photos --data holiday", _eval),
     "predict": (

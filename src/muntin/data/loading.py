@@ -145,7 +145,7 @@ class EpochBatches:
         piece = self.batch_size // (self.parts * self.processes)
         for number in range(self.start, len(self)):
             first = (number * self.processes + self.rank) * piece
-            self.order.ahead(order[first:])
+            self.order.ahead(order[first :: self.repeats])
             yield [
                 (self.epoch * self.repeats + place % self.repeats, int(order[place]))
                 for place in range(first, first + piece)

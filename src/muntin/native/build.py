@@ -14,7 +14,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 PROGRAMS, TRAINING, MAPS = "kernels.cpp", "training.cpp", "maps.cpp"
-HEADERS = "products.h", "operands.h", "maps.h"
+HEADERS = "products.h", "operands.h", "norms.h", "attention.h", "maps.h"
 FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC"]
 SECONDS = 120  # a compiler that takes longer has hung
 

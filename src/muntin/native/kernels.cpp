@@ -6,7 +6,10 @@
 // ("channels last"); A tokens of a window, L of a line, h heads, K channels of a query or key, V of a value. float32.
 // Weights of products stand in panels of PANEL output channels, each a (C, panel) matrix (_arrange in prepare.py).
 
+#include "attention.h"
 #include "maps.h"
+#include "norms.h"
+#include "operands.h"
 
 constexpr int PATCHES = 4 * ROWS;  // of a convolution, put side by side
 constexpr int MOST = 1024;         // values of a program
@@ -18,29 +21,15 @@ constexpr int MOST = 1024;         // values of a program
 template <typename Change>
 static void attend(int rows, const float* q, int64_t ldq, int depth, const float* keys, int tokens,
                    const float* values, int64_t ldv, int dim, float* y, int64_t ldy, float* weights, Change change) {
-    const int padded = (tokens + LANES - 1) / LANES * LANES;
+    const int padded = padded_to(tokens);
     for (int c = 0; c < padded; c += PANEL) {
         const Out out{weights + c, padded, nullptr, nullptr, NONE, least(PANEL, padded - c)};
         block(rows, q, ldq, depth, keys + c, padded, out);
     }
     float inverse[ROWS];
-    for (int i = 0; i < rows; ++i) {
-        float* line = weights + (int64_t)i * padded;
-        vec most = spread(-INFINITY);
-        for (int c = 0; c < padded; c += LANES) {
-            const vec logits = change(i, c, load(line + c));
-            store(line + c, logits);
-            most = larger(most, logits);
-        }
-        const float top = largest(most);
-        vec sum = vec{};
-        for (int c = 0; c < padded; c += LANES) {
-            const vec e = exponential(load(line + c) - top);
-            sum += e;
-            store(line + c, e);
-        }
-        inverse[i] = 1.0f / total(sum);
-    }
+    for (int i = 0; i < rows; ++i)
+        inverse[i] = exponentials(weights + (int64_t)i * padded, padded,
+                                  [=](int c, vec logits) { return change(i, c, logits); });
     for (int c = 0; c < dim; c += PANEL) {
         float made[ROWS * PANEL];
         const int columns = least(PANEL, dim - c);
@@ -48,18 +37,6 @@ static void attend(int rows, const float* q, int64_t ldq, int depth, const float
         for (int i = 0; i < rows; ++i)
             for (int d = 0; d < columns; d += LANES) store(y + i * ldy + c + d, load(made + i * PANEL + d) * inverse[i]);
     }
-}
-
-// (tokens, depth) -> (depth, padded)
-static void transpose(const float* x, int64_t ldx, int tokens, int depth, float* y) {
-    const int padded = (tokens + LANES - 1) / LANES * LANES;
-    for (int t = 0; t < padded; t += LANES)
-        for (int k = 0; k < depth; k += LANES) {
-            vec a[LANES];
-            for (int i = 0; i < LANES; ++i) a[i] = t + i < tokens ? load(x + (t + i) * ldx + k) : vec{};
-            turn(a);
-            for (int i = 0; i < LANES; ++i) store(y + (int64_t)(k + i) * padded + t, a[i]);
-        }
 }
 
 // -------------------------------------------------------------------------------------------------------- programs
@@ -89,12 +66,14 @@ struct Layer {
     const float* factors;          // WINDOW: of unit vectors q, or null where q and k are taken as they are
     const Head* head;
     float epsilon;
+
+    Norm norm() const { return {(const float*)weight, bias, epsilon}; }
 };
 
 static void run_cascade(const Layer& l, const float* x, float* y, int batch, float* scratch) {
     const int height = l.height, width = l.width, channels = l.inputs, value = channels / l.heads;
     const int wh = l.window_height, ww = l.window_width, area = wh * ww;
-    const int padded = (area + LANES - 1) / LANES * LANES, wide = 2 * l.key + value;
+    const int padded = padded_to(area), wide = 2 * l.key + value;
     const int down = (height + wh - 1) / wh, across = (width + ww - 1) / ww;
     float* group = scratch;                               // (A, V): what the head sees
     float* qkv = group + (int64_t)area * value;           // (A, 2K + V), and room to read beyond
@@ -130,7 +109,7 @@ static void run_cascade(const Layer& l, const float* x, float* y, int batch, flo
             for (int row = 0; row < wh; ++row)
                 depthwise_row<float>(qkv, wide, wh, ww, l.key, head.kernel, 1, head.taps, head.tap_bias, NONE,
                                      nullptr, query + (int64_t)row * ww * l.key, l.key, ww, row);
-            transpose(qkv + l.key, wide, area, l.key, keys);
+            pack_turned(qkv + l.key, wide, area, l.key, keys, padded);
             for (int r = 0; r < area; r += ROWS) {
                 const float* bias = l.bias + ((int64_t)h * area + r) * padded;
                 attend(least(ROWS, area - r), query + (int64_t)r * l.key, l.key, l.key, keys, area, qkv + 2 * l.key,
@@ -155,7 +134,7 @@ static void run_mix(const Layer& l, const float* x, const float* v, float* y, in
     const bool rows = l.kernel == HORIZONTAL, whole = l.kernel == WHOLE;
     const int length = whole ? tokens : rows ? width : height, lines = whole ? 1 : rows ? height : width;
     const int step = rows || whole ? 1 : width;  // tokens from one to the next
-    const int padded = (length + LANES - 1) / LANES * LANES, tiles = (length + ROWS - 1) / ROWS;
+    const int padded = padded_to(length), tiles = (length + ROWS - 1) / ROWS;
     const float scale = 1.0f / std::sqrt((float)dim);
     float* keys = scratch;                           // (K, L up to a multiple of LANES), and room to read beyond
     float* weights = keys + (int64_t)dim * padded + PANEL;     // (ROWS, the same)
@@ -180,7 +159,7 @@ static void run_mix(const Layer& l, const float* x, const float* v, float* y, in
         const float* q = x + first * 2 * channels + head * dim;
         const int64_t ldq = (int64_t)step * 2 * channels, ldv = (int64_t)step * channels;
         const float slope = ((const float*)l.weight)[head];
-        transpose(q + channels, ldq, length, dim, keys);
+        pack_turned(q + channels, ldq, length, dim, keys, padded);
         for (int t = 0; t < length; ++t)
             for (int c = 0; c < dim; c += LANES)
                 store(values + (int64_t)t * dim + c, load(v + (first + (int64_t)t * step) * channels + head * dim + c));
@@ -255,13 +234,11 @@ static void gather(const int32_t* tokens, int area, const float* x, int64_t ldx,
 }
 
 // Attention in windows of a map that is shifted. x: q, k and v side by side, (N, 3C); `weight` is what stands there for
-// a token beside the map; `bias` has a matrix for each kind of window where there is a shift: 1 at the right end, 2 at
-// the bottom, 3 at both.
+// a token beside the map; `bias` has a matrix for each kind of window.
 static void run_window(const Layer& l, const float* x, float* y, int batch, float* scratch) {
-    const int height = l.height, width = l.width, channels = l.outputs, dim = l.key;
-    const int wh = l.window_height, ww = l.window_width, area = wh * ww;
-    const int padded = (area + LANES - 1) / LANES * LANES;
-    const int down = (height + wh - 1) / wh, across = (width + ww - 1) / ww;
+    const Partition partition{l.height, l.width, l.window_height, l.window_width, l.shift_height, l.shift_width};
+    const int channels = l.outputs, dim = l.key, area = partition.area(), places = partition.places();
+    const int padded = padded_to(area);
     int32_t* tokens = (int32_t*)scratch;                      // (A): of the window in its image, -1: beside the map
     float* query = scratch + padded;                          // (A, K)
     float* values = query + (int64_t)area * dim;              // (A, K)
@@ -269,35 +246,25 @@ static void run_window(const Layer& l, const float* x, float* y, int batch, floa
     float* keys = made + (int64_t)area * dim;                 // (K, A up to a multiple of LANES), room to read beyond
     float* weights = keys + (int64_t)dim * padded + PANEL;    // (ROWS, the same)
 #pragma omp for schedule(static)
-    for (int task = 0; task < batch * down * across * l.heads; ++task) {
-        const int head = task % l.heads, place = task / l.heads % (down * across);
-        const int image = task / l.heads / (down * across), down_at = place / across, across_at = place % across;
-        const int kind = (l.shift_height && down_at == down - 1 ? 2 : 0) + (l.shift_width && across_at == across - 1);
-        for (int i = 0, t = 0; i < wh; ++i) {
-            int row = down_at * wh + i + l.shift_height;
-            if (row >= down * wh) row -= down * wh;
-            for (int j = 0; j < ww; ++j, ++t) {
-                int column = across_at * ww + j + l.shift_width;
-                if (column >= across * ww) column -= across * ww;
-                tokens[t] = row < height && column < width ? row * width + column : -1;
-            }
-        }
-        const float* from = x + (int64_t)image * height * width * 3 * channels + head * dim;
+    for (int task = 0; task < batch * places * l.heads; ++task) {
+        const int head = task % l.heads, place = task / l.heads % places, image = task / l.heads / places;
+        partition.tokens(place, tokens);
+        const float* from = x + (int64_t)image * l.height * l.width * 3 * channels + head * dim;
         const float* padding = (const float*)l.weight + head * dim;
         const bool unit = l.factors;
         gather(tokens, area, from, 3 * channels, padding, dim, unit, unit ? l.factors[head] : 1.0f, query);
         gather(tokens, area, from + channels, 3 * channels, padding + channels, dim, unit, 1.0f, made);
-        transpose(made, dim, area, dim, keys);
+        pack_turned(made, dim, area, dim, keys, padded);
         gather(tokens, area, from + 2 * channels, 3 * channels, padding + 2 * channels, dim, false, 1.0f, values);
-        const float* all = l.bias + ((int64_t)kind * l.heads + head) * area * padded;
+        const float* all = l.bias + ((int64_t)partition.kind(place) * l.heads + head) * area * padded;
         for (int r = 0, tiles = (area + ROWS - 1) / ROWS; tiles; --tiles) {
             const int rows = (area - r + tiles - 1) / tiles;
             const float* bias = all + (int64_t)r * padded;
-            attend(rows, query + (int64_t)r * dim, dim, dim, keys, area, values, dim, dim, made + (int64_t)r * dim,
-                   dim, weights, [=](int i, int c, vec logits) { return logits + load(bias + (int64_t)i * padded + c); });
+            attend(rows, query + (int64_t)r * dim, dim, dim, keys, area, values, dim, dim, made + (int64_t)r * dim, dim,
+                   weights, [=](int i, int c, vec logits) { return logits + load(bias + (int64_t)i * padded + c); });
             r += rows;
         }
-        float* to = y + (int64_t)image * height * width * channels + head * dim;
+        float* to = y + (int64_t)image * l.height * l.width * channels + head * dim;
         for (int t = 0; t < area; ++t)
             if (tokens[t] >= 0)
                 for (int c = 0; c < dim; c += LANES)
@@ -324,27 +291,6 @@ static void run_merge(const Layer& l, const float* x, float* y, int batch) {
     }
 }
 
-static void norm_rows(const Layer& l, const float* x, const float* residual, float* y, int first, int last) {
-    const int channels = l.inputs;
-    for (int row = first; row < last; ++row) {
-        const float* from = x + (int64_t)row * channels;
-        float* to = y + (int64_t)row * channels;
-        vec sum = vec{}, squares = vec{};
-        for (int c = 0; c < channels; c += LANES) sum += load(from + c);
-        const float mean = total(sum) / channels;
-        for (int c = 0; c < channels; c += LANES) {
-            const vec d = load(from + c) - mean;
-            squares += d * d;
-        }
-        const float inverse = 1.0f / std::sqrt(total(squares) / channels + l.epsilon);
-        for (int c = 0; c < channels; c += LANES) {
-            vec v = (load(from + c) - mean) * inverse * load((const float*)l.weight + c) + load(l.bias + c);
-            if (residual) v += load(residual + (int64_t)row * channels + c);
-            store(to + c, v);
-        }
-    }
-}
-
 // Layers that take each row by itself, LINEAR and NORM, over a few rows at a time: what is between them stays in cache.
 // A value that only they see has its place in `scratch`, for these rows alone; `offsets` tells it as -1 - place.
 static void run_together(const Layer* layers, const int64_t* offsets, float* const* buffers, float* scratch,
@@ -355,22 +301,22 @@ static void run_together(const Layer* layers, const int64_t* offsets, float* con
         const int start = (int)((int64_t)tiles * chunk / threads) * ROWS;
         const int stop = least(rows, (int)((int64_t)tiles * (chunk + 1) / threads) * ROWS);
         for (int first = start; first < stop; first += layers->block) {
-            const int last = least(stop, first + layers->block);
+            const int count = least(layers->block, stop - first);
             for (int i = 0; i < layers->together; ++i) {
                 const Layer& l = layers[i];
                 const double before = clock ? omp_get_wtime() : 0.0;
                 const auto at = [&](int value, int channels) {
                     const int64_t place = -1 - offsets[value];
-                    return place < 0 ? buffers[value] : scratch + place - (int64_t)first * channels;
+                    return place < 0 ? buffers[value] + (int64_t)first * channels : scratch + place;
                 };
                 const float* x = at(l.source, l.inputs);
                 float* y = at(l.to, l.outputs);
                 const float* residual = l.other < 0 ? nullptr : at(l.other, l.outputs);
                 if (l.kind == NORM) {
-                    norm_rows(l, x, residual, y, first, last);
+                    normalise(x, count, l.inputs, l.norm(), y, residual);
                 } else {
                     const Weights weights{l.weight, l.bias, l.inputs, l.outputs, l.half ? (Pair*)scratch : nullptr};
-                    linear(x, l.inputs, weights, l.act, residual, y, l.outputs, first, last, 0,
+                    linear(x, l.inputs, weights, l.act, residual, y, l.outputs, 0, count, 0,
                            (l.outputs + PANEL - 1) / PANEL);
                 }
                 if (clock && chunk == 0) clock[i] += omp_get_wtime() - before;
@@ -429,7 +375,10 @@ static void run_layer(const Layer& l, float* const* buffers, int batch, float* s
     } else if (l.kind == NORM) {
         const float* residual = l.other < 0 ? nullptr : buffers[l.other];
 #pragma omp for schedule(static)
-        for (int row = 0; row < l.rows; ++row) norm_rows(l, x, residual, y, row, row + 1);
+        for (int row = 0; row < l.rows; ++row) {
+            const int64_t at = (int64_t)row * l.inputs;
+            normalise(x + at, 1, l.inputs, l.norm(), y + at, residual ? residual + at : nullptr);
+        }
     } else if (l.kind == MERGE) {
         run_merge(l, x, y, batch);
     } else if (l.kind == WINDOW) {
@@ -471,8 +420,8 @@ extern "C" int muntin_layer_bytes() { return sizeof(Layer); }
 
 // `batch` images at a time, `times` times, so that what is between the layers stays in cache. `offsets` has a place in
 // `scratch` for each of `values` values, or one below 0 (run_together), but the first is the input x and the one called
-// `last` the output y, which move on by so many floats. After `own` floats of the scratch come `each` floats for every thread. `clock`, unless it
-// is null, gets the seconds of each layer added.
+// `last` the output y, which move on by so many floats. After `own` floats of the scratch come `each` floats for every
+// thread. `clock`, unless it is null, gets the seconds of each layer added.
 extern "C" void muntin_run(const Layer* layers, int count, const int64_t* offsets, int values, int last, float* x,
                            float* y, int batch, int times, int64_t input, int64_t output, float* scratch, int64_t own,
                            int64_t each, int threads, double* clock) {

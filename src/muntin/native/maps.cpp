@@ -8,8 +8,6 @@
 
 #include "maps.h"
 
-static inline int padded_to(int count) { return (count + LANES - 1) / LANES * LANES; }
-
 // The first n values; beyond them zeros
 static inline vec some(const float* p, int n) {
     if (n >= LANES) return load(p);

@@ -1,4 +1,4 @@
-// Operands of products in the order in which tiles read them, and the gradients of weights, for training.
+// Operands of products in the order in which tiles read them, and, for training, the gradients of weights.
 //
 // Legend: K channels in, N channels out. S: what activations are kept in, float or Half; weights and their gradients
 // are float. With Half products are of bfloat16, summed in float.

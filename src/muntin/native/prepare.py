@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muntin.layers.contents import Contents
 from muntin.layers.manhattan import log_gamma, rotation
 from muntin.layers.position import constants
 from muntin.layers.window import Grid, make_grid
@@ -40,6 +39,7 @@ ALIGNED = 16  # floats of a cache line
 NEAR = 1 << 16
 """Floats that a few rows of a layer's input and output may take."""
 FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}
+Arranged = tuple[Tensor, Tensor]  # weights and bias of a layer as the kernels read them
 KINDS: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64}
 _INT, _POINTER = ctypes.c_int32, ctypes.c_void_p
 
@@ -105,27 +105,25 @@ class Prepared:
     kept: list[Any]
 
 
-@dataclass(frozen=True)
-class Held:
-    """What is made from weights, and these: arranged weights by layer, plans by shape. A change of weights makes
-    another; calls that run meanwhile keep the one that they began with.
-    """
-
-    weights: Contents
-    arranged: dict[int, tuple[Tensor, Tensor]]
-    plans: dict[tuple[int, ...], Any]
-
-
 class Preparation:
     """Prepares one program for batches and sizes."""
 
     def __init__(
-        self, found: Kernels, steps: Sequence[Step], values: Sequence[Value], planes: bool, half: bool
+        self,
+        found: Kernels,
+        steps: Sequence[Step],
+        values: Sequence[Value],
+        planes: bool,
+        half: bool,
+        arranged: dict[int, Arranged],
     ) -> None:
-        """half: its weights are of bfloat16, and the machine multiplies that."""
+        """half: its weights are of bfloat16, and the machine multiplies that.
+        arranged: of the layers so far, by their ids; those that are missing are added.
+        """
         self._kernels, self._steps, self._values, self._planes, self._half = found, steps, values, planes, half
+        self._arranged = arranged
 
-    def prepare(self, held: Held, batch: int, height: int, width: int, threads: int) -> Prepared:
+    def prepare(self, batch: int, height: int, width: int, threads: int) -> Prepared:
         """For so many images of one size at a time."""
         layers = (_Layer * len(self._steps))()
         kept: list[Any] = []
@@ -138,14 +136,14 @@ class Preparation:
             layer.inputs, layer.outputs = step.source.channels, step.to.channels
             layer.height, layer.width, layer.half = rows, columns, self._half
             if step.kind == CASCADE:
-                kept += self._prepare_window(held, layer, step, *window_of(step.layer, rows, columns))
+                kept += self._prepare_window(layer, step, *window_of(step.layer, rows, columns))
             elif step.kind == WINDOW:
                 kept += self._prepare_windows(layer, step, make_grid(rows, columns, *step.rule))
             elif step.kind in (ROTATE, MIX):
                 kept.append(self._prepare_mix(layer, step))
             elif step.kind in WITH_WEIGHTS:
                 layer.planes = self._planes and step.source.number == 0
-                arranged = self._arrange(held, step.layer, layer.planes)
+                arranged = self._arrange(step.layer, layer.planes)
                 layer.weight, layer.bias = (tensor.data_ptr() for tensor in arranged)
                 kept += arranged
                 if step.kind in (DEPTHWISE, CONV):
@@ -186,12 +184,12 @@ class Preparation:
         others |= {self._values[0], self._steps[-1].to}
         return sorted({value for i in group for value in read_by(self._steps[i])} - others, key=lambda v: v.number)
 
-    def _arrange(self, held: Held, layer: Any, planes: bool = False) -> tuple[Tensor, Tensor]:
+    def _arrange(self, layer: Any, planes: bool = False) -> Arranged:
         """Weights and bias as the kernels read them. A product's: columns in panels side by side, (in, panel) each, the
         last as wide as whole vectors; of a convolution `in` is (k, k, C), of planes (C, k, k). A depthwise
         convolution's: (k * k, C). A norm's: as they are.
         """
-        found = held.arranged.get(id(layer))
+        found = self._arranged.get(id(layer))
         if found is None:
             with constants():
                 weight, out = layer.weight.detach(), len(layer.weight)
@@ -204,7 +202,7 @@ class Preparation:
                     weight = self._panels(weight.flatten(1))
                 bias = torch.zeros(out, **FLOATS) if layer.bias is None else layer.bias.detach()
                 bias = F.pad(bias.float(), (0, -out % self._kernels.lanes)).contiguous()
-            found = held.arranged.setdefault(id(layer), (weight, bias))
+            found = self._arranged.setdefault(id(layer), (weight, bias))
         return found
 
     def _panels(self, weight: Tensor) -> Tensor:
@@ -219,7 +217,7 @@ class Preparation:
             parts = tuple(part.unflatten(0, (-1, 2)).transpose(1, 2) for part in parts)
         return torch.cat([part.reshape(-1) for part in parts])
 
-    def _prepare_window(self, held: Held, layer: Any, step: Step, height: int, width: int) -> list[Any]:
+    def _prepare_window(self, layer: Any, step: Step, height: int, width: int) -> list[Any]:
         """What an attention in such windows points to."""
         with constants():
             bias = step.layer._bias(height, width, torch.float32)
@@ -227,7 +225,7 @@ class Preparation:
         heads = (_Head * len(step.heads))()
         kept: list[Any] = [bias, heads]
         for head, pair in zip(heads, step.heads, strict=True):
-            arranged = [tensor for part in pair for tensor in self._arrange(held, part)]
+            arranged = [tensor for part in pair for tensor in self._arrange(part)]
             head.qkv, head.qkv_bias, head.taps, head.tap_bias = (tensor.data_ptr() for tensor in arranged)
             kept += arranged
             head.kernel = pair[1].kernel_size[0]
@@ -269,28 +267,26 @@ class Preparation:
 
     def _own(self, layer: Any) -> int:
         """Floats that a thread needs for a layer, as the kernels lay them out."""
-        floats = 0
+        k, floats = self._kernels, 0
+        halves = k.halves if layer.half else 0
         if layer.kind == CASCADE:
             area, value = layer.window_height * layer.window_width, layer.inputs // layer.heads
-            padded = area + -area % self._kernels.lanes
-            floats = (
-                area * 3 * (value + layer.key) + (layer.key + self._kernels.rows) * padded + 3 * self._kernels.panel
-            )
-            floats += layer.half * self._kernels.halves * -(-value // 2)
+            padded = area + -area % k.lanes
+            floats = area * 3 * (value + layer.key) + (layer.key + k.rows) * padded + 3 * k.panel
+            floats += halves * -(-value // 2)
         elif layer.kind == MIX:
             length = (layer.width, layer.height, layer.rows)[layer.kernel]
-            floats = (2 * layer.key + self._kernels.rows + 2) * (
-                length + -length % self._kernels.lanes
-            ) + 4 * self._kernels.panel
+            padded = length + -length % k.lanes
+            floats = (2 * layer.key + k.rows + 2) * padded + 4 * k.panel
         elif layer.kind == WINDOW:
             area = layer.window_height * layer.window_width
-            padded = area + -area % self._kernels.lanes
-            floats = 3 * area * layer.key + (layer.key + self._kernels.rows + 1) * padded + 2 * self._kernels.panel
+            padded = area + -area % k.lanes
+            floats = 3 * area * layer.key + (layer.key + k.rows + 1) * padded + 2 * k.panel
         elif layer.kind == CONV:
             depth = layer.kernel**2 * layer.inputs
-            floats = self._kernels.patches * depth + layer.half * self._kernels.halves * -(-depth // 2)
+            floats = k.patches * depth + halves * -(-depth // 2)
         elif layer.kind == LINEAR:
-            floats = layer.half * self._kernels.halves * -(-layer.inputs // 2)
+            floats = halves * -(-layer.inputs // 2)
         return floats + -floats % ALIGNED
 
     def _places(

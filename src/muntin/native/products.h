@@ -30,6 +30,9 @@ typedef int32_t ivec __attribute__((vector_size(LANES * sizeof(float))));
 
 static inline int least(int a, int b) { return a < b ? a : b; }
 
+// The next multiple of LANES
+static inline int padded_to(int count) { return (count + LANES - 1) / LANES * LANES; }
+
 static inline vec load(const float* p) {
     vec v;
     std::memcpy(&v, p, sizeof v);
@@ -313,7 +316,7 @@ template <typename T>
 static void product(const T* x, int base, int64_t ldx, int depth, const Weights& w, int act, const float* residual,
                     float* y, int64_t ldy, int first, int last, int from, int to) {
     for (int p = from; p < to; ++p) {
-        const int width = least(PANEL, w.outputs - p * PANEL), padded = (width + LANES - 1) / LANES * LANES;
+        const int width = least(PANEL, w.outputs - p * PANEL), padded = padded_to(width);
         const T* panel = (const T*)w.panels + (int64_t)p * PANEL * depth;
         // tiles of equal height: one of a single row would wait for its few sums
         for (int r = first, tiles = (last - first + ROWS - 1) / ROWS; tiles; --tiles) {

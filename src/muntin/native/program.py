@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from muntin.layers.contents import Contents
 from muntin.layers.conv import is_pointwise
 from muntin.layers.position import constants
-from muntin.native.prepare import FLOATS, Held, Preparation, Prepared, kernels
+from muntin.native.prepare import FLOATS, Arranged, Preparation, Prepared, kernels
 from muntin.native.steps import (
     CASCADE,
     CONV,
@@ -72,6 +72,17 @@ class _Plan:
     threads: int
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What is made from weights, and these: arranged weights by layer, plans by shape and threads. A change of weights
+    makes another; calls that run meanwhile keep the one that they began with.
+    """
+
+    weights: Contents
+    arranged: dict[int, Arranged]
+    plans: dict[tuple[int, ...], _Plan]
+
+
 _kept = threading.local()
 
 
@@ -123,7 +134,7 @@ class Program:
 
     def forget(self) -> None:
         """The layers' weights are others now."""
-        self._held: Held | None = None
+        self._held: _Held | None = None
 
     # ------------------------------------------------------------------------------------------- adding layers
 
@@ -298,25 +309,26 @@ class Program:
             last = self._steps[-1].to
             each = min(batch, self._together(height, width))
             times, rest = divmod(batch, each)
-            passes = [(0, times, self._preparation().prepare(held, each, height, width, threads))]
+            preparation = self._preparation(held.arranged)
+            passes = [(0, times, preparation.prepare(each, height, width, threads))]
             if rest:
-                passes.append((times * each, 1, self._preparation().prepare(held, rest, height, width, threads)))
+                passes.append((times * each, 1, preparation.prepare(rest, height, width, threads)))
             plan = _Plan((batch, *last.sides(height, width), last.channels), passes, threads)
             held.plans[*shape, threads] = plan
         return plan
 
-    def _preparation(self) -> Preparation:
+    def _preparation(self, arranged: dict[int, Arranged]) -> Preparation:
         assert self._kernels is not None
         half = self._kernels.halves > 0 and self._weight().dtype == torch.bfloat16
-        return Preparation(self._kernels, self._steps, self._values, self.planes, half)
+        return Preparation(self._kernels, self._steps, self._values, self.planes, half, arranged)
 
-    def _hold(self) -> Held:
+    def _hold(self) -> _Held:
         """A new start with the weights as they are."""
         attentions = [step.layer for step in self._steps if step.kind in (CASCADE, WINDOW)]
         for attention in attentions:
             attention._cache.entries.clear()
         layers = [layer for step in self._steps for layer in (step.layer, *chain(*step.heads)) if layer is not None]
-        return Held(Contents(module for layer in layers for module in layer.modules()), {}, {})
+        return _Held(Contents(module for layer in layers for module in layer.modules()), {}, {})
 
     def _together(self, height: int, width: int) -> int:
         """How many images run at a time."""

@@ -7,37 +7,11 @@
 // With Half the products of linear layers are of bfloat16, summed in float. All widths are multiples of LANES (of Half,
 // K, N and H of 2 * LANES).
 
+#include "attention.h"
+#include "norms.h"
 #include "operands.h"
 
 // ------------------------------------------------------------------------------------------------------------ norms
-
-// LayerNorm over the channels; weight null: none
-struct Norm {
-    const float *weight, *bias;
-    float epsilon;
-};
-
-template <typename S>
-static inline void moments(const S* x, int channels, float epsilon, float& mean, float& inverse) {
-    vec sum = vec{}, squares = vec{};
-    for (int c = 0; c < channels; c += LANES) sum += load(x + c);
-    mean = total(sum) / channels;
-    for (int c = 0; c < channels; c += LANES) {
-        const vec d = load(x + c) - mean;
-        squares += d * d;
-    }
-    inverse = 1.0f / std::sqrt(total(squares) / channels + epsilon);
-}
-
-template <typename S>
-static void normalise(const S* x, int rows, int channels, const Norm& norm, S* y) {
-    for (int r = 0; r < rows; ++r, x += channels, y += channels) {
-        float mean, inverse;
-        moments(x, channels, norm.epsilon, mean, inverse);
-        for (int c = 0; c < channels; c += LANES)
-            store(y + c, (load(x + c) - mean) * inverse * load(norm.weight + c) + load(norm.bias + c));
-    }
-}
 
 // dn: the gradient of the normalised rows. Adds to those of weight and bias, side by side in `sums`, by way of `part`,
 // so that long sums lose no digits; dx = the gradient of x, plus `beside`.
@@ -94,9 +68,33 @@ static void scaled(const S* x, int64_t first, int rows, int channels, const floa
         }
 }
 
-static void add_part(const float* part, int width, float* to) {
-    if (to)
-        for (int c = 0; c < width; ++c) to[c] += part[c];
+// The gradients of a norm, which threads have summed up side by side: (threads, 2, channels). G: Linear- or MlpGradient
+template <typename G>
+static void add_parts(const float* parts, int threads, int channels, const G& g) {
+    for (int t = 0; t < threads; ++t)
+        for (float* to : {g.dnorm_weight, g.dnorm_bias}) {
+            if (to)
+                for (int c = 0; c < channels; ++c) to[c] += parts[c];
+            parts += channels;
+        }
+}
+
+// What multiply_rows does with sums of rows from `first` on: y = residual + scale * (sums + bias). L: Linear or Mlp
+template <typename S, typename L>
+static auto joined(const L& l, const float* bias, int64_t first) {
+    const S* residual = (const S*)l.residual;
+    S* y = (S*)l.y;
+    return [=, scale = l.scale, tokens = l.tokens, outputs = l.outputs](int r, int c, vec v) {
+        const int64_t at = (first + r) * outputs + c;
+        if (bias) v += load(bias + c);
+        if (scale) v *= scale[(first + r) / tokens];
+        AHEAD(y + at, outputs, 1);
+        if (residual) {
+            AHEAD(residual + at, outputs, 0);
+            v += load(residual + at);
+        }
+        store(y + at, v);
+    };
 }
 
 // --------------------------------------------------------------------------------------------------- linear layers
@@ -124,22 +122,12 @@ static void linear_forward(const Linear& l, int threads) {
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < l.rows; first += BLOCK) {
             const int count = (int)(l.rows - first < BLOCK ? l.rows - first : BLOCK);
-            const S *x = (const S*)l.x + first * inputs, *residual = (const S*)l.residual;
+            const S* x = (const S*)l.x + first * inputs;
             if (norm.weight) {
                 normalise(x, count, inputs, norm, own);
                 x = own;
             }
-            multiply_rows(x, inputs, count, inputs, panels, outputs, [=](int r, int c, vec v) {
-                const int64_t at = (first + r) * outputs + c;
-                if (l.bias) v += load(l.bias + c);
-                if (l.scale) v *= l.scale[(first + r) / l.tokens];
-                AHEAD((S*)l.y + at, outputs, 1);
-                if (residual) {
-                    AHEAD(residual + at, outputs, 0);
-                    v += load(residual + at);
-                }
-                store((S*)l.y + at, v);
-            });
+            multiply_rows(x, inputs, count, inputs, panels, outputs, joined<S>(l, l.bias, first));
         }
     }
 }
@@ -223,10 +211,7 @@ static void linear_backward(const Linear& l, const LinearGradient& g, int thread
             }
         }
     }
-    for (int t = 0; t < threads; ++t) {
-        add_part(parts + (int64_t)t * 2 * inputs, inputs, g.dnorm_weight);
-        add_part(parts + (int64_t)t * 2 * inputs + inputs, inputs, g.dnorm_bias);
-    }
+    add_parts(parts, threads, inputs, g);
 }
 
 // ------------------------------------------------------------------------------------------------ feed-forward layers
@@ -257,7 +242,7 @@ static void mlp_forward(const Mlp& l, int threads) {
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < l.rows; first += BLOCK) {
             const int count = (int)(l.rows - first < BLOCK ? l.rows - first : BLOCK);
-            const S *x = (const S*)l.x + first * inputs, *residual = (const S*)l.residual;
+            const S* x = (const S*)l.x + first * inputs;
             if (norm.weight) {
                 normalise(x, count, inputs, norm, own);
                 x = own;
@@ -268,17 +253,7 @@ static void mlp_forward(const Mlp& l, int threads) {
                 store((S*)l.hidden + (first + r) * width + c, v);
                 store(made + (int64_t)r * width + c, activated(v, l.act));
             });
-            multiply_rows(made, width, count, width, second_panels, outputs, [=](int r, int c, vec v) {
-                const int64_t at = (first + r) * outputs + c;
-                if (l.bias2) v += load(l.bias2 + c);
-                if (l.scale) v *= l.scale[(first + r) / l.tokens];
-                AHEAD((S*)l.y + at, outputs, 1);
-                if (residual) {
-                    AHEAD(residual + at, outputs, 0);
-                    v += load(residual + at);
-                }
-                store((S*)l.y + at, v);
-            });
+            multiply_rows(made, width, count, width, second_panels, outputs, joined<S>(l, l.bias2, first));
         }
     }
 }
@@ -373,24 +348,23 @@ static void mlp_backward(const Mlp& l, const MlpGradient& g, int threads) {
             }
         }
     }
-    for (int t = 0; t < threads; ++t) {
-        add_part(parts + (int64_t)t * 2 * inputs, inputs, g.dnorm_weight);
-        add_part(parts + (int64_t)t * 2 * inputs + inputs, inputs, g.dnorm_bias);
-    }
+    add_parts(parts, threads, inputs, g);
 }
 
 // -------------------------------------------------------------------------------------------------- window attention
 
 // softmax(scale q k^T + bias) v in windows of a map in raster order that is shifted, qkv (tokens, 3C) side by side.
-// bias: (kinds, h, A, A up to a multiple of LANES), -inf beyond; kinds are 1, or 4 with a shift: 1 at the right end, 2
-// at the bottom, 3 at both. padding (3C): q, k and v of a token beside the map. factors (h): of unit vectors q and k in
-// place of the scale, or null.
+// bias: (kinds, h, A, A up to a multiple of LANES), -inf beyond; kinds are those of Partition, 1 or, with a shift, 4.
+// padding (3C): q, k and v of a token beside the map. factors (h): of unit vectors q and k in place of the scale, or
+// null.
 struct Window {
     const void* qkv;
     const float *bias, *padding, *factors;
     void* y;
     float scale;
     int32_t batch, height, width, heads, dim, window_height, window_width, shift_height, shift_width;
+
+    Partition partition() const { return {height, width, window_height, window_width, shift_height, shift_width}; }
 };
 
 struct WindowGradient {
@@ -400,18 +374,25 @@ struct WindowGradient {
     int32_t splits;
 };
 
+// The tokens of all windows of an image: (windows, A)
+static const int32_t* tabulate(const Partition& partition) {
+    const int area = partition.area(), places = partition.places();
+    int32_t* table = (int32_t*)kept_shared.get((int64_t)places * area * sizeof(int32_t));
+    for (int place = 0; place < places; ++place) partition.tokens(place, table + (int64_t)place * area);
+    return table;
+}
+
 // One window of one head, in scratch of its thread
 template <typename S>
 struct Cut {
     const Window& w;
-    int area, padded, down, across, channels;
+    const Partition partition;
+    const int area, padded, channels;
     float *q, *k, *v, *keys, *lengths, *weights, *out;  // q, k, v, out: (A, D); keys: (D, padded); lengths: (2, A)
     const int32_t* tokens;                              // of the window in its image, -1: padding
 
     explicit Cut(const Window& w)
-        : w(w), area(w.window_height * w.window_width), padded((area + LANES - 1) / LANES * LANES),
-          down((w.height + w.window_height - 1) / w.window_height),
-          across((w.width + w.window_width - 1) / w.window_width), channels(w.heads * w.dim) {}
+        : w(w), partition(w.partition()), area(partition.area()), padded(padded_to(area)), channels(w.heads * w.dim) {}
 
     void place(Pieces& pieces) {
         const int64_t wide = (int64_t)padded * w.dim;
@@ -419,23 +400,6 @@ struct Cut {
         keys = pieces.take<float>(wide), out = pieces.take<float>(wide);
         lengths = pieces.take<float>(2 * padded);
         weights = pieces.take<float>((int64_t)padded * padded);
-    }
-
-    // The tokens of all windows of an image: (windows, A)
-    void tabulate(int32_t* table) const {
-        for (int place = 0; place < down * across; ++place)
-            for (int t = 0; t < area; ++t) {
-                const int y = (place / across * w.window_height + t / w.window_width + w.shift_height) %
-                              (down * w.window_height);
-                const int x = (place % across * w.window_width + t % w.window_width + w.shift_width) %
-                              (across * w.window_width);
-                *table++ = y < w.height && x < w.width ? y * w.width + x : -1;
-            }
-    }
-
-    int kind(int place) const {
-        return (w.shift_height && place / across == down - 1 ? 2 : 0) +
-               (w.shift_width && place % across == across - 1);
     }
 
     // One of q, k and v (`part`), times a factor; unit: to unit length first, whose inverse lengths are kept
@@ -469,20 +433,9 @@ struct Cut {
                 block(count, q + r * w.dim, w.dim, w.dim, keys + c, padded,
                       Out{lines + c, padded, nullptr, nullptr, NONE, least(PANEL, padded - c)});
             for (int i = 0; i < count; ++i, lines += padded) {
-                vec most = spread(-INFINITY);
-                for (int c = 0; c < padded; c += LANES) {
-                    const vec logits = load(lines + c) + load(bias + (int64_t)(r + i) * padded + c);
-                    store(lines + c, logits);
-                    most = larger(most, logits);
-                }
-                const float top = largest(most);
-                vec sum = vec{};
-                for (int c = 0; c < padded; c += LANES) {
-                    const vec e = exponential(load(lines + c) - top);
-                    sum += e;
-                    store(lines + c, e);
-                }
-                const vec inverse = spread(1.0f / total(sum));
+                const float* beside = bias + (int64_t)(r + i) * padded;
+                const float inverse =
+                    exponentials(lines, padded, [=](int c, vec logits) { return logits + load(beside + c); });
                 for (int c = 0; c < padded; c += LANES) store(lines + c, load(lines + c) * inverse);
             }
         }
@@ -496,7 +449,7 @@ struct Cut {
         gather(from, head, 1, 1.0f, k, w.factors ? lengths + padded : nullptr);
         gather(from, head, 2, 1.0f, v, nullptr);
         turned(k, keys);
-        attend(w.bias + ((int64_t)kind(place) * w.heads + head) * area * padded);
+        attend(w.bias + ((int64_t)partition.kind(place) * w.heads + head) * area * padded);
     }
 
     // to (rows, columns) = a @ b, b (depth, columns); TURNED: a is (depth, rows)
@@ -512,10 +465,8 @@ struct Cut {
 
 template <typename S>
 static void window_forward(const Window& w, int threads) {
-    const Cut<S> all(w);
-    const int places = all.down * all.across;
-    int32_t* table = (int32_t*)kept_shared.get((int64_t)places * all.area * sizeof(int32_t));
-    all.tabulate(table);
+    const int places = w.partition().places();
+    const int32_t* table = tabulate(w.partition());
 #pragma omp parallel num_threads(threads)
     {
         Cut<S> cut(w);
@@ -539,10 +490,8 @@ static void window_forward(const Window& w, int threads) {
 
 template <typename S>
 static void window_backward(const Window& w, const WindowGradient& g, int threads) {
-    const Cut<S> all(w);
-    const int places = all.down * all.across;
-    int32_t* table = (int32_t*)kept_shared.get((int64_t)places * all.area * sizeof(int32_t));
-    all.tabulate(table);
+    const int places = w.partition().places();
+    const int32_t* table = tabulate(w.partition());
 #pragma omp parallel num_threads(threads)
     {
         Cut<S> cut(w);

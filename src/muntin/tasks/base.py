@@ -18,6 +18,10 @@ MEMORY = 0.98  # of the running mean of the loss, per step
 LEAST_SPIKE = 1.0  # losses below are no spikes, however small the mean
 
 
+class Diverged(UserError):
+    """Too many steps had to be skipped: the settings are what is wrong."""
+
+
 class Task(lightning.LightningModule):
     """A model in training. Sub-classes give `training_loss` and validation.
 
@@ -114,9 +118,9 @@ class Task(lightning.LightningModule):
         self.typical.lerp_(loss, weight)
 
     def refuse_skips(self, epoch_done: bool = False) -> None:
-        """Raises `UserError` where so many steps in a row, or half of an epoch, were skipped: that is no accident."""
+        """Raises `Diverged` where so many steps in a row, or half of an epoch, were skipped: that is no accident."""
         if self.in_a_row >= self.settings.max_skips or (epoch_done and 2 * self.loss_count < self.steps_per_epoch):
-            raise UserError(
+            raise Diverged(
                 f"{int(self.in_a_row)} training steps in a row had a loss or a gradient that is not finite, or a loss "
                 f"of more than {self.settings.spike:g} times the usual {float(self.typical):.3g}, and were skipped; "
                 f"lower the learning rate (--set lr={self.settings.lr / 4:g}), lengthen the warm-up (--set "

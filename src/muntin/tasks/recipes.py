@@ -8,9 +8,10 @@ from muntin.errors import UserError, nearest
 
 
 def recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by name."""
+    """The recipes that come with the package, by name; sweeps apart (`muntin.tasks.sweep`)."""
     folder = Path(str(resources.files("muntin"))) / "recipes"
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    return {name: path for name, path in found.items() if not name.startswith("sweeps/")}
 
 
 def read_recipe(name: str) -> dict[str, Any]:

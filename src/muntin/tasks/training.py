@@ -50,7 +50,7 @@ def train(
     Raises `UserError` for bad input, before anything is written; `Interrupted` when a signal stopped it.
     """
     told = _told(recipe, config, settings)
-    chosen = _chosen(told)
+    chosen = _chosen(told, recipe)
     folder = Path(out) if out is not None else Path("runs") / _run_name(chosen)
     begun = (folder / "config.yaml").exists()
     if resume and begun:
@@ -72,7 +72,7 @@ def resolved(
     """Every setting that `train` would use, with the model's configuration, as flat plain values; the precision stays
     "auto" where the machine decides it.
     """
-    chosen = _with_defaults(_chosen(_told(recipe, config, settings)))
+    chosen = _with_defaults(_chosen(_told(recipe, config, settings), recipe))
     model = _build(chosen, num_classes=2, meta=True)
     return replace(chosen, model=model.name, model_config=asdict(model.config)).flat()
 
@@ -84,9 +84,10 @@ def _told(recipe: str | None, config: str | os.PathLike[str] | None, settings: M
     return _absolute(from_recipe | (read_config(os.fspath(config)) if config is not None else {}) | given)
 
 
-def _chosen(told: Mapping[str, Any]) -> Settings:
-    usual = read_recipe("digits") if told.get("data", Settings.data) == "digits" else {}
-    return settings_from(usual, told)
+def _chosen(told: Mapping[str, Any], recipe: str | None) -> Settings:
+    """The settings told, over those of the digits where these are the data and no recipe is named."""
+    usual = recipe is None and told.get("data", Settings.data) == "digits"
+    return settings_from(read_recipe("digits") if usual else {}, told)
 
 
 def _absolute(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +134,8 @@ def _train(folder: Path, settings: Settings, resume: bool, report: Callable[[str
     settings = _with_defaults(settings)
     torch.manual_seed(settings.seed)
     name = _model_name(settings)
-    _build(settings, num_classes=2, meta=True)  # refuses a wrong configuration before reading any image
+    # Refuses a wrong configuration before reading any image.
+    _refuse_second_head(name, _build(settings, num_classes=2, meta=True))
     _writable(folder)
     splits, preprocessing = _data(folder, settings, resume)
     begun = (folder / "checkpoints" / "last.ckpt").exists()
@@ -188,12 +190,15 @@ def _build(settings: Settings, num_classes: int, meta: bool = False) -> Any:
         weights = False
     with torch.device("meta") if meta else contextlib.nullcontext():
         model = muntin.create_model(name, num_classes, weights, settings.drop_path or 0.0, **config)
+    return model
+
+
+def _refuse_second_head(name: str, model: Any) -> None:
     if second := [name for name, _ in model.head.named_children() if name.startswith("fc_")]:
         raise UserError(
             f"{name} with a second head ({', '.join(second)}) learns from a teacher's labels, and "
             "these are images with a class each: leave out the setting that adds the head, or train in your own loop"
         )
-    return model
 
 
 def _data(folder: Path, settings: Settings, resume: bool) -> tuple[Splits, dict[str, Any]]:

@@ -1,0 +1,294 @@
+"""Recipes: what they resolve to against the published tables, and two steps of each on synthetic images."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import muntin
+from muntin.cli import main
+from muntin.data.augment import Photographs
+from muntin.data.datasets import Images, Splits
+from muntin.data.loading import EpochBatches
+from muntin.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from muntin.errors import UserError
+from muntin.models import FAMILIES, list_models
+from muntin.tasks import fitting
+from muntin.tasks.base import Task, frozen
+from muntin.tasks.classification import Classification
+from muntin.tasks.fitting import augmentation
+from muntin.tasks.optimizer import clip_gradients, decays, groups, layers, rate
+from muntin.tasks.recipes import read_recipe, recipes
+from muntin.tasks.settings import Settings, settings_from
+from muntin.tasks.training import resolved
+
+IN1K = sorted(name.removeprefix("in1k/") for name in recipes() if name.startswith("in1k/"))
+COMMON = {
+    "label_smoothing": 0.1,
+    "randaugment": "rand-m9-mstd0.5-inc1",
+    "color_jitter": 0.4,
+    "erasing": 0.25,
+    "augment": "photographs",
+    "weights": "",
+    "layer_decay": 1.0,
+    "accumulate": 1,
+    "freeze": 0,
+}
+MIXED = {"mixup": 0.8, "cutmix": 1.0}
+# The published table (Swin section 4.1; EfficientViT and RMT: their released training settings).
+FAMILY: dict[str, dict[str, Any]] = {
+    "swin": MIXED | {"epochs": 300, "weight_decay": 0.05, "warmup": 20.0, "clip": 5.0, "agc": 0.0, "repeats": 1}
+    | {"ema_decay": 0.0, "warmup_lr": 5e-7, "floor_lr": 5e-6},
+    "efficientvit": MIXED | {"epochs": 300, "weight_decay": 0.025, "warmup": 5.0, "clip": 0.0, "agc": 0.02}
+    | {"repeats": 3, "ema_decay": 0.99996, "ema_batch": 0, "warmup_lr": 1e-6, "floor_lr": 1e-5},
+    "rmt": MIXED | {"epochs": 300, "weight_decay": 0.05, "warmup": 5.0, "clip": 0.0, "agc": 0.0, "repeats": 3}
+    | {"ema_decay": 0.99996, "ema_batch": 512, "warmup_lr": 1e-6, "floor_lr": 1e-5},
+}  # fmt: skip
+PEAKS = {  # at batch 512, 1024, 2048
+    "swin": (5e-4, 1e-3, 2e-3),
+    "efficientvit": (1e-3, 2e-3, 4e-3),
+    "rmt": (5e-4, 1e-3, 2e-3),
+}
+BATCH = {"swin": 1024, "efficientvit": 2048, "rmt": 2048}
+DROP_PATH = {"t": 0.2, "s": 0.3, "b": 0.5, "l": 0.2}
+
+
+def family_of(name: str) -> str:
+    return next(family for family in ("efficientvit", "rmt", "swin") if name.startswith(family))
+
+
+def of_recipe(name: str, **settings: Any) -> Settings:
+    return settings_from(read_recipe(name), settings)
+
+
+def test_there_is_a_recipe_for_every_published_model() -> None:
+    assert {name for name in list_models() if name != "swin_free_digits"} <= set(IN1K)
+
+
+@pytest.mark.parametrize("name", [name for name in IN1K if not name.endswith(("384", "512"))])
+def test_recipes_are_what_the_papers_state(name: str) -> None:
+    family = family_of(name)
+    wanted = COMMON | FAMILY[family] | {"batch_size": BATCH[family]}
+    if name.endswith("_1000_distilled"):
+        wanted |= {"epochs": 1000, "teacher": "timm:regnety_160", "distill_alpha": 0.5, "distill_tau": 1.0}
+        wanted |= {"model.distilled": True}
+    if name.endswith("_token_label"):
+        wanted |= {"epochs": 310, "mixup": 0.0, "cutmix": 0.0, "repeats": 1, "token_weight": 0.5, "mix_token": True}
+        wanted |= {"drop_path": 0.1}
+    found = resolved(f"in1k/{name}")
+    assert {key: found[key] for key in wanted} == wanted
+    assert found["size"] == (256 if name.startswith("swinv2") else 224)
+    assert name.startswith(found["model"])
+    if family == "swin":
+        assert found["drop_path"] == (0.1 if name == "swinv2_l" else DROP_PATH[name.replace("_free", "").split("_")[1]])
+    elif family == "efficientvit":
+        assert found["drop_path"] == 0.0
+    for batch, peak in zip((512, 1024, 2048), PEAKS[family], strict=True):
+        assert of_recipe(f"in1k/{name}", batch_size=batch).peak() == pytest.approx(peak)
+
+
+@pytest.mark.parametrize(("name", "drop_path"), [("rmt_t", 0.1), ("rmt_s", 0.15), ("rmt_b", 0.4), ("rmt_l", 0.5)])
+def test_the_average_of_rmt_and_its_drop_path(name: str, drop_path: float) -> None:
+    assert resolved(f"in1k/{name}")["drop_path"] == drop_path
+    assert of_recipe(f"in1k/{name}").average_decay() == pytest.approx(0.99984, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "wanted"),
+    [  # step 0, the end of the warm-up, half of the cosine, the last step; 10 steps an epoch
+        ("in1k/swin_t", 10, {0: 5e-7, 100: 5e-7 + (1e-3 - 5e-7) / 2, 200: 1e-3, 1600: (1e-3 + 5e-6) / 2, 3000: 5e-6}),
+        ("in1k/efficientvit_m0", 10, {0: 1e-6, 50: 4e-3, 1525: (4e-3 + 1e-5) / 2, 3000: 1e-5}),
+        ("in1k/rmt_s", 10, {0: 1e-6, 50: 2e-3, 1525: (2e-3 + 1e-5) / 2, 3000: 1e-5}),
+        ("in1k/efficientvit_m0_1000_distilled", 10, {0: 1e-6, 50: 4e-3, 10000: 1e-5}),
+        ("in1k/rmt_l_token_label", 10, {0: 1e-6, 50: 2e-3, 1575: (2e-3 + 1e-5) / 2, 3100: 1e-5}),
+    ],
+)
+def test_the_schedule_of_a_recipe(name: str, steps: int, wanted: dict[int, float]) -> None:
+    settings = of_recipe(name)
+    for step, value in wanted.items():
+        assert settings.peak() * rate(step, settings, steps) == pytest.approx(value, rel=1e-9), step
+    last = settings.peak() * rate(settings.epochs * steps - 1, settings, steps)
+    assert settings.floor_lr is not None and settings.floor_lr < last < 1.001 * settings.floor_lr
+
+
+@pytest.mark.parametrize("name", ["swin_t", "swinv2_t", "swin_free_t_br", "efficientvit_m0", "rmt_t", "rmt_b"])
+def test_the_decay_group_of_every_parameter_by_name(name: str) -> None:
+    with torch.device("meta"):
+        model = muntin.create_model(name)
+    settings = of_recipe(f"in1k/{name}")
+    found = {n: group["weight_decay"] for group in groups(model, settings) for n in group["names"]}  # type: ignore
+    free = ("bias", "bias_table", "logit_scale", "position.fc1.weight", "position.fc2.weight")
+    for module_name, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            key = f"{module_name}.{own}"
+            norm = isinstance(module, (nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d))
+            wanted = 0.0 if norm or key.endswith(free) else settings.weight_decay
+            assert found.pop(key) == wanted, key
+            if key.endswith(("gamma1", "gamma2", "scale1", "scale2")):
+                assert parameter.shape[:3] == (1, 1, 1) and wanted  # RMT's layer scales decay
+    assert not found
+
+
+def test_the_augmentation_of_the_recipes_is_timms() -> None:
+    preprocessing = {"size": (224, 224), "resize": 256, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    made = augmentation(of_recipe("in1k/swin_t"), preprocessing | {"interpolation": "bicubic", "channels": "RGB"})
+    assert isinstance(made, Photographs)
+    text = repr(made)
+    for part in ("RandomResizedCrop", "scale=(0.08, 1.0)", "bicubic", "RandomHorizontalFlip(p=0.5)", "RandAugment(n=2"):
+        assert part in text, part
+    for operation in ("AutoContrast", "PosterizeIncreasing", "SolarizeAdd", "ShearX", "TranslateYRel"):
+        assert f"name={operation}, p=0.5, m=9, mstd=0.5" in text, operation
+
+
+def test_layers_learn_more_slowly_from_the_head_down() -> None:
+    model = muntin.create_model("swin_t", 3, dim=8, depths=(2, 1), heads=(1, 2), window=4)
+    places = layers(model)
+    assert places["backbone.stem.proj.weight"] == 0
+    assert places["backbone.stages.0.blocks.1.mlp.fc1.weight"] == 2
+    assert places["backbone.stages.1.blocks.0.mlp.fc1.weight"] == places["backbone.stages.1.merge.norm.weight"] == 3
+    assert places["head.fc.weight"] == 4
+    found: Any = groups(model, Settings(lr=0.1, layer_decay=0.5))
+    scales = {name: group["lr"] for group in found for name in group["names"]}
+    assert scales == {name: pytest.approx(0.1 * 0.5 ** (4 - place)) for name, place in places.items()}
+
+
+def test_frozen_stages_keep_weights_and_statistics() -> None:
+    model = muntin.create_model("efficientvit_m0", 3)
+    task = Classification(model, Settings(freeze=2, ema_decay=0.0), 10, 3)
+    parts = frozen(model, 2)
+    assert [*parts] == [model.backbone.stem, model.backbone.stages[0], model.backbone.stages[1]]
+    trained = {name for group in groups(model, task.settings) for name in group["names"]}  # type: ignore
+    wanted = ("backbone.stages.2.", "head.")
+    assert trained == {name for name, _ in model.named_parameters() if name.startswith(wanted)}
+    model.train()
+    task.on_train_epoch_start()
+    norms = [(name, m.training) for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(training == name.startswith(wanted) for name, training in norms)
+    with pytest.raises(UserError, match=r"freeze=5: the model has 3 stages"):
+        Classification(model, Settings(freeze=5), 10, 3)
+
+
+def test_adaptive_clipping_by_hand() -> None:
+    """A row's gradient is no longer than agc times its weights' norm; the last layer is left alone (Brock, eq. 3)."""
+    model = nn.ModuleDict({"body": nn.Linear(4, 3), "head": nn.Linear(3, 2)})
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}  # type: ignore
+    norm = clip_gradients(model, Settings(clip=0.0, agc=0.02))
+    assert norm == pytest.approx(torch.cat([g.flatten() for g in before.values()]).norm().item())
+    weight: Any = model["body"].weight
+    for row, gradient, was in zip(weight.detach(), weight.grad, before["body.weight"], strict=True):
+        limit = 0.02 * row.norm().clamp(min=1e-3)
+        torch.testing.assert_close(gradient, was * min(1.0, float(limit / was.norm())))
+    assert torch.equal(model["head"].weight.grad, before["head.weight"])  # type: ignore
+
+
+def test_repeated_augmentation_gives_each_image_several_times_in_a_row() -> None:
+    batches = EpochBatches(60, 12, seed=1, repeats=3)
+    batches.set_epoch(2)
+    found = [item for batch in batches for item in batch]
+    assert len(found) == 60  # as many as without
+    for first in range(0, 60, 3):
+        assert {position for _, position in found[first : first + 3]} == {found[first][1]}
+        assert [epoch for epoch, _ in found[first : first + 3]] == [6, 7, 8]  # other augmentations each time
+    assert len({position for _, position in found}) == 20
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_a_step_has_the_same_images_however_it_is_divided(repeats: int) -> None:
+    whole = EpochBatches(50, 24, seed=1, repeats=repeats)
+    for parts, processes in ((2, 1), (1, 2), (3, 4)):
+        shares = [
+            EpochBatches(50, 24, seed=1, repeats=repeats, parts=parts, share=(rank, processes))
+            for rank in range(processes)
+        ]
+        for share in shares:
+            assert len(share) == len(whole) * parts
+        pieces = list(zip(*shares, strict=True))
+        steps = [pieces[first : first + parts] for first in range(0, len(pieces), parts)]
+        found = [[item for piece in step for share in piece for item in share] for step in steps]
+        assert found == list(whole)
+    with pytest.raises(UserError, match=r"7 images cannot be shared out over 4 processes in 2 parts"):
+        EpochBatches(7, 24, seed=1, parts=2, share=(0, 4))
+
+
+def synthetic(count: int) -> Images:
+    pictures = [Image.effect_noise((72, 64), 90).convert("RGB") for _ in range(count)]
+    return Images(list(range(count)), [i % 2 for i in range(count)], ["a", "b"], lambda position: pictures[position])
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(recipes()) if not name.startswith("sweep/")])
+def test_every_recipe_takes_two_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the family's tiny configuration, and what the recipe says of the model's where that is no size."""
+    values = read_recipe(name)
+    found: Any = of_recipe(name)
+    config = {k: v for k, v in found.model_config.items() if not isinstance(v, tuple)}
+    label = found.model or "swin_t"
+    family = next((f for f in FAMILIES if label in f.VARIANTS), None)
+    assert family is not None, label
+    if name == "digits":
+        config = {}
+    tiny = replace(family.TINY, **config)
+    model = muntin.models.Classifier(
+        label, family.BACKBONE(tiny, out_indices=(-1,), drop_path=found.drop_path or 0.0), family.HEAD(tiny, 2), 2
+    )
+    if "teacher" in values or name.endswith("_token_label"):
+        pytest.skip("a teacher and label files are given in test_distillation.py and test_token_labels.py")
+    settings = replace(found, epochs=1, batch_size=6, size=64, precision="32", workers=0, weights="", save_minutes=99)
+    steps: list[float] = []
+    taken = Task.optimizer_step
+
+    def optimizer_step(self: Task, *args: Any, **kwargs: Any) -> None:
+        taken(self, *args, **kwargs)
+        steps.append(float(self.loss_sum))
+
+    monkeypatch.setattr(Task, "optimizer_step", optimizer_step)
+    preprocessing = {"size": (64, 64), "resize": 73, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    preprocessing |= {"interpolation": "bicubic", "channels": "RGB"}
+    before = [parameter.clone() for parameter in model.parameters()]
+    splits = Splits(synthetic(12), replace(synthetic(4), keys=["v0", "v1", "v2", "v3"]), None, False)
+    fitting.fit(tmp_path, settings, model, splits, preprocessing, lambda _: None)
+    assert len(steps) == 2 and steps[1] > steps[0] > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_print_config_shows_the_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--recipe", "in1k/rmt_s", "--set", "batch_size=1024", "--print-config"]) == 0
+    shown = capsys.readouterr().out
+    for line in (
+        "model: rmt_s",
+        "batch_size: 1024",
+        "repeats: 3",
+        "drop_path: 0.15",
+        "model.decay_range: [4, 4, 6, 6]",
+    ):
+        assert f"\n{line}\n" in shown
+    assert all(f"\n{name}:" in f"\n{shown}" for name in Settings().flat())
+
+
+def test_recipes_are_listed_and_near_names_offered(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--recipe", "list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n{name} " in f"\n{shown}" for name in recipes())
+    assert main(["train", "--recipe", "in1k/swin_tt"]) == 2
+    assert "there is no recipe 'in1k/swin_tt' (did you mean 'in1k/swin_t'" in capsys.readouterr().err
+
+
+def test_a_recipe_of_another_task_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("task: detect\n")
+    with pytest.raises(UserError, match="task='detect' is unknown.*valid are classify"):
+        resolved(config=tmp_path / "c.yaml")
+
+
+def test_both_ways_of_clipping_are_refused() -> None:
+    with pytest.raises(UserError, match=r"clip=5.0 and agc=0.02 both clip gradients"):
+        Settings(agc=0.02)
+
+
+def test_one_dimensional_parameters_never_decay() -> None:
+    assert not decays("any.weight", nn.Parameter(torch.ones(3)))
+    assert decays("any.weight", nn.Parameter(torch.ones(3, 1)))
