@@ -114,7 +114,9 @@ def timms(folder: str, training: bool, whole: bool) -> Loading:
         persistent_workers=False,
         pin_memory=False,
         device=torch.device("cpu"),
-        **({"auto_augment": POLICY, "re_prob": ERASING, "re_mode": "pixel"} if training else {}),
+        auto_augment=POLICY if training else None,
+        re_prob=ERASING if training else 0.0,
+        re_mode="pixel",
     )
     return lambda: (batch for batch, _ in loader)
 
