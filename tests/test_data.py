@@ -291,7 +291,7 @@ def test_a_photograph_is_decoded_at_no_larger_a_scale_than_the_crop_needs():
     photo.pixels = lambda eighths: shapes.append(pixels(eighths).shape[:2]) or pixels(eighths)
     for box, size in (((0, 0, 375, 375), 94), ((0, 0, 375, 375), 93), ((0, 0, 375, 375), 300), ((0, 0, 99, 9), 64)):
         cut(photo, box, (size, size))
-    assert shapes == [(141, 188), (94, 125), (329, 438), (375, 500)]
+    assert shapes == [(188, 250), (94, 125), (375, 500), (375, 500)]
 
 
 def test_turned_grey_and_cmyk_jpegs_show_what_pillow_shows(tmp_path):
@@ -335,6 +335,14 @@ def test_random_crops_follow_timms_law():
 
     expected = figures([(left, top, left + wide, top + tall) for top, left, tall, wide in theirs])
     assert figures(ours) == pytest.approx(expected, abs=0.025)
+
+
+def test_no_strength_of_the_policy_fails():
+    """timm asks Pillow to keep no bit of an image at the largest magnitudes, which recent versions refuse."""
+    augment = Photographs((16, 16), (0.5, 0.5, 0.5), "rand-m10-n15-inc1")
+    image = load_digits().open(3).resize((20, 20))
+    for index in range(20):
+        assert augment(image, (0, 0, index)).shape == (3, 16, 16)
 
 
 def test_dense_labels_learn_where_the_crop_was():

@@ -1,19 +1,26 @@
 """Tar shards: written by webdataset and by `muntin shard`, indexed, read at random, named where they are broken."""
 
+import http.server
 import io
 import json
 import tarfile
+import threading
+import time
 
 import numpy as np
 import pytest
+import torch
 import webdataset
 from PIL import Image
 
 from muntin.cli import main
+from muntin.data.augment import Plain
 from muntin.data.images import BadImage
+from muntin.data.loading import EpochBatches, TrainingSet, training_loader
 from muntin.data.pack import write_shards
 from muntin.data.shards import expand, index_shard, local_shards, part_of
 from muntin.data.sources import open_parts, open_splits, splits_from_json
+from muntin.data.transforms import Evaluate
 from muntin.errors import UserError
 
 
@@ -254,3 +261,154 @@ def test_a_class_without_training_images_is_named(tmp_path):
     webdataset_shards(tmp_path, {"train-0.tar": 2, "val-0.tar": 4})
     with pytest.raises(UserError, match="the class '2' has no images"):
         open_splits(str(tmp_path), 0, 16)
+
+
+# Over HTTP
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A folder over HTTP with Range; `cuts` answers end after so many bytes, `asked` lists what was asked for."""
+
+    daemon_threads = True
+
+    def __init__(self, folder):
+        self.folder, self.cuts, self.asked = folder, [], []
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.address = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def shards(self):
+        return [name for name, _ in self.asked if name.endswith(".tar")]
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        name = self.path.lstrip("/")
+        path = self.server.folder / name
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        self.server.asked.append((name, start))
+        if not path.is_file():
+            self.send_error(404)
+            return
+        data = path.read_bytes()
+        self.send_response(206 if start else 200)
+        self.send_header("ETag", '"1"')
+        self.send_header("Content-Length", str(len(data) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.end_headers()
+        cut = self.server.cuts.pop() if self.server.cuts and name.endswith(".tar") else None
+        self.wfile.write(data[start:][:cut])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setenv("MUNTIN_HOME", str(tmp_path / "home"))
+    (tmp_path / "served").mkdir()
+    server = Server(tmp_path / "served")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def served(server, parts=("train", "val"), count=12, per_shard=3):
+    folder = class_folder(server.folder.parent / "photos", {"a": count // 2, "b": count // 2}, parts)
+    server.folder.rmdir()
+    write_shards(str(folder), str(server.folder), per_shard=per_shard)
+    return local_shards(str(server.folder))
+
+
+def test_shards_over_http_are_the_local_ones(server):
+    local = served(server)
+    for data in (f"{server.address}/index.json", f"{server.address}/{{train,val}}-{{000000..000003}}.tar"):
+        remote = open_parts(data)
+        assert {name: len(part) for name, part in remote.items()} == {"train": 12, "val": 12}
+        for position in (11, 0, 5):
+            assert remote["val"].read(position).data == local["val"].read(position).data
+        assert remote["train"].keys == local["train"].keys and remote["train"].digest() == local["train"].digest()
+        assert remote["train"].classes == ["a", "b"]
+    assert server.shards().count("val-000003.tar") == 2  # once for each name of the data
+
+
+def test_shards_without_an_index_are_read_once(server):
+    local = served(server, ("",))
+    (server.folder / "index.json").unlink()
+    data = f"{server.address}/all-{{000000..000003}}.tar"
+    for _ in range(2):
+        assert open_parts(data)["all"].read(7).data == local["all"].read(7).data
+    assert len(server.shards()) == 4
+
+
+def test_broken_connections_are_continued_where_they_broke(server, monkeypatch):
+    local = served(server, ("",))
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    server.cuts = [1500, 1000]
+    assert open_parts(f"{server.address}/index.json")["all"].read(0).data == local["all"].read(0).data
+    starts = [start for name, start in server.asked if name == "all-000000.tar"]
+    assert starts == [0, 1000, 2500]
+
+
+def test_the_cache_is_bounded_and_an_epoch_fetches_every_shard_once(server, monkeypatch):
+    local = served(server, ("",), count=60, per_shard=5)
+    size = max(path.stat().st_size for path in server.folder.glob("*.tar"))
+    monkeypatch.setenv("MUNTIN_SHARD_CACHE_GB", str(4.5 * size / 1e9))
+    images = open_parts(f"{server.address}/index.json")["all"]
+    assert images.order.together == 2
+    monkeypatch.setattr(images.order, "fetch", lambda numbers: None)  # without what is fetched ahead, for the count
+    order = images.order(0, 0)
+    for position in order.tolist():
+        assert images.read(position).data == local["all"].read(position).data
+        (folder,) = (server.folder.parent / "home/data/shards").iterdir()
+        assert sum(path.stat().st_size for path in folder.glob("*.tar")) <= 4.5 * size
+    assert sorted(server.shards()) == [f"all-{i:06}.tar" for i in range(12)]
+
+
+def test_the_next_shards_are_fetched_in_the_background(server):
+    served(server, ("",))
+    images = open_parts(f"{server.address}/index.json")["all"]
+    images.order.ahead(images.order(0, 0))
+    deadline = time.monotonic() + 20
+    while len(server.shards()) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(server.shards()) == 4
+    for position in range(12):
+        images.read(position)
+    assert len(server.shards()) == 4
+
+
+def test_workers_read_remote_shards_in_the_same_order(server):
+    local = served(server, ("",))
+    remote = open_parts(f"{server.address}/index.json")["all"]
+    found = []
+    for workers in (0, 2):
+        data = TrainingSet(remote, Plain(Evaluate((8, 8), None).bytes), 0)
+        found.append(list(training_loader(data, EpochBatches(12, 4, 0, order=remote.order), workers)))
+    for (images, targets), (others, same) in zip(*found, strict=True):
+        assert torch.equal(images, others) and torch.equal(targets, same)
+    assert sorted(server.shards()) == [f"all-{i:06}.tar" for i in range(4)] and local["all"].order is None
+
+
+def test_what_a_server_does_not_have_is_named(server, monkeypatch):
+    served(server, ("",))
+    with pytest.raises(UserError, match=r"there is nothing at http://.*/other/index.json"):
+        open_parts(f"{server.address}/other/index.json")
+    (server.folder / "all-000001.tar").unlink()
+    images = open_parts(f"{server.address}/index.json")["all"]
+    data = TrainingSet(images, Plain(Evaluate((8, 8), None).bytes), 0)
+    with pytest.raises(UserError, match=r"all-000001.tar was refused with 404"):
+        list(training_loader(data, EpochBatches(12, 4, 0), 1))
+    monkeypatch.setenv("MUNTIN_SHARD_CACHE_GB", "0.000001")
+    with pytest.raises(UserError, match="do not fit a cache of 0.00 GB, which has to hold two"):
+        open_parts(f"{server.address}/index.json")
+
+
+def test_a_shard_of_another_size_than_in_the_index_is_refused(server):
+    served(server, ("",))
+    path = server.folder / "all-000002.tar"
+    path.write_bytes(path.read_bytes() + bytes(512))
+    images = open_parts(f"{server.address}/index.json")["all"]
+    with pytest.raises(UserError, match=r"all-000002.tar has another size than the \d+ bytes in its index"):
+        images.read(6)

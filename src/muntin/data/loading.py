@@ -24,7 +24,7 @@ Item = tuple[int, int]  # epoch, position
 
 
 Target = int | Tensor  # a class, or (K,) float with a 1 for each class that an image has
-Sample = tuple[Tensor, Target] | BadImage
+Sample = tuple[Tensor, Target] | UserError
 TRIES = 100  # other images, before it is said that none can be read
 
 
@@ -62,6 +62,8 @@ class TrainingSet(Dataset[Sample]):
                 if self.bad_files is None:
                     return error
                 self.bad_files.add(self.images.name(position), str(error))
+            except UserError as error:
+                return error
             if others is None:
                 others = np.random.default_rng((*seed, 1)).integers(len(self.images), size=TRIES)
             position = int(others[attempt])
@@ -89,7 +91,7 @@ class EvaluationSet(Dataset[Sample]):
         position = min(position, len(self.images) - 1)
         try:
             image, wanted = self.transform(self.images.read(position)), target(self.images, position)
-        except BadImage as error:
+        except UserError as error:
             return error
         return image, 0 * wanted - 1 if beyond else wanted
 
@@ -101,8 +103,8 @@ class EpochBatches:
     rank of this one and their number. So a step has the same images however it is divided. Steps are full: the last few
     images of an epoch wait for another order. A set smaller than one step is one step. With `repeats` each image comes
     so many times in a row, under an epoch number of its own each time, so that its augmentations differ, and an epoch
-    takes as many steps as without (repeated augmentation, Hoffer et al., 2020). order: which
-    images may follow which (by default any).
+    takes as many steps as without (repeated augmentation, Hoffer et al., 2020). `order` says which images may follow
+    which (by default any).
     """
 
     def __init__(
@@ -147,7 +149,8 @@ class EpochBatches:
         return self.count // self.batch_size * self.parts
 
     def __iter__(self) -> Iterator[list[Item]]:
-        order = self.order(self.seed, self.epoch)[: -(-self.count // self.repeats)].repeat(self.repeats)
+        order = self.order(self.seed, self.epoch)
+        order = order[: -(-self.count // self.repeats)].repeat(self.repeats)
         piece = self.batch_size // (self.parts * self.processes)
         for number in range(self.start, len(self)):
             first = (number * self.processes + self.rank) * piece
@@ -159,11 +162,11 @@ class EpochBatches:
 
 
 class Loader(DataLoader[Sample]):
-    """A DataLoader that raises a worker's `BadImage` as it is: torch would bury it in the worker's traceback."""
+    """A DataLoader that raises a worker's `UserError` as it is: torch would bury it in the worker's traceback."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         for batch in super().__iter__():
-            if isinstance(batch, BadImage):
+            if isinstance(batch, UserError):
                 raise batch
             yield batch
 
@@ -194,14 +197,14 @@ def evaluation_loader(data: EvaluationSet, batch_size: int, workers: int) -> Loa
     )
 
 
-def collate(items: list[Sample]) -> tuple[Tensor, Tensor] | BadImage:
+def collate(items: list[Sample]) -> tuple[Tensor, Tensor] | UserError:
     """(B, 3, H, W) images, in memory as their channels lie in the items, and (B,) or (B, K) targets.
 
     Decoded images lie pixel by pixel: stacked like that they are copied whole, several times faster than by channel.
     """
     images, targets = [], []
     for item in items:
-        if isinstance(item, BadImage):
+        if isinstance(item, UserError):
             return item
         images.append(item[0])
         targets.append(item[1])

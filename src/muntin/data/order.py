@@ -43,7 +43,7 @@ class ShardsShuffled:
     def __init__(self, shards: np.ndarray, together: int, fetch: Callable[[list[int]], None]) -> None:
         self.shards = shards
         self.together = together
-        self.near = 2 * together * -(-len(shards) // len(np.unique(shards)))  # images of two groups of usual shards
+        self.near = together * -(-len(shards) // max(len(np.unique(shards)), 1))  # images of a group of usual shards
         self.fetch = fetch
 
     def __call__(self, seed: int, epoch: int) -> np.ndarray:

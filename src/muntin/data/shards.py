@@ -29,6 +29,7 @@ INDEX = "index.json"
 CLASSES = "classes.json"
 VERSION = 1
 LABELS = ("label", "cls", "class", "labels")  # of a sample's .json
+ATTEMPTS = 3  # to open a shard: another process may remove it from the cache after it was fetched
 _PART = re.compile(r"(?:^|[-_./])(train|val|validation|test)(?=[-_./0-9]|$)")
 
 Raw = int | str | list[int | str]  # a label as a shard has it
@@ -273,7 +274,7 @@ def _part(
     def read(position: int) -> Encoded:
         shard = int(which[position])
         name = f"{folders[shard]}{keys[position]}{suffixes[position]}"
-        return Encoded(read_at(path_of(shard), int(offsets[position]), int(sizes[position]), name), name)
+        return Encoded(_read(path_of, shard, int(offsets[position]), int(sizes[position]), name), name)
 
     return Images(keys, labels, classes, read, order(which) if order is not None else None)
 
@@ -295,16 +296,22 @@ def _index(raw: Any, name: str, classes: list[str], numbers: dict[str, int]) -> 
     )
 
 
-def read_at(path: Path, offset: int, size: int, name: str) -> bytes:
-    """So many bytes of a file. Raises `BadImage` naming the sample where they cannot be read."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
+def _read(path_of: Callable[[int], Path], shard: int, offset: int, size: int, name: str) -> bytes:
+    """So many bytes of a shard. Raises `BadImage` naming the sample where they cannot be read."""
+    for attempt in range(ATTEMPTS):
+        path = path_of(shard)
         try:
-            data = os.pread(handle, size, offset)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        raise BadImage(f"{name} cannot be read ({error.strerror}: {path}); copy the shard again") from error
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                data = os.pread(handle, size, offset)
+            finally:
+                os.close(handle)
+            break
+        except FileNotFoundError as error:
+            if attempt == ATTEMPTS - 1:
+                raise BadImage(f"{name} cannot be read ({error.strerror}: {path}); put the shard back") from error
+        except OSError as error:
+            raise BadImage(f"{name} cannot be read ({error.strerror}: {path}); copy the shard again") from error
     if len(data) != size:
         raise BadImage(f"{name} is cut short ({path} has {len(data)} of its {size} bytes); copy the shard again")
     if not size:

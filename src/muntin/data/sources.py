@@ -50,6 +50,14 @@ def absolute(data: str) -> str:
     return data if is_address(data) else os.path.abspath(data)
 
 
+def short_name(data: str) -> str:
+    """What a run on these data is called by default: the last folder, or torchvision's name."""
+    if data.startswith("torchvision:"):
+        return data.split(":")[1].lower()
+    path = Path(data)
+    return (path.parent if path.suffix in (".tar", ".parquet", ".csv", ".json") else path).name
+
+
 def open_parts(data: str) -> dict[str, Images]:
     """The labelled images that `data` names, by part: "train", "val" and "test" as far as it has them, or "all".
 

@@ -12,7 +12,7 @@ import torch
 import muntin
 from muntin.data.check import BadFiles
 from muntin.data.datasets import Splits, write_held_out
-from muntin.data.sources import absolute, open_splits, splits_from_json
+from muntin.data.sources import absolute, open_splits, short_name, splits_from_json
 from muntin.data.transforms import CROP, IMAGENET_MEAN, IMAGENET_STD
 from muntin.errors import UserError
 from muntin.models import published
@@ -112,7 +112,7 @@ def _metrics(folder: Path) -> dict[str, Any]:
 
 
 def _run_name(settings: Settings) -> str:
-    return f"{Path(settings.data).name}-{_model_name(settings)}"
+    return f"{short_name(settings.data)}-{_model_name(settings)}"
 
 
 def _model_name(settings: Settings) -> str:
@@ -227,9 +227,8 @@ def _data(folder: Path, settings: Settings, resume: bool) -> tuple[Splits, dict[
         stored = read_json(folder / "split.json")
         preprocessing = stored["preprocessing"]
         return splits_from_json(settings.data, stored, preprocessing["resize"] is None), preprocessing
-    splits = open_splits(
-        settings.data, settings.seed, settings.size, settings.on_bad_image, BadFiles(folder / "bad_files.csv")
-    )
+    bad_files = BadFiles(folder / "bad_files.csv")
+    splits = open_splits(settings.data, settings.seed, settings.size, settings.on_bad_image, bad_files)
     preprocessing = {
         "size": [settings.size, settings.size],
         "resize": None if splits.plain_resize else round(settings.size / CROP),

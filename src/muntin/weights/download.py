@@ -166,6 +166,7 @@ def fetch(
     timeout: float = 30.0,
     attempts: int = 4,
     wait: float = 1.0,
+    shown: bool = True,
 ) -> Path:
     """The file at an address, downloaded into `folder` (default: `cache_folder()`) unless it is there.
 
@@ -174,8 +175,10 @@ def fetch(
     none is given, what Hugging Face's hub states is checked.
     timeout: seconds without a byte after which a connection counts as broken. attempts: tries in a row that bring
     nothing new, `wait` seconds apart, doubled each time; what a broken try has brought is kept and continued.
+    shown: with a bar in a terminal.
 
-    Raises UserError that says which file to fetch by other means and where to put it.
+    Raises UserError that says which file to fetch by other means and where to put it; `Absent` where the server has
+    none.
     """
     address, _, fragment = address.partition("#")
     sha256 = (sha256 or fragment.removeprefix("sha256=")).lower()
@@ -197,7 +200,7 @@ def fetch(
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path) as part:
             if part is not None:
-                stated = _download(_Transfer(address, path, timeout), part, attempts, wait)
+                stated = _download(_Transfer(address, path, timeout, shown), part, attempts, wait)
                 sha256 = sha256 or stated
                 part.flush()
                 os.fsync(part.fileno())
@@ -265,6 +268,11 @@ class _Transfer:
     address: str
     path: Path
     timeout: float
+    shown: bool
+
+
+class Absent(UserError):
+    """There is no such file on the server."""
 
 
 class _Broken(Exception):
@@ -323,7 +331,7 @@ def _attempt(transfer: _Transfer, part: IO[bytes]) -> str:
             raise _Broken("the part did not fit the file") from error
         if error.code in _AGAIN:
             raise _Broken(f"{error.code} {error.reason}") from error
-        raise UserError(
+        raise (Absent if error.code in (404, 410) else UserError)(
             f"{transfer.address} was refused with {error.code} {error.reason}: check the address, or "
             f"{_by_hand(transfer.address, transfer.path)}"
         ) from error
@@ -354,7 +362,7 @@ def _receive(transfer: _Transfer, answer: Any, part: IO[bytes], start: int) -> N
     length = answer.headers.get("Content-Length")
     total = None if length is None else start + int(length)
     part.seek(0, os.SEEK_END)
-    with _bar(transfer.path.name, total, start) as advance:
+    with _bar(transfer, total, start) as advance:
         while chunk := _read(answer):
             part.write(chunk)
             advance(len(chunk))
@@ -385,15 +393,16 @@ def _write_validator(path: Path, value: str) -> None:
 
 
 @contextlib.contextmanager
-def _bar(name: str, total: int | None, start: int) -> Iterator[Any]:
+def _bar(transfer: _Transfer, total: int | None, start: int) -> Iterator[Any]:
     """A function that moves a bar on stderr, where that is a terminal and tqdm is installed."""
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:
         yield lambda count: None
         return
-    shown = sys.stderr.isatty()
-    with tqdm(desc=name, total=total, initial=start, unit="B", unit_scale=True, disable=not shown, leave=False) as bar:
+    hidden = not (transfer.shown and sys.stderr.isatty())
+    name = transfer.path.name
+    with tqdm(desc=name, total=total, initial=start, unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
         yield bar.update
 
 
