@@ -206,6 +206,7 @@ def _describe_train(parser: Any) -> None:
     parser.add_argument("--size", help="side of the model's input in pixels")
     parser.add_argument("--seed", help="of the split, the weights, the order and the augmentation (default: 0)")
     parser.add_argument("--resume", action="store_true", help="continue a stopped run where it was, to the bit")
+    parser.add_argument("--force", action="store_true", help="resume with settings other than it had, where possible")
     parser.add_argument("--recipe", help='settings that come with Muntin, as in in1k/swin_t; "list" shows all')
     parser.add_argument("--config", help="a YAML file of settings, such as another run's config.yaml")
     parser.add_argument("--deterministic", action="store_true", help="only algorithms that repeat to the bit")
@@ -238,7 +239,7 @@ def _train(args: Any) -> int:
 
     from muntin.tasks import train
 
-    train(args.out, resume=args.resume, recipe=args.recipe, config=args.config, **settings)
+    train(args.out, resume=args.resume, force=args.force, recipe=args.recipe, config=args.config, **settings)
     return 0
 
 
