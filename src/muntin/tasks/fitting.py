@@ -82,6 +82,7 @@ def fit(
         batches.begin(start.step)
         report(f"resuming after step {start.step} (epoch {batches.epoch + 1}, batch {batches.start})")
     steps_per_epoch = len(batches) // settings.accumulate
+    evaluated = max(2 * settings.batch_size // settings.accumulate, 1)  # at once: without gradients they take less
     prepare = Prepare(preprocessing["mean"], preprocessing["std"])
     task = Classification(model, settings, steps_per_epoch, len(splits.train.classes), prepare)
     bad_files = BadFiles(folder / "bad_files.csv") if settings.on_bad_image == "skip" else None
@@ -93,7 +94,7 @@ def fit(
             trainer.fit(
                 task,
                 training_loader(training, batches, workers),
-                evaluation_loader(validation, min(2 * settings.batch_size, len(splits.val)), workers),
+                evaluation_loader(validation, min(evaluated, len(splits.val)), workers),
                 ckpt_path=start.path if start else None,
                 weights_only=True,
             )

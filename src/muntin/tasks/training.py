@@ -125,8 +125,7 @@ def _resume(folder: Path, told: Mapping[str, Any], force: bool, report: Callable
     if wanted.precision == "auto":  # decided when the run began
         wanted = replace(wanted, precision=stored.precision)
     changes = changed(stored, wanted)
-    finished = "test_accuracy" in (metrics := _metrics(folder))
-    if finished and not (changes and wanted.epochs > stored.epochs):
+    if "test_accuracy" in _metrics(folder) and not (changes and wanted.epochs > stored.epochs):
         refuse_changes(changes, folder, stored.epochs, force)
         report(f"{folder} is finished; nothing to resume. See it with: muntin report {folder}")
         return Run.open(folder)
@@ -137,8 +136,6 @@ def _resume(folder: Path, told: Mapping[str, Any], force: bool, report: Callable
     refuse_changes(changes, folder, start.epochs, force)
     for name, (before, now) in changes.items():
         report(f"{name}: {before} until step {start.step}, {now} from there on")
-    if finished:
-        write_json(folder / "metrics.json", {k: v for k, v in metrics.items() if k != "test_accuracy"})
     return _train(folder, wanted, report, start, keep_split=True, replays=not changes)
 
 
@@ -170,6 +167,7 @@ def _train(
     if start:
         freeze(model, settings.freeze)
         refuse_other_groups(start, model, settings)
+        _unfinish(folder)
     settings = replace(settings, model=name, model_config=asdict(model.config))
     if not keep_split:
         write_json(folder / "split.json", splits.json() | {"preprocessing": preprocessing})
@@ -187,6 +185,14 @@ def _train(
     with threads(settings.threads):
         fitted = fit(folder, settings, model, replace(splits, test=None), preprocessing, report, start, replays)
     return _finish(folder, settings, splits, preprocessing, fitted, report)
+
+
+def _unfinish(folder: Path) -> None:
+    """A run that goes on after its end has no result until it is there again."""
+    metrics = _metrics(folder)
+    if "test_accuracy" in metrics:
+        del metrics["test_accuracy"]
+        write_json(folder / "metrics.json", metrics)
 
 
 def _writable(folder: Path) -> None:
