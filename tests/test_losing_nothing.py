@@ -149,7 +149,9 @@ import os, signal
 from pathlib import Path
 from muntin.tasks import training
 from muntin.tasks.base import Task
+from muntin.tasks.callbacks import Progress
 
+Progress.EVERY = 2  # steps between two points of TensorBoard's curves
 training.measure_latency = lambda run: None
 step_of_task, replace, done = Task.training_step, os.replace, [""]
 
@@ -211,17 +213,14 @@ def test_killed_between_the_write_and_the_rename_of_a_save(server, data, whole, 
     folder = tmp_path / "run"
     for name, goes_on in (
         ("config.yaml", None),
+        ("best.ckpt after step 5", 4),
         ("last.ckpt after step 7", 6),
-        ("best.ckpt after step 10", 9),
         ("model.safetensors", 15),
     ):
-        assert f"writing {name}" in whole[1] or name.startswith("best")
+        assert f"writing {name}" in whole[1]
         done = server.run(command(data, folder), f"KILL = {name!r}\n" + WATCHED)
-        if done.returncode == 0 and name.startswith("best"):
-            pytest.fail("no best epoch at step 10")
         assert done.returncode == -signal.SIGKILL, done.stderr
-        left = [path for path in folder.rglob(".*.tmp*")]
-        assert len(left) == 1  # what was written and had no name yet
+        assert len(list(folder.rglob(".*.tmp*"))) == 1  # what was written and had no name yet
         found = latest(folder, pytest.fail)
         assert (found[1]["global_step"] if found else None) == goes_on
     done = server.run(command(data, folder), "KILL = None\n" + WATCHED)
@@ -362,8 +361,7 @@ def test_best_weights_that_are_damaged_are_chosen_again(crashed):
 
 
 def test_best_weights_that_are_damaged_come_from_the_checkpoint_of_their_epoch(crashed, reference):
-    if reference.metrics["best_epoch"] != 3:
-        pytest.fail("the last epoch is to be the best here")
+    assert reference.metrics["best_epoch"] == 3
     train(crashed, resume=True, report=silent)
     wanted = (crashed / "model.safetensors").read_bytes()
     for name in ("model.safetensors", "metrics.json"):
@@ -549,7 +547,6 @@ def test_float16_survives_an_overflow_and_resumes_with_its_scale(data, tmp_path,
         start(self, batch, batch_idx)
 
     def overflow(step, loss):
-        # A gradient of 4 times the largest float16, where it is scaled
         return loss * 1e35 / loss.detach().clamp(min=1e-3) if step == 6 else loss
 
     monkeypatch.setattr(Task, "on_train_batch_start", on_train_batch_start)

@@ -1,6 +1,7 @@
 """The command `muntin`: each subcommand is a thin call of the library.
 
-Exit codes: 0 done, 1 a fault of ours, 2 bad input (one line that says what to do), 128 + N stopped by signal N.
+Exit codes: 0 done, 1 a fault of ours, 2 bad input (one line that says what to do), 128 + N stopped by signal N
+(a training is saved then, and goes on with --resume).
 Only the parser is imported here; what a subcommand needs it imports itself, so that help answers at once.
 """
 
@@ -579,7 +580,8 @@ COMMANDS: dict[str, tuple[Any, str, str, Any]] = {
     "train": (
         _describe_train,
         "train a classifier",
-        "muntin train --data photos --model swin_free_t --epochs 50 --out runs/photos",
+        "muntin train --data photos --model swin_free_t --epochs 50 --out runs/photos. Exit code 143 (SIGTERM), 138 "
+        "(SIGUSR1) or 130 (Ctrl-C): saved and stopped, to be called again with --resume; 2: bad input.",
         _train,
     ),
     "sweep": (
