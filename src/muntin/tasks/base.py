@@ -109,7 +109,6 @@ class Task(lightning.LightningModule):
         device.
         """
         loss = torch.stack(self._losses).mean().float()
-        loss = self.trainer.strategy.reduce(loss, reduce_op="mean")  # over all devices, which skip together
         self._losses.clear()
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         spike = self._spikes(loss)
@@ -177,7 +176,8 @@ class Task(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the optimiser's moments, but the rates, decays and parts of a step from the settings of now."""
-        regroup(checkpoint, groups(self.model, self.settings), self.rate)
+        if "optimizer_states" in checkpoint:  # unless the strategy has loaded them by itself
+            regroup(checkpoint, groups(self.model, self.settings), self.rate)
         recount(checkpoint, self.settings.accumulate)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -81,10 +81,11 @@ class Saver(lightning.Callback):
         """Before the state is loaded: history.csv without epochs after the checkpoint, and best.ckpt that fits it."""
         self.saved_step = checkpoint["global_step"]
         state = checkpoint["callbacks"][self.state_key]
-        atomic_write(self.folder / "history.csv", history_csv(state["history"]))
+        if trainer.is_global_zero:
+            atomic_write(self.folder / "history.csv", history_csv(state["history"]))
         if state["best"] and (trouble := self._trouble_with_best(state)):
             epoch_done = checkpoint["global_step"] == len(state["history"]) * pl_module.steps_per_epoch
-            self._replace_best(state, checkpoint["state_dict"] if epoch_done else {}, trouble, trainer.max_epochs or 0)
+            self._replace_best(state, checkpoint.get("state_dict", {}) if epoch_done else {}, trouble, trainer)
 
     def _trouble_with_best(self, state: dict[str, Any]) -> str:
         try:
@@ -96,15 +97,20 @@ class Saver(lightning.Callback):
             return f"{self.best_path} is of epoch {found}, which was left out with the checkpoint after it"
         return ""
 
-    def _replace_best(self, state: dict[str, Any], weights: dict[str, Any], trouble: str, epochs: int) -> None:
+    def _replace_best(
+        self, state: dict[str, Any], weights: dict[str, Any], trouble: str, trainer: lightning.Trainer
+    ) -> None:
         """`weights` are those at the end of the last epoch, where the checkpoint is of that moment."""
-        done = len(state["history"])
+        done, epochs = len(state["history"]), trainer.max_epochs or 0
         if weights and state["best"]["epoch"] == done:
-            AtomicCheckpoints().save_checkpoint({"epoch": done - 1, "state_dict": weights}, self.best_path)
+            if trainer.is_global_zero:
+                AtomicCheckpoints().save_checkpoint({"epoch": done - 1, "state_dict": weights}, self.best_path)
             self.report(f"{trouble}: restored from the checkpoint, which is of the same epoch")
         elif done < epochs:
             self.report(f"{trouble}: the best is chosen among the epochs from {done + 1} on")
             state["best"], state["top"] = {}, {"epoch": done, "accuracy": -1.0}
+            if trainer.is_global_zero:
+                self.best_path.unlink(missing_ok=True)  # so that another resume finds the same
         else:
             raise UserError(
                 f"{trouble}, and no epoch is left to choose another: put back a copy of it, or train on with more "
@@ -186,11 +192,12 @@ class Saver(lightning.Callback):
         task.refuse_skips()
         if trainer.logger is not None:
             trainer.logger.save()  # points wait in memory otherwise, and those before a checkpoint are not drawn again
-        if self.keep > 1:
+        if self.keep > 1 and trainer.is_global_zero:
             set_aside(self.last, self.saved_step)
         trainer.save_checkpoint(self.last)
         self.saved_step = trainer.global_step
-        prune(self.folder, self.keep)
+        if trainer.is_global_zero:
+            prune(self.folder, self.keep)
         self._saved = time.monotonic()
         if self.signal is not None:
             raise Stopped(self.signal)

@@ -12,7 +12,7 @@ import lightning
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import nn
 
 from muntin.data.augment import Augment, Distort, Photographs, Plain
@@ -123,12 +123,11 @@ def _trainer(
     folder: Path, settings: Settings, callbacks: list[lightning.Callback], start: Start | None
 ) -> lightning.Trainer:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    plugins: list[Any] = [AtomicCheckpoints()]
+    # Told, since within a SLURM job Lightning would take its signals and requeue it by itself.
+    plugins: list[Any] = [AtomicCheckpoints(), LightningEnvironment()]
     if settings.precision != "32":
         # By hand: told by name, Lightning would replace float16 by bfloat16 on a CPU.
         plugins.append(MixedPrecision("16-mixed" if settings.precision == "16" else "bf16-mixed", kind))
-    if SLURMEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # the signal is ours, and so is the checkpoint
     with quiet_lightning():
         # Points after the checkpoint are drawn again.
         logger = TensorBoardLogger(folder, "tensorboard", "", purge_step=start.step + 1 if start else None)
