@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from muntin.errors import UserError
 from muntin.tasks.optimizer import clip_gradients, groups, rate
 from muntin.tasks.ranks import mean
+from muntin.tasks.resuming import recount, regroup
 from muntin.tasks.settings import Settings
 
 MEMORY = 0.98  # of the running mean of the loss, per step
@@ -28,7 +29,8 @@ class Task(lightning.LightningModule):
 
     The random state of a step is a function of (seed, step) and of its part, so a step that is repeated after a restart
     is the same step. The average of the weights is updated inside the optimiser's step, before anything is saved.
-    A step whose loss or gradient is not finite, or whose loss is a spike, changes nothing but a count.
+    A step whose loss or gradient is not finite, or whose loss is a spike, changes nothing but a count; the average of
+    the weights follows the same weights one step further.
     """
 
     loss_sum: Tensor
@@ -47,6 +49,8 @@ class Task(lightning.LightningModule):
         if settings.ema_decay:
             self.average = copy.deepcopy(model).requires_grad_(False).eval()
         self._averaged: dict[bool, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        self._statistics: list[list[Tensor]] | None = None  # of BatchNorms, by type
+        self._statistics_before: list[Tensor] = []  # this step, flat
         # Saved with the weights, so that the mean of an epoch survives a stop in its middle.
         self.register_buffer("loss_sum", torch.zeros(()))  # of the steps that were not skipped
         self.register_buffer("loss_count", torch.zeros(()))
@@ -77,6 +81,25 @@ class Task(lightning.LightningModule):
         part = batch_idx % self.settings.accumulate
         drawn = np.random.SeedSequence((self.settings.seed, self.trainer.global_step, part, self.global_rank))
         torch.manual_seed(int(drawn.generate_state(1)[0]))
+        if part == 0:
+            self._remember_statistics()
+
+    @torch.no_grad()
+    def _remember_statistics(self) -> None:
+        """What a forward pass changes: a batch with a NaN would leave it in BatchNorm's averages for good."""
+        if self._statistics is None:
+            norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+            buffers = [buffer for norm in norms for buffer in norm.buffers()]
+            kinds = sorted({buffer.dtype for buffer in buffers}, key=str)
+            self._statistics = [[b for b in buffers if b.dtype == kind] for kind in kinds]
+        self._statistics_before = [torch.cat([b.flatten() for b in same]) for same in self._statistics]
+
+    @torch.no_grad()
+    def _restore_statistics(self, bad: Tensor) -> None:
+        for same, before in zip(self._statistics or [], self._statistics_before, strict=True):
+            chosen = torch.where(bad, before, torch.cat([b.flatten() for b in same]))
+            parts = chosen.split([b.numel() for b in same])
+            torch._foreach_copy_(same, [part.view_as(b) for part, b in zip(parts, same, strict=True)])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.training_loss(batch)
@@ -104,6 +127,7 @@ class Task(lightning.LightningModule):
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # what the fused AdamW skips a step by
         # An overflow under a loss scale is the scaler's to mend, but counts.
         self._count(loss, bad)
+        self._restore_statistics(bad)
 
     def on_validation_start(self) -> None:
         self.share_statistics()
@@ -149,9 +173,12 @@ class Task(lightning.LightningModule):
 
     def refuse_skips(self, epoch_done: bool = False) -> None:
         """Raises `Diverged` where so many steps in a row, or half of an epoch, were skipped: that is no accident."""
-        if self.in_a_row >= self.settings.max_skips or (epoch_done and 2 * self.loss_count < self.steps_per_epoch):
+        row, bad = int(self.in_a_row), self.steps_per_epoch - int(self.loss_count)
+        if row >= self.settings.max_skips or (epoch_done and 2 * bad > self.steps_per_epoch):
+            many = f"{bad} of the {self.steps_per_epoch} training steps of an epoch"
             raise Diverged(
-                f"{int(self.in_a_row)} training steps in a row had a loss or a gradient that is not finite, or a loss "
+                f"{f'{row} training steps in a row' if row >= self.settings.max_skips else many} "
+                "had a loss or a gradient that is not finite, or a loss "
                 f"of more than {self.settings.spike:g} times the usual {float(self.typical):.3g}, and were skipped; "
                 f"lower the learning rate (--set lr={self.settings.lr / 4:g}), lengthen the warm-up (--set "
                 "warmup=...), train in full precision (--set precision=32), or allow more (--set max_skips=...)"
@@ -173,6 +200,15 @@ class Task(lightning.LightningModule):
         torch._foreach_lerp_(ours, theirs, 1 - self.settings.average_decay())  # as in torch.optim.swa_utils
         for counter, value in self._averaged[False]:
             counter.copy_(value)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["accumulate"] = self.settings.accumulate
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the optimiser's moments, but the rates, decays and parts of a step from the settings of now."""
+        if "optimizer_states" in checkpoint:  # unless the strategy has loaded them by itself
+            regroup(checkpoint, groups(self.model, self.settings), self.rate)
+        recount(checkpoint, self.settings.accumulate)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(groups(self.model, self.settings), lr=self.settings.peak(), fused=True)

@@ -17,24 +17,26 @@ from muntin.data.transforms import CROP, IMAGENET_MEAN, IMAGENET_STD
 from muntin.errors import UserError
 from muntin.models import published
 from muntin.run import Run, atomic_write, read_json, save_model, write_json
+from muntin.tasks.base import freeze
 from muntin.tasks.callbacks import duration
 from muntin.tasks.checkpoints import read_checkpoint, remove_partial_files
-from muntin.tasks.fitting import fit, threads
+from muntin.tasks.fitting import Fitted, fit, threads
 from muntin.tasks.inference import evaluate_images
 from muntin.tasks.precision import choose_precision
 from muntin.tasks.ranks import Ranks
 from muntin.tasks.recipes import read_config, read_recipe, to_yaml
-from muntin.tasks.settings import Settings, settings_from
+from muntin.tasks.resuming import Start, changed, find_start, refuse_changes, refuse_other_groups
+from muntin.tasks.settings import MODEL_PREFIX, Settings, settings_from
 from muntin.tasks.trained import on_device
-from muntin.weights.download import resolve
-
-FREE_TO_CHANGE = {"workers", "save_minutes", "devices", "strategy"}  # on --resume: they do not touch the result
+from muntin.weights.download import Checkpoint, local_file, resolve
+from muntin.weights.load import preview
 
 
 def train(
     out: str | os.PathLike[str] | None = None,
     *,
     resume: bool = False,
+    force: bool = False,
     recipe: str | None = None,
     config: str | os.PathLike[str] | None = None,
     report: Callable[[str], None] = print,
@@ -46,7 +48,8 @@ def train(
     they win over the YAML file `config`, and that over the `recipe` (by default that of the digits, if those are the
     data).
     With `resume` a run that was stopped in any way continues, to the bit as if it had not been stopped; one that is
-    not there is started, and a finished one left as it is.
+    not there is started, and a finished one left as it is. Other settings than it had are refused; with `force` it
+    goes on with them from its last checkpoint, where that is possible.
 
     Raises `UserError` for bad input, before anything is written; `Interrupted` when a signal stopped it.
     """
@@ -57,18 +60,15 @@ def train(
     chosen = _chosen(told, recipe)
     folder = Path(out) if out is not None else Path("runs") / _run_name(chosen)
     begun = ranks.agree((folder / "config.yaml").exists)
+    if resume and ranks.first:
+        remove_partial_files(folder)
     if resume and begun:
-        chosen = _resumed(folder, told)
-        if ranks.agree(lambda: "test_accuracy" in _metrics(folder)):
-            report(f"{folder} is finished; nothing to resume. See it with: muntin report {folder}")
-            return Run.open(folder)
-        if ranks.first:
-            remove_partial_files(folder)
-    elif resume:
+        return _resume(folder, told, force, report, ranks)
+    if resume:
         report(f"no run at {folder} yet: starting one")
     elif ranks.agree(lambda: (folder / "checkpoints").exists() or (folder / "model.safetensors").exists()):
         raise UserError(f"{folder} holds a run already; continue it with --resume, or choose another folder with --out")
-    return _train(folder, chosen, resume and begun, report, ranks)
+    return _train(folder, chosen, report, ranks)
 
 
 def resolved(
@@ -119,50 +119,74 @@ def _model_name(settings: Settings) -> str:
     return settings.model or "swin_t"
 
 
-def _resumed(folder: Path, given: Mapping[str, Any]) -> Settings:
-    """The run's own settings. Raises `UserError` when told otherwise than then."""
-    path = folder / "config.yaml"
-    stored = settings_from(read_config(path))
-    if given:
-        wanted = settings_from(stored.flat(), given)
-        for name, value in wanted.flat().items():
-            if name not in FREE_TO_CHANGE and value != stored.flat().get(name):
-                raise UserError(
-                    f"{name}={value} differs from {name}={stored.flat().get(name)} in {path}; leave it out to resume, "
-                    f"or start another run from these weights with: --set weights={folder / 'model.safetensors'}"
-                )
-        stored = wanted
-    return stored
+def _resume(folder: Path, told: Mapping[str, Any], force: bool, report: Callable[[str], None], ranks: Ranks) -> Run:
+    """Go on with a run from its last checkpoint that can be read."""
+    stored = settings_from(read_config(os.fspath(folder / "config.yaml")))
+    then = stored.flat()
+    if told.get("model", stored.model) != stored.model:  # whose configuration has other fields
+        then = {name: value for name, value in then.items() if not name.startswith(MODEL_PREFIX)}
+    wanted = settings_from(then, told)
+    if wanted.precision == "auto":  # decided when the run began
+        wanted = replace(wanted, precision=stored.precision)
+    changes = changed(stored, wanted)
+    finished = ranks.agree(lambda: "test_accuracy" in _metrics(folder))
+    if finished and not (changes and wanted.epochs > stored.epochs):
+        refuse_changes(changes, folder, stored.epochs, force)
+        report(f"{folder} is finished; nothing to resume. See it with: muntin report {folder}")
+        return Run.open(folder)
+    start = ranks.agree(lambda: find_start(folder, report))
+    if start is None:
+        report(f"{folder} has saved nothing yet: starting it from the beginning")
+        return _train(folder, wanted, report, ranks, keep_split=not changes)
+    refuse_changes(changes, folder, start.epochs, force)
+    for name, (before, now) in changes.items():
+        report(f"{name}: {before} until step {start.step}, {now} from there on")
+    return _train(folder, wanted, report, ranks, start, keep_split=True, replays=not changes)
 
 
 def _nothing(_line: str) -> None:
     """What processes but the first report."""
 
 
-def _train(folder: Path, settings: Settings, resume: bool, report: Callable[[str], None], ranks: Ranks) -> Run:
+def _train(
+    folder: Path,
+    settings: Settings,
+    report: Callable[[str], None],
+    ranks: Ranks,
+    start: Start | None = None,
+    *,
+    keep_split: bool = False,
+    replays: bool = True,
+) -> Run:
+    """From a checkpoint, or from the beginning. `replays`: with the settings that the checkpoint was made with."""
     settings = _with_defaults(settings)
     torch.manual_seed(settings.seed)
     name = _model_name(settings)
     # Refuses a wrong configuration before reading any image.
     _refuse_second_head(name, _build(settings, num_classes=2, meta=True))
     _writable(folder)
-    splits, preprocessing = _data(folder, settings, resume)
-    begun = (folder / "checkpoints" / "last.ckpt").exists()
-    start = replace(settings, weights="") if begun else settings  # a checkpoint holds all weights
-    model = _build(start, num_classes=len(splits.train.classes))
+    splits, preprocessing = _data(folder, settings, keep_split)
+    model = _build(settings, num_classes=len(splits.train.classes))
+    if settings.weights and not start:  # a checkpoint holds all weights
+        _load_weights(model, settings, report)
     model.set_grad_checkpointing(settings.grad_checkpointing)
-    if settings.batch_size > len(splits.train):
-        settings = replace(settings, batch_size=len(splits.train))
-        report(f"a step takes all {len(splits.train)} training images: batch_size is larger")
     if settings.precision == "auto":
         precision, why = choose_precision()
         settings = replace(settings, precision=precision)
         report(f"precision {precision}: {why}")
-    if not resume:
-        settings = replace(settings, model=name, model_config=asdict(model.config))
-    if not resume and ranks.first:
+    if start:
+        freeze(model, settings.freeze)
+        refuse_other_groups(start, model, settings)
+    settings = replace(settings, model=name, model_config=asdict(model.config))
+    if ranks.first and start:
+        _unfinish(folder)
+    if ranks.first and not keep_split:
         write_json(folder / "split.json", splits.json() | {"preprocessing": preprocessing})
+    if ranks.first and not (start and replays):
         atomic_write(folder / "config.yaml", to_yaml(settings.flat()).encode())  # last: it makes the folder a run
+    if settings.batch_size > len(splits.train):
+        settings = replace(settings, batch_size=len(splits.train))
+        report(f"a step takes all {len(splits.train)} training images: batch_size is larger")
     ranks.wait()
     test = len(splits.test) if splits.test else 0
     report(
@@ -171,11 +195,19 @@ def _train(folder: Path, settings: Settings, resume: bool, report: Callable[[str
     )
     # The test split goes no further than this: training and selection are handed the other two.
     with threads(settings.threads):
-        seconds, best = fit(folder, settings, model, replace(splits, test=None), preprocessing, report, ranks)
+        fitted = fit(folder, settings, model, replace(splits, test=None), preprocessing, report, ranks, start, replays)
     if ranks.first:
-        _finish(folder, settings, splits, preprocessing, seconds, best, report)
+        _finish(folder, settings, splits, preprocessing, fitted, report)
     ranks.wait()
     return Run.open(folder)
+
+
+def _unfinish(folder: Path) -> None:
+    """A run that goes on after its end has no result until it is there again."""
+    metrics = _metrics(folder)
+    if "test_accuracy" in metrics:
+        del metrics["test_accuracy"]
+        write_json(folder / "metrics.json", metrics)
 
 
 def _writable(folder: Path) -> None:
@@ -198,12 +230,10 @@ def _with_defaults(settings: Settings) -> Settings:
 def _build(settings: Settings, num_classes: int, meta: bool = False) -> Any:
     """The model with what it starts from; on "meta" only its shapes."""
     name, config = _model_name(settings), dict(settings.model_config)
-    weights: bool | str = {"": False, "pretrained": True}.get(settings.weights, settings.weights)
-    if meta and weights:
-        config = dict(getattr(resolve(name, weights), "config", {})) | config
-        weights = False
+    if settings.weights:
+        config = dict(getattr(_weights(settings), "config", {})) | config
     with torch.device("meta") if meta else contextlib.nullcontext():
-        model = muntin.create_model(name, num_classes, weights, settings.drop_path or 0.0, **config)
+        model = muntin.create_model(name, num_classes, False, settings.drop_path or 0.0, **config)
     return model
 
 
@@ -215,15 +245,31 @@ def _refuse_second_head(name: str, model: Any) -> None:
         )
 
 
-def _data(folder: Path, settings: Settings, resume: bool) -> tuple[Splits, dict[str, Any]]:
+def _weights(settings: Settings) -> Checkpoint | str:
+    return resolve(_model_name(settings), settings.weights == "pretrained" or settings.weights)
+
+
+def _load_weights(model: torch.nn.Module, settings: Settings, report: Callable[[str], None]) -> None:
+    """What the settings start from, and what of it was made to fit."""
+    found = _weights(settings)
+    loaded = muntin.load_checkpoint(model, local_file(found) if isinstance(found, str) else found.fetch())
+    said = [f"{len(loaded.loaded)} weights from {settings.weights}"]
+    if loaded.resized:
+        said.append(f"{len(loaded.resized)} bias tables resized from other windows ({preview(loaded.resized)})")
+    if loaded.replaced:
+        said.append(f"new: {preview(loaded.replaced)}")
+    report("; ".join(said))
+
+
+def _data(folder: Path, settings: Settings, keep_split: bool) -> tuple[Splits, dict[str, Any]]:
     """The splits and the preprocessing: made now, or read back from split.json."""
     assert settings.size is not None
-    if resume and (folder / "checkpoints").exists() and not (folder / "split.json").exists():
+    if keep_split and (folder / "checkpoints").exists() and not (folder / "split.json").exists():
         raise UserError(
             f"{folder / 'split.json'} is gone: another split would train on test images; put it back, or start another "
             "run with --out"
         )
-    if resume and (folder / "split.json").exists():
+    if keep_split and (folder / "split.json").exists():
         stored = read_json(folder / "split.json")
         preprocessing = stored["preprocessing"]
         return splits_from_json(settings.data, stored, preprocessing["resize"] is None), preprocessing
@@ -245,11 +291,11 @@ def _finish(
     settings: Settings,
     splits: Splits,
     preprocessing: dict[str, Any],
-    seconds: float,
-    best: dict[str, Any],
+    fitted: Fitted,
     report: Callable[[str], None],
 ) -> None:
     """The best weights as model.safetensors, their test accuracy, metrics.json."""
+    best = fitted.best
     model = _build(replace(settings, weights=""), num_classes=len(splits.train.classes))
     state = read_checkpoint(folder / "checkpoints" / "best.ckpt")["state_dict"]
     prefix = {"raw": "model.", "ema": "average."}[best["weights"]]
@@ -268,7 +314,8 @@ def _finish(
         "best_epoch": best["epoch"],
         "weights": best["weights"],
         "epochs": settings.epochs,
-        "seconds": round(seconds, 2),
+        "seconds": round(fitted.seconds, 2),
+        "skipped_steps": fitted.skipped,
         "precision": settings.precision,
         "seed": settings.seed,
         "data": settings.data,
@@ -285,7 +332,7 @@ def _finish(
     shown = f"test accuracy {metrics['test_accuracy']:.2%}" if splits.test is not None else "no test split"
     report(
         f"{folder}: {shown}, val accuracy {best['accuracy']:.2%} ({best['weights']} weights of epoch "
-        f"{best['epoch']}), trained in {duration(seconds)}"
+        f"{best['epoch']}), trained in {duration(fitted.seconds)}"
     )
 
 
