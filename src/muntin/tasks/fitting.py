@@ -18,11 +18,13 @@ from muntin.data.check import BadFiles
 from muntin.data.datasets import Splits
 from muntin.data.device import Prepare
 from muntin.data.loading import EpochBatches, EvaluationSet, TrainingSet, evaluation_loader, training_loader
+from muntin.data.token_labels import DenseLabels, TokenLabelledSet
 from muntin.data.transforms import Evaluate
 from muntin.errors import UserError
 from muntin.tasks.callbacks import Progress, Saver, Stopped
 from muntin.tasks.checkpoints import AtomicCheckpoints, read_checkpoint
 from muntin.tasks.classification import Classification
+from muntin.tasks.distillation import Teacher
 from muntin.tasks.settings import Settings
 
 
@@ -41,8 +43,14 @@ def fit(
     splits: Splits,
     preprocessing: Mapping[str, Any],
     report: Callable[[str], None],
+    *,
+    teacher: Teacher | None = None,
+    labels: DenseLabels | None = None,
 ) -> tuple[float, dict[str, Any]]:
-    """Train to the end, from the last checkpoint if there is one; seconds, and the best epoch's description."""
+    """Train to the end, from the last checkpoint if there is one; seconds, and the best epoch's description.
+
+    teacher, labels: what the settings `teacher` and `token_labels` name, opened.
+    """
     workers = settings.workers or 0
     saver = Saver(folder, settings.patience, settings.save_minutes, len(splits.val))
     batches = EpochBatches(
@@ -60,9 +68,13 @@ def fit(
         report(f"resuming after step {step} (epoch {batches.epoch + 1}, batch {batches.start})")
     steps_per_epoch = len(batches) // settings.accumulate
     prepare = Prepare(preprocessing["mean"], preprocessing["std"])
-    task = Classification(model, settings, steps_per_epoch, len(splits.train.classes), prepare)
+    task = Classification(model, settings, steps_per_epoch, len(splits.train.classes), prepare, teacher)
     bad_files = BadFiles(folder / "bad_files.csv") if settings.on_bad_image == "skip" else None
-    training = TrainingSet(splits.train, augmentation(settings, preprocessing), settings.seed, bad_files)
+    augment = augmentation(settings, preprocessing)
+    training = TrainingSet(splits.train, augment, settings.seed, bad_files)
+    if labels is not None:
+        assert isinstance(augment, Photographs)
+        training = TokenLabelledSet(splits.train, augment, settings.seed, bad_files, labels)
     validation = EvaluationSet(splits.val, Evaluate(**preprocessing).bytes)
     trainer = _trainer(folder, settings, [saver, Progress(saver, settings.epochs)])
     try:
