@@ -21,11 +21,13 @@ from muntin.data.check import BadFiles
 from muntin.data.datasets import Splits
 from muntin.data.device import Prepare
 from muntin.data.loading import EpochBatches, EvaluationSet, TrainingSet, evaluation_loader, training_loader
+from muntin.data.token_labels import DenseLabels, TokenLabelledSet
 from muntin.data.transforms import Evaluate
 from muntin.errors import UserError
 from muntin.tasks.callbacks import Progress, Saver, Stopped
 from muntin.tasks.checkpoints import AtomicCheckpoints
 from muntin.tasks.classification import Classification
+from muntin.tasks.distillation import Teacher
 from muntin.tasks.memory import too_little
 from muntin.tasks.ranks import Ranks
 from muntin.tasks.resuming import Start
@@ -61,8 +63,14 @@ def fit(
     ranks: Ranks,
     start: Start | None = None,
     replays: bool = True,
+    *,
+    teacher: Teacher | None = None,
+    labels: DenseLabels | None = None,
 ) -> Fitted:
-    """Train to the end, from a checkpoint if one is given; `replays` where that was made with the same settings."""
+    """Train to the end, from a checkpoint if one is given; `replays` where that was made with the same settings.
+
+    teacher, labels: what the settings `teacher` and `token_labels` name, opened.
+    """
     workers = settings.workers or 0
     saver = Saver(
         folder,
@@ -86,13 +94,15 @@ def fit(
         batches.begin(start.step)
         report(f"resuming after step {start.step} (epoch {batches.epoch + 1}, batch {batches.start})")
     steps_per_epoch = len(batches) // settings.accumulate
-    evaluated = max(
-        2 * batches.batch_size // (settings.accumulate * ranks.count), 1
-    )  # at once: without gradients they take less
+    evaluated = max(2 * batches.batch_size // batches.pieces, 1)  # at once: without gradients they take less
     prepare = Prepare(preprocessing["mean"], preprocessing["std"])
-    task = Classification(model, settings, steps_per_epoch, len(splits.train.classes), prepare)
+    task = Classification(model, settings, steps_per_epoch, len(splits.train.classes), prepare, teacher)
     bad_files = BadFiles(folder / "bad_files.csv") if settings.on_bad_image == "skip" else None
-    training = TrainingSet(splits.train, augmentation(settings, preprocessing), settings.seed, bad_files)
+    augment = augmentation(settings, preprocessing)
+    training = TrainingSet(splits.train, augment, settings.seed, bad_files)
+    if labels is not None:
+        assert isinstance(augment, Photographs)
+        training = TokenLabelledSet(splits.train, augment, settings.seed, bad_files, labels)
     validation = EvaluationSet(splits.val, Evaluate(**preprocessing).bytes, (ranks.rank, ranks.count))
     trainer = _trainer(folder, settings, ranks, [saver, Progress(saver, settings.epochs)], start)
     try:

@@ -13,6 +13,7 @@ import muntin
 from muntin.data.check import BadFiles
 from muntin.data.datasets import Splits, write_held_out
 from muntin.data.sources import absolute, open_splits, short_name, splits_from_json
+from muntin.data.token_labels import DenseLabels
 from muntin.data.transforms import CROP, IMAGENET_MEAN, IMAGENET_STD
 from muntin.errors import UserError
 from muntin.models import published
@@ -20,6 +21,7 @@ from muntin.run import Run, atomic_write, read_json, save_model, write_json
 from muntin.tasks.base import freeze
 from muntin.tasks.callbacks import duration
 from muntin.tasks.checkpoints import read_checkpoint, remove_partial_files
+from muntin.tasks.distillation import open_teacher
 from muntin.tasks.fitting import Fitted, fit, threads
 from muntin.tasks.inference import evaluate_images
 from muntin.tasks.precision import choose_precision
@@ -103,6 +105,14 @@ def _absolute(values: Mapping[str, Any]) -> dict[str, Any]:
     weights = str(values.get("weights") or "")
     if os.path.exists(weights):  # otherwise a tag, or an address
         values["weights"] = os.path.abspath(weights)
+    if values.get("token_labels"):
+        values["token_labels"] = os.path.abspath(str(values["token_labels"]))
+    teacher = str(values.get("teacher") or "")
+    name, equals, file = teacher.partition("=")
+    if os.path.exists(teacher):  # otherwise a name
+        values["teacher"] = os.path.abspath(teacher)
+    elif file:
+        values["teacher"] = name + equals + os.path.abspath(file)
     return values
 
 
@@ -163,9 +173,11 @@ def _train(
     torch.manual_seed(settings.seed)
     name = _model_name(settings)
     # Refuses a wrong configuration before reading any image.
-    _refuse_second_head(name, _build(settings, num_classes=2, meta=True))
+    _refuse_misfits(settings, _build(settings, num_classes=2, meta=True))
     _writable(folder)
     splits, preprocessing = _data(folder, settings, keep_split)
+    teacher = open_teacher(settings.teacher, splits.train.classes, preprocessing) if settings.teacher else None
+    labels = DenseLabels(settings.token_labels, splits.train) if settings.token_labels else None
     model = _build(settings, num_classes=len(splits.train.classes))
     if settings.weights and not start:  # a checkpoint holds all weights
         _load_weights(model, settings, report)
@@ -195,7 +207,20 @@ def _train(
     )
     # The test split goes no further than this: training and selection are handed the other two.
     with threads(settings.threads):
-        fitted = fit(folder, settings, model, replace(splits, test=None), preprocessing, report, ranks, start, replays)
+        learned = replace(splits, test=None)
+        fitted = fit(
+            folder,
+            settings,
+            model,
+            learned,
+            preprocessing,
+            report,
+            ranks,
+            start,
+            replays,
+            teacher=teacher,
+            labels=labels,
+        )
     if ranks.first:
         _finish(folder, settings, splits, preprocessing, fitted, report)
     ranks.wait()
@@ -224,6 +249,8 @@ def _with_defaults(settings: Settings) -> Settings:
     workers = settings.workers if settings.workers is not None else min(os.cpu_count() or 1, 8)
     size = settings.size or published(name).get("size", 224)
     drop_path = settings.drop_path if settings.drop_path is not None else published(name).get("drop_path", 0.1)
+    if settings.token_labels:  # which have a mixing of their own
+        settings = replace(settings, mixup=0.0, cutmix=0.0)
     return replace(settings, workers=workers, size=size, drop_path=drop_path)
 
 
@@ -237,12 +264,35 @@ def _build(settings: Settings, num_classes: int, meta: bool = False) -> Any:
     return model
 
 
-def _refuse_second_head(name: str, model: Any) -> None:
-    if second := [name for name, _ in model.head.named_children() if name.startswith("fc_")]:
+def _refuse_misfits(settings: Settings, model: Any) -> None:
+    """Raises UserError where a second head has nothing to learn from, or token labels no head or images to suit."""
+    heads = [name for name, _ in model.head.named_children()]
+    if "fc_distilled" in heads and not settings.teacher:
         raise UserError(
-            f"{name} with a second head ({', '.join(second)}) learns from a teacher's labels, and "
-            "these are images with a class each: leave out the setting that adds the head, or train in your own loop"
+            f"{model.name} with a second head (fc_distilled) learns it from a teacher: give one, as in --set "
+            "teacher=timm:regnety_160, or leave out the setting that adds the head"
         )
+    if "fc_tokens" in heads and not settings.token_labels:
+        raise UserError(
+            f"{model.name} with a head for tokens (fc_tokens) learns it from dense labels: give their folder, as in "
+            "--set token_labels=FOLDER, or leave out model.token_label"
+        )
+    if not settings.token_labels:
+        return
+    if settings.strategy == "fsdp":
+        raise UserError("token_labels need whole weights and strategy=fsdp has parts: set strategy=ddp")
+    if settings.teacher:
+        raise UserError("teacher and token_labels are both set: a model learns from one of them; leave out the other")
+    if "fc_tokens" not in heads:
+        raise UserError(
+            f"{model.name} has no head for tokens, which token_labels={settings.token_labels} are for: take an RMT "
+            "and --set model.token_label=true"
+        )
+    stride = model.backbone.strides[-1]
+    if settings.size is None or settings.size % stride:
+        raise UserError(f"size={settings.size}: token labels need whole tokens; give a multiple of {stride}")
+    if settings.augment != "photographs":
+        raise UserError(f"augment={settings.augment}: token labels follow crops and flips; give augment=photographs")
 
 
 def _weights(settings: Settings) -> Checkpoint | str:
