@@ -218,6 +218,7 @@ def local_ray():
     import ray
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # its workers would give way to whatever else a busy machine does
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ray.init("local", num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False,

@@ -213,8 +213,8 @@ def results(units: list[Unit], pool: Pool, settings: dict[str, Any]) -> Iterator
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         Worker,  # type: ignore[arg-type]  # a class: an object of it in each process
         fn_constructor_kwargs=settings | {"threads": pool.threads, "attempts": attempts},
-        # One unit at a time for each: a unit that kills its worker takes no other with it.
-        compute=ray.data.ActorPoolStrategy(size=min(pool.workers, len(rows)), max_tasks_in_flight_per_actor=1),
+        # A second unit waits at each worker, or it would be idle between two while the driver hears and answers.
+        compute=ray.data.ActorPoolStrategy(size=min(pool.workers, len(rows)), max_tasks_in_flight_per_actor=2),
         num_cpus=pool.threads,
         num_gpus=pool.gpus,
     )
