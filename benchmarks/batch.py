@@ -111,6 +111,7 @@ def main() -> int:
         return 0
     described = machine(torch.device("cpu"))
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # as the processes without Ray; by default its workers give way to others
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     rounds = []
     with tempfile.TemporaryDirectory() as name:
@@ -127,7 +128,8 @@ def main() -> int:
     }
     for what, ratio in ratios.items():
         print(f"two workers do {ratio:.2f} {what}")
-    about = {"model": MODEL, "side": SIDE, "shards": SHARDS, "images": SHARDS * IN_SHARD, "threads": 1}
+    about: dict[str, Any] = {"model": MODEL, "side": SIDE, "shards": SHARDS, "images": SHARDS * IN_SHARD, "threads": 1}
+    about["niceness"] = os.nice(0)
     content = {"images_per_second": rounds, "ratios": ratios, "protocol": about, "machine": described}
     write_json(here() / "batch.json", content | {"versions": versions(), "commit": commit()})
     return 0

@@ -29,6 +29,7 @@ pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 pytest.importorskip("ray.data")
 
+from muntin.tasks.batch import predict_batches  # noqa: E402
 from muntin.tasks.parts import Keys, Predictions, table_of  # noqa: E402
 from muntin.tasks.workers import TRIES, Attempts, Worker  # noqa: E402
 
@@ -217,6 +218,7 @@ def local_ray():
     import ray
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # its workers would give way to whatever else a busy machine does
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ray.init("local", num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False,
@@ -410,3 +412,11 @@ def test_without_ray_the_package_is_named(place, tmp_path, monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, f"muntin.tasks.{name}")
     assert main(command(place, tmp_path / "out", workers=1)) == 2
     assert 'needs the package ray; install it with: pip install "muntin[scale]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "here", "ray://127.0.0.1:1"])
+def test_a_cluster_that_is_not_there_is_named(place, tmp_path, monkeypatch, address):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=f"cannot use Ray at RAY_ADDRESS={address}"):
+        predict_batches(place / "run", [place / "data"], tmp_path / "out")

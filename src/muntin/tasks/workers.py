@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import os
+import socket
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from muntin.tasks.trained import open_trained
 from muntin.tasks.units import BadShard, Sample, Unit
 
 TRIES = 3  # of a unit whose worker dies under it
+SECONDS_TO_ANSWER = 10.0
 OBJECT_STORE = 256 << 20  # bytes, of a Ray of this machine's own: what passes through it is small
 
 
@@ -60,11 +62,9 @@ def connected(workers: int | None, threads: int | None) -> Iterator[Pool]:
 
 def _connect(workers: int, threads: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS", "local")
     try:
-        if address and address != "local":
-            ray.init(address, log_to_driver=False, configure_logging=False)
-        else:
+        if address == "local":
             ray.init(
                 "local",
                 num_cpus=max(os.cpu_count() or 1, workers * threads),
@@ -73,9 +73,21 @@ def _connect(workers: int, threads: int) -> None:
                 log_to_driver=False,
                 configure_logging=False,
             )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        where = f"at RAY_ADDRESS={address}" if address else "on this machine"
-        raise UserError(f"cannot reach Ray {where} ({error}); start it with: ray start --head") from error
+        else:
+            _knock(address)
+            ray.init(address, log_to_driver=False, configure_logging=False)
+    except Exception as error:  # of no type in particular where Ray's processes take too long to start
+        where = "on this machine" if address == "local" else f"at RAY_ADDRESS={address}"
+        raise UserError(
+            f"cannot use Ray {where} ({error}); give the HOST:PORT that `ray start --head` prints, or none"
+        ) from error
+
+
+def _knock(address: str) -> None:
+    """Ray itself tries for many minutes to reach a cluster that is not there."""
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER).close()
 
 
 def _pool(workers: int | None, threads: int | None) -> Pool:
@@ -201,8 +213,8 @@ def results(units: list[Unit], pool: Pool, settings: dict[str, Any]) -> Iterator
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         Worker,  # type: ignore[arg-type]  # a class: an object of it in each process
         fn_constructor_kwargs=settings | {"threads": pool.threads, "attempts": attempts},
-        # One unit at a time for each: a unit that kills its worker takes no other with it.
-        compute=ray.data.ActorPoolStrategy(size=min(pool.workers, len(rows)), max_tasks_in_flight_per_actor=1),
+        # A second unit waits at each worker, or it would be idle between two while the driver hears and answers.
+        compute=ray.data.ActorPoolStrategy(size=min(pool.workers, len(rows)), max_tasks_in_flight_per_actor=2),
         num_cpus=pool.threads,
         num_gpus=pool.gpus,
     )
