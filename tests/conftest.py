@@ -15,6 +15,7 @@ from torch import Tensor, nn
 # Models in tests are so small that threads spend their time waiting for each other, much more so under xdist.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # and so in the processes that tests start
+os.environ["OMP_WAIT_POLICY"] = "passive"  # there and in xdist's: threads that wait leave the cores to the others
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported: they then run on a CPU
 

@@ -21,7 +21,7 @@ from muntin.measure.targets import LIBRARIES
 from muntin.models import published
 from muntin.run import Run, save_model
 
-TINY: dict[str, Any] = {"dim": 16, "depths": (1, 1, 2, 1), "heads": (1, 2, 4, 8)}
+TINY: dict[str, Any] = {"dim": 16, "depths": (1, 1), "heads": (1, 2)}
 QUICK: dict[str, Any] = {"rounds": 3, "seconds": 0.03, "progress": False}
 PREPROCESSING: dict[str, Any] = {
     "size": (32, 32),
