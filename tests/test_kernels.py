@@ -69,13 +69,16 @@ def test_window_attention(name: str, dtype: torch.dtype, heads: int, width: int)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lines", [manhattan.WHOLE, manhattan.ROWS, manhattan.COLUMNS])
 @pytest.mark.parametrize(
-    ("size", "heads", "width"), [((5, 7), 2, 16), ((3, 70), 1, 8), ((9, 9), 1, 24), ((1, 1), 1, 2)]
+    ("batch", "size", "heads", "width"),
+    [(2, (5, 7), 2, 16), (1, (3, 70), 1, 8), (2, (9, 9), 1, 24), (2, (1, 1), 1, 2)],  # 70 lines take long enough
 )
-def test_manhattan_attention(size: tuple[int, int], heads: int, width: int, lines: int, dtype: torch.dtype) -> None:
+def test_manhattan_attention(
+    batch: int, size: tuple[int, int], heads: int, width: int, lines: int, dtype: torch.dtype
+) -> None:
     channels, tokens = heads * width, size[0] * size[1]
-    exact = [random(2, tokens, 2 * channels), random(2, tokens, channels, seed=1)]
+    exact = [random(batch, tokens, 2 * channels), random(batch, tokens, channels, seed=1)]
     slopes = -torch.linspace(0.01, 0.3, heads, dtype=torch.float64)
-    grad = random(2, tokens, channels, seed=2).to(dtype)
+    grad = random(batch, tokens, channels, seed=2).to(dtype)
     rounded = [t.to(dtype).double().requires_grad_() for t in exact]
     wanted, sums = manhattan.reference(*rounded, slopes, *size, lines)
     wanted_grads = torch.autograd.grad(wanted, rounded, grad.double())
@@ -140,13 +143,16 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("size", [(64, 64), (50, 71), (9, 20)])
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 64, 64), (1, 50, 71), (2, 9, 20)])
 def test_models_compute_the_same_by_operators(
-    name: str, size: tuple[int, int], randomise: Callable[..., nn.Module]
+    name: str, batch: int, height: int, width: int, randomise: Callable[..., nn.Module]
 ) -> None:
+    """Several images where maps are small: the interpreter takes as long for each window of each image, and what a
+    kernel does with several is tested above.
+    """
     options = dict(MODELS[name])
     model = randomise(muntin.create_model(options.pop("name"), num_classes=5, **options)).double().eval()
-    image = random(2, 3, *size)
+    image = random(batch, 3, height, width)
     with kernels.use(False):
         wanted = model(image)
         wanted_grads = torch.autograd.grad(wanted.square().sum(), list(model.parameters()), allow_unused=True)
