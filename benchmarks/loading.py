@@ -4,7 +4,7 @@
     python benchmarks/loading.py --images 300 --rounds 9
     python benchmarks/loading.py --tables                   # the table again from stored results
 
-The images are made here: 500 pixels wide or high, smooth noise at all scales under grain, JPEGs of 40 to 110 KB. Every
+The images are made here: 500 pixels wide or high, smooth noise at all scales under grain, most of them JPEGs of 40 to 110 KB. Every
 contestant reads them from the same folder (or, where it says so, from tar shards of the same files), in one process and
 one thread, into float batches of 64 at 224 pixels. Training: random resized crop (bicubic), flip, timm's RandAugment
 rand-m9-mstd0.5-inc1, normalisation, random erasing of a quarter of the images. Evaluation: the shorter side to 256
