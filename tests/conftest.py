@@ -18,6 +18,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # and so in the processes that tests start
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported: they then run on a CPU
 
+LONGEST = "compile train kernels engines ecosystem export efficientvit rmt native weights training_kernels".split()
+"""Files that take more than a minute, the longest first."""
+
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 
 
@@ -28,6 +31,12 @@ class Golden:
     config: dict[str, Any]
     weights: dict[str, Tensor]
     pairs: list[tuple[Tensor, list[Tensor]]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: workers take file by file, and the one without a last long file would wait for the other."""
+    rank = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(autouse=True)
@@ -58,30 +67,31 @@ def golden() -> Callable[[str], Golden]:
     return read
 
 
+def filled(model: nn.Module, seed: int = 0) -> nn.Module:
+    """A model with weights under which every part of it shows: norms, tables and biases far from trivial."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if not tensor.is_floating_point():
+                continue
+            noise = torch.randn(tensor.shape, generator=generator)
+            if name.endswith("running_var"):
+                tensor.copy_(0.5 + noise.abs())
+            elif tensor.ndim == 1 and name.endswith("weight"):  # of a norm
+                tensor.copy_(1 + 0.3 * noise)
+            elif tensor.ndim == 1:
+                tensor.copy_(0.3 * noise)
+            elif "table" in name:
+                tensor.copy_(noise)
+            else:
+                tensor.copy_(1.3 * noise / tensor[0].numel() ** 0.5)
+    return model
+
+
 @pytest.fixture
 def randomise() -> Callable[..., nn.Module]:
-    """Fills a model with weights under which every part of it shows: norms, tables and biases far from trivial."""
-
-    def fill(model: nn.Module, seed: int = 0) -> nn.Module:
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, tensor in model.state_dict().items():
-                if not tensor.is_floating_point():
-                    continue
-                noise = torch.randn(tensor.shape, generator=generator)
-                if name.endswith("running_var"):
-                    tensor.copy_(0.5 + noise.abs())
-                elif tensor.ndim == 1 and name.endswith("weight"):  # of a norm
-                    tensor.copy_(1 + 0.3 * noise)
-                elif tensor.ndim == 1:
-                    tensor.copy_(0.3 * noise)
-                elif "table" in name:
-                    tensor.copy_(noise)
-                else:
-                    tensor.copy_(1.3 * noise / tensor[0].numel() ** 0.5)
-        return model
-
-    return fill
+    """`filled`, for tests."""
+    return filled
 
 
 def settle(model: nn.Module) -> nn.Module:

@@ -97,7 +97,7 @@ def test_no_images_at_all(refused, tmp_path):
 
 def test_a_head_that_needs_a_teacher(refused, data):
     refused("train", "--data", data, "--out", "run", "--model=efficientvit_m0", "--set=model.distilled=true",
-            words=["second head (fc_distilled)", "leave out the setting"])  # fmt: skip
+            words=["second head (fc_distilled)", "--set teacher=timm:", "leave out the setting"])  # fmt: skip
 
 
 def test_train_without_val(refused, data, tmp_path):

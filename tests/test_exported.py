@@ -23,9 +23,9 @@ PREPROCESSING = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A run of two classes, ten images, and the run's file in three forms."""
+    """A run of two classes, ten images, and the run's file in three forms. Tracing takes long by stage, so one."""
     folder = tmp_path_factory.mktemp("exported")
-    model = muntin.create_model("swin_t", num_classes=2, dim=16, depths=(1, 1, 1, 1), heads=(1, 2, 4, 8))
+    model = muntin.create_model("swin_t", num_classes=2, dim=16, depths=(2,), heads=(2,))
     save_model(folder / "run/model.safetensors", model, classes=["a", "b"], preprocessing=PREPROCESSING)
     pixels = np.random.default_rng(0)
     for name in "ab":

@@ -3,6 +3,7 @@
 Each mutation in the list at the end is a mistake that is easily made: with any of them the comparison fails.
 """
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import error_of
+from conftest import error_of, filled
 from muntin.layers import attention, position, window
 from muntin.layers import patch as patches
 from muntin.layers.reference import swin as reference
@@ -375,12 +376,18 @@ def fresh_caches() -> Iterator[None]:
     clear()
 
 
+@pytest.fixture(scope="module")
+def intact() -> tuple[Any, Tensor, list[Tensor]]:
+    """A model that tests copy, an image and the reference's maps."""
+    model = filled(create_backbone("swin_t", **MUTATED)).double().eval()
+    image = torch.randn(2, 3, *MUTATED_SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return model, image, reference.swin(image, model.state_dict(), asdict(model.config))
+
+
 @pytest.mark.parametrize("path", ["inference", "gradients"])
 @pytest.mark.parametrize("mutate", [None, *MUTATIONS])
-def test_mutations_show(mutate: Any, path: str, randomise: Any, fresh_caches: None) -> None:
-    model = randomise(create_backbone("swin_t", **MUTATED)).double().eval()
-    image = torch.randn(2, 3, *MUTATED_SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    wanted = reference.swin(image, model.state_dict(), asdict(model.config))
+def test_mutations_show(mutate: Any, path: str, intact: Any, fresh_caches: None) -> None:
+    model, image, wanted = copy.deepcopy(intact[0]), *intact[1:]
     with pytest.MonkeyPatch.context() as patch:
         if mutate is not None:
             mutate(model, patch)

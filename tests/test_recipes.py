@@ -22,6 +22,7 @@ from muntin.tasks.base import Task, frozen
 from muntin.tasks.classification import Classification
 from muntin.tasks.fitting import augmentation
 from muntin.tasks.optimizer import clip_gradients, decays, groups, layers, rate
+from muntin.tasks.ranks import Ranks
 from muntin.tasks.recipes import read_recipe, recipes
 from muntin.tasks.settings import Settings, settings_from
 from muntin.tasks.training import resolved
@@ -251,7 +252,7 @@ def test_every_recipe_takes_two_steps(name: str, tmp_path: Path, monkeypatch: py
     preprocessing |= {"interpolation": "bicubic", "channels": "RGB"}
     before = [parameter.clone() for parameter in model.parameters()]
     splits = Splits(synthetic(12), replace(synthetic(4), keys=["v0", "v1", "v2", "v3"]), None, False)
-    fitting.fit(tmp_path, settings, model, splits, preprocessing, lambda _: None)
+    fitting.fit(tmp_path, settings, model, splits, preprocessing, lambda _: None, Ranks())
     assert len(steps) == 2 and steps[1] > steps[0] > 0
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 

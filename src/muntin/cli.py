@@ -1,9 +1,11 @@
 """The command `muntin`: each subcommand is a thin call of the library.
 
-Exit codes: 0 done, 1 a fault of ours, 2 bad input (one line that says what to do), 128 + N stopped by signal N.
+Exit codes: 0 done, 1 a fault of ours, 2 bad input (one line that says what to do), 128 + N stopped by signal N
+(a training is saved then, and goes on with --resume).
 Only the parser is imported here; what a subcommand needs it imports itself, so that help answers at once.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -206,6 +208,7 @@ def _describe_train(parser: Any) -> None:
     parser.add_argument("--size", help="side of the model's input in pixels")
     parser.add_argument("--seed", help="of the split, the weights, the order and the augmentation (default: 0)")
     parser.add_argument("--resume", action="store_true", help="continue a stopped run where it was, to the bit")
+    parser.add_argument("--force", action="store_true", help="resume with settings other than it had, where possible")
     parser.add_argument("--recipe", help='settings that come with Muntin, as in in1k/swin_t; "list" shows all')
     parser.add_argument("--config", help="a YAML file of settings, such as another run's config.yaml")
     parser.add_argument("--deterministic", action="store_true", help="only algorithms that repeat to the bit")
@@ -236,9 +239,15 @@ def _train(args: Any) -> int:
         print(to_yaml(resolved(args.recipe, args.config, **settings)), end="")
         return 0
 
+    devices = int(settings.get("devices") or 1)
+    if devices > 1 and "WORLD_SIZE" not in os.environ:
+        from muntin.tasks.launch import launch
+
+        return launch(sys.argv[1:], devices)
+
     from muntin.tasks import train
 
-    train(args.out, resume=args.resume, recipe=args.recipe, config=args.config, **settings)
+    train(args.out, resume=args.resume, force=args.force, recipe=args.recipe, config=args.config, **settings)
     return 0
 
 
@@ -578,7 +587,8 @@ COMMANDS: dict[str, tuple[Any, str, str, Any]] = {
     "train": (
         _describe_train,
         "train a classifier",
-        "muntin train --data photos --model swin_free_t --epochs 50 --out runs/photos",
+        "muntin train --data photos --model swin_free_t --epochs 50 --out runs/photos. Exit code 143 (SIGTERM), 138 "
+        "(SIGUSR1) or 130 (Ctrl-C): saved and stopped, to be called again with --resume; 2: bad input.",
         _train,
     ),
     "sweep": (

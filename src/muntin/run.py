@@ -5,7 +5,7 @@ runs/NAME/
   config.yaml          every training setting, the model's name and configuration
   split.json           which images are train, val and test, by index (digits) or relative path (folders)
   history.csv          epoch, train_loss, val_loss, val_accuracy, lr, seconds
-  checkpoints/         last.ckpt and best.ckpt, for `muntin train --resume`
+  checkpoints/         last.ckpt, the saves before it and best.ckpt, for `muntin train --resume`
   tensorboard/         the same curves for TensorBoard
   model.safetensors    the weights; its metadata alone rebuilds the model
   metrics.json         model, parameters, test_accuracy, val_accuracy, epochs, seconds, latency_ms, ...

@@ -6,13 +6,14 @@ whatever the number of workers.
 
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from muntin.data.augment import Augment
+from muntin.data.augment import Augment, Seed
 from muntin.data.check import BadFiles
 from muntin.data.datasets import Images
 from muntin.data.decode import Picture
@@ -57,7 +58,8 @@ class TrainingSet(Dataset[Sample]):
         others: np.ndarray | None = None
         for attempt in range(TRIES):
             try:
-                return self.augment(self.images.read(position), seed), target(self.images, position)
+                picture = self.images.read(position)
+                return self.augment(picture, seed), self.target(position, picture.size, seed)
             except BadImage as error:
                 if self.bad_files is None:
                     return error
@@ -69,22 +71,35 @@ class TrainingSet(Dataset[Sample]):
             position = int(others[attempt])
         return BadImage(f"{TRIES} images in a row cannot be used; see {self.bad_files.path if self.bad_files else ''}")
 
+    def target(self, position: int, size: tuple[int, int], seed: Seed) -> Any:
+        """What the model is to say of an image, of this width and height before it was augmented with `seed`."""
+        return target(self.images, position)
+
 
 class EvaluationSet(Dataset[Sample]):
-    """Images as the model is to see them, asked for by position."""
+    """Images as the model is to see them, asked for by position.
 
-    def __init__(self, images: Images, transform: Callable[[Picture], Tensor]) -> None:
+    share: the rank of this process and their number. Each has every so manieth image, and all have as many: where the
+    images run out, the last one comes again with a target of -1, which does not count.
+    """
+
+    def __init__(self, images: Images, transform: Callable[[Picture], Tensor], share: tuple[int, int] = (0, 1)) -> None:
         self.images = images
         self.transform = transform
+        self.rank, self.processes = share
 
     def __len__(self) -> int:
-        return len(self.images)
+        return -(-len(self.images) // self.processes)
 
-    def __getitem__(self, position: int) -> Sample:
+    def __getitem__(self, number: int) -> Sample:
+        position = number * self.processes + self.rank
+        beyond = position >= len(self.images)
+        position = min(position, len(self.images) - 1)
         try:
-            return self.transform(self.images.read(position)), target(self.images, position)
+            image, wanted = self.transform(self.images.read(position)), target(self.images, position)
         except UserError as error:
             return error
+        return image, 0 * wanted - 1 if beyond else wanted
 
 
 class EpochBatches:
@@ -113,8 +128,8 @@ class EpochBatches:
         self.order = order or Shuffled(count)
         self.parts = parts
         self.rank, self.processes = share
-        pieces = parts * self.processes
-        self.batch_size = min(batch_size, count) // pieces * pieces
+        self.pieces = parts * self.processes  # of a step
+        self.batch_size = min(batch_size, count) // self.pieces * self.pieces
         if not self.batch_size:
             raise UserError(
                 f"{min(batch_size, count)} images cannot be shared out over {self.processes} processes in {parts} "
@@ -142,7 +157,7 @@ class EpochBatches:
     def __iter__(self) -> Iterator[list[Item]]:
         order = self.order(self.seed, self.epoch)
         order = order[: -(-self.count // self.repeats)].repeat(self.repeats)
-        piece = self.batch_size // (self.parts * self.processes)
+        piece = self.batch_size // self.pieces
         for number in range(self.start, len(self)):
             first = (number * self.processes + self.rank) * piece
             self.order.ahead(order[first :: self.repeats])

@@ -26,6 +26,7 @@ from muntin.layers.tokens import after, on_map
 from muntin.layers.tracing import symbolic
 from muntin.layers.window import fresh
 from muntin.models.backbone import Backbone, call_block, select_outputs
+from muntin.models.classifier import Classifier
 from muntin.native import training
 from muntin.native.program import Program, convolutions
 from muntin.native.steps import Unsuitable, Value, activation
@@ -385,7 +386,26 @@ class RmtBackbone(Backbone):
         self.apply(_initialise)
 
     def forward(self, image: Tensor) -> list[Tensor]:
+        return self.forward_tokens(*self.stem(image))
+
+    def forward_mixed(self, image: Tensor, mask: Tensor) -> list[Tensor]:
+        """As `forward`, with the stem's tokens from the reversed batch where `mask`, (H, W) of the last stage, is set.
+
+        Raises UserError where the sides are no multiple of the last stage's stride or the mask is another map's.
+        """
         x, height, width = self.stem(image)
+        cell = 2 ** (len(self.stages) - 1)  # tokens of the stem along a side of a token of the last stage
+        stride = self.config.patch * cell
+        if tuple(image.shape[2:]) != (stride * mask.shape[0], stride * mask.shape[1]):
+            raise UserError(
+                f"images of {image.shape[2]}x{image.shape[3]} pixels are mixed by whole tokens of the last stage: give "
+                f"sides that are multiples of {stride}, and a mask with one value for each {stride}x{stride} pixels"
+            )
+        mask = mask.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+        return self.forward_tokens(from_reversed(x, mask.flatten()), height, width)
+
+    def forward_tokens(self, x: Tensor, height: int, width: int) -> list[Tensor]:
+        """The stem's tokens (B, N, C) and their map's sides -> the maps of `forward`."""
         maps = []
         for number, stage in enumerate(self.stages[: self.out_indices[-1] + 1]):
             x, height, width = stage(x, height, width, self.run_block)
@@ -393,6 +413,11 @@ class RmtBackbone(Backbone):
                 y = self.norms[str(number)](x) if str(number) in self.norms else x
                 maps.append(y.unflatten(1, (height, width)).permute(0, 3, 1, 2))
         return maps
+
+
+def from_reversed(x: Tensor, mask: Tensor) -> Tensor:
+    """Tokens (B, N, C), those of the reversed batch where mask (N,) is set."""
+    return torch.where(mask[:, None], x.flip(0), x)
 
 
 class Projection(nn.Module):
@@ -457,6 +482,18 @@ class RmtHead(nn.Module):
 
     def _project(self, tokens: Tensor) -> Tensor:
         return self.act(self.norm(tokens))
+
+
+def forward_mixed(model: Classifier, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """A token-labelled model in training under MixToken (Jiang et al., arXiv 2104.10858).
+
+    image: (B, 3, H, W), sides multiples of the last stage's stride; mask: which of that stage's (h, w) tokens come
+    from the reversed batch, pasted after the stem. Class logits (B, K) of the mixed images, and the tokens' logits
+    (B, N, K), each back with its own image.
+    """
+    backbone: Any = model.backbone
+    logits, tokens = model.head(backbone.forward_mixed(image, mask)[-1])
+    return logits, from_reversed(tokens, mask.flatten())
 
 
 def _initialise(module: nn.Module) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from muntin.errors import UserError
 from muntin.tasks.optimizer import clip_gradients, groups, rate
+from muntin.tasks.ranks import mean
+from muntin.tasks.resuming import recount, regroup
 from muntin.tasks.settings import Settings
 
 MEMORY = 0.98  # of the running mean of the loss, per step
@@ -27,7 +29,8 @@ class Task(lightning.LightningModule):
 
     The random state of a step is a function of (seed, step) and of its part, so a step that is repeated after a restart
     is the same step. The average of the weights is updated inside the optimiser's step, before anything is saved.
-    A step whose loss or gradient is not finite, or whose loss is a spike, changes nothing but a count.
+    A step whose loss or gradient is not finite, or whose loss is a spike, changes nothing but a count; the average of
+    the weights follows the same weights one step further.
     """
 
     loss_sum: Tensor
@@ -46,6 +49,8 @@ class Task(lightning.LightningModule):
         if settings.ema_decay:
             self.average = copy.deepcopy(model).requires_grad_(False).eval()
         self._averaged: dict[bool, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        self._statistics: list[list[Tensor]] | None = None  # of BatchNorms, by type
+        self._statistics_before: list[Tensor] = []  # this step, flat
         # Saved with the weights, so that the mean of an epoch survives a stop in its middle.
         self.register_buffer("loss_sum", torch.zeros(()))  # of the steps that were not skipped
         self.register_buffer("loss_count", torch.zeros(()))
@@ -53,6 +58,7 @@ class Task(lightning.LightningModule):
         self.register_buffer("skipped", torch.zeros(()))
         self.register_buffer("in_a_row", torch.zeros(()))
         self._losses: list[Tensor] = []  # of the parts of this step
+        self._sharded = False
 
     def candidates(self) -> dict[str, nn.Module]:
         """The weights to choose from, by name: "raw", and "ema" where there is an average."""
@@ -75,6 +81,25 @@ class Task(lightning.LightningModule):
         part = batch_idx % self.settings.accumulate
         drawn = np.random.SeedSequence((self.settings.seed, self.trainer.global_step, part, self.global_rank))
         torch.manual_seed(int(drawn.generate_state(1)[0]))
+        if part == 0:
+            self._remember_statistics()
+
+    @torch.no_grad()
+    def _remember_statistics(self) -> None:
+        """What a forward pass changes: a batch with a NaN would leave it in BatchNorm's averages for good."""
+        if self._statistics is None:
+            norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+            buffers = [buffer for norm in norms for buffer in norm.buffers()]
+            kinds = sorted({buffer.dtype for buffer in buffers}, key=str)
+            self._statistics = [[b for b in buffers if b.dtype == kind] for kind in kinds]
+        self._statistics_before = [torch.cat([b.flatten() for b in same]) for same in self._statistics]
+
+    @torch.no_grad()
+    def _restore_statistics(self, bad: Tensor) -> None:
+        for same, before in zip(self._statistics or [], self._statistics_before, strict=True):
+            chosen = torch.where(bad, before, torch.cat([b.flatten() for b in same]))
+            parts = chosen.split([b.numel() for b in same])
+            torch._foreach_copy_(same, [part.view_as(b) for part, b in zip(parts, same, strict=True)])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.training_loss(batch)
@@ -85,7 +110,7 @@ class Task(lightning.LightningModule):
         """Clip, and mark the step as one to be skipped where loss or gradient say so; all without waiting for the
         device.
         """
-        loss = torch.stack(self._losses).mean().float()
+        loss = mean(torch.stack(self._losses).mean().float(), self.trainer.world_size)
         self._losses.clear()
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         spike = self._spikes(loss)
@@ -95,10 +120,39 @@ class Task(lightning.LightningModule):
             scaler.unscale_(optimizer)
         norm = clip_gradients(self.model, self.settings)
         bad = spike | ~torch.isfinite(norm)
-        if scaler is None:
+        if self._sharded:
+            if bad:  # the fused AdamW takes no such mark for sharded weights
+                optimizer.zero_grad()
+        elif scaler is None:
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # what the fused AdamW skips a step by
         # An overflow under a loss scale is the scaler's to mend, but counts.
         self._count(loss, bad)
+        self._restore_statistics(bad)
+
+    def on_validation_start(self) -> None:
+        self.share_statistics()
+
+    def share_statistics(self) -> None:
+        """Statistics of BatchNorm, of which each process has its own, become their mean."""
+        for model in self.candidates().values():
+            for buffer in model.buffers():
+                if buffer.is_floating_point():
+                    mean(buffer, self.trainer.world_size)
+
+    def configure_model(self) -> None:
+        """With strategy "fsdp": weights, gradients and the optimiser's state are shared out over the processes."""
+        if self.settings.strategy != "fsdp" or self.trainer.world_size == 1 or self._sharded:
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        for model in self.candidates().values():
+            backbone: Any = getattr(model, "backbone", model)
+            for stage in backbone.stages:
+                for block in stage.blocks:
+                    fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        self._sharded = True
 
     def _spikes(self, loss: Tensor) -> Tensor:
         bad = ~torch.isfinite(loss)
@@ -119,9 +173,12 @@ class Task(lightning.LightningModule):
 
     def refuse_skips(self, epoch_done: bool = False) -> None:
         """Raises `Diverged` where so many steps in a row, or half of an epoch, were skipped: that is no accident."""
-        if self.in_a_row >= self.settings.max_skips or (epoch_done and 2 * self.loss_count < self.steps_per_epoch):
+        row, bad = int(self.in_a_row), self.steps_per_epoch - int(self.loss_count)
+        if row >= self.settings.max_skips or (epoch_done and 2 * bad > self.steps_per_epoch):
+            many = f"{bad} of the {self.steps_per_epoch} training steps of an epoch"
             raise Diverged(
-                f"{int(self.in_a_row)} training steps in a row had a loss or a gradient that is not finite, or a loss "
+                f"{f'{row} training steps in a row' if row >= self.settings.max_skips else many} "
+                "had a loss or a gradient that is not finite, or a loss "
                 f"of more than {self.settings.spike:g} times the usual {float(self.typical):.3g}, and were skipped; "
                 f"lower the learning rate (--set lr={self.settings.lr / 4:g}), lengthen the warm-up (--set "
                 "warmup=...), train in full precision (--set precision=32), or allow more (--set max_skips=...)"
@@ -138,11 +195,20 @@ class Task(lightning.LightningModule):
             return
         if not self._averaged:  # collected once: walking the modules takes longer than the arithmetic
             for ours, theirs in zip(self.average.state_dict().values(), self.model.state_dict().values(), strict=True):
-                self._averaged[theirs.is_floating_point()].append((ours, theirs))
+                self._averaged[theirs.is_floating_point()].append((local(ours), local(theirs)))
         ours, theirs = zip(*self._averaged[True], strict=True)
         torch._foreach_lerp_(ours, theirs, 1 - self.settings.average_decay())  # as in torch.optim.swa_utils
         for counter, value in self._averaged[False]:
             counter.copy_(value)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["accumulate"] = self.settings.accumulate
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the optimiser's moments, but the rates, decays and parts of a step from the settings of now."""
+        if "optimizer_states" in checkpoint:  # unless the strategy has loaded them by itself
+            regroup(checkpoint, groups(self.model, self.settings), self.rate)
+        recount(checkpoint, self.settings.accumulate)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(groups(self.model, self.settings), lr=self.settings.peak(), fused=True)
@@ -152,6 +218,11 @@ class Task(lightning.LightningModule):
     def rate(self, step: int) -> float:
         """The learning rate at a step over its peak."""
         return rate(step, self.settings, self.steps_per_epoch)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that is shared out, or the tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def frozen(model: nn.Module, stages: int) -> list[nn.Module]:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import lightning
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from muntin.data.augment import Augment, Distort, Photographs, Plain
@@ -18,11 +21,16 @@ from muntin.data.check import BadFiles
 from muntin.data.datasets import Splits
 from muntin.data.device import Prepare
 from muntin.data.loading import EpochBatches, EvaluationSet, TrainingSet, evaluation_loader, training_loader
+from muntin.data.token_labels import DenseLabels, TokenLabelledSet
 from muntin.data.transforms import Evaluate
 from muntin.errors import UserError
 from muntin.tasks.callbacks import Progress, Saver, Stopped
-from muntin.tasks.checkpoints import AtomicCheckpoints, read_checkpoint
+from muntin.tasks.checkpoints import AtomicCheckpoints
 from muntin.tasks.classification import Classification
+from muntin.tasks.distillation import Teacher
+from muntin.tasks.memory import too_little
+from muntin.tasks.ranks import Ranks
+from muntin.tasks.resuming import Start
 from muntin.tasks.settings import Settings
 
 
@@ -34,6 +42,17 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """What came of a training: seconds over all its sessions, the best epoch's description (`Saver.best`), and how many
+    steps were skipped.
+    """
+
+    seconds: float
+    best: dict[str, Any]
+    skipped: int
+
+
 def fit(
     folder: Path,
     settings: Settings,
@@ -41,37 +60,58 @@ def fit(
     splits: Splits,
     preprocessing: Mapping[str, Any],
     report: Callable[[str], None],
-) -> tuple[float, dict[str, Any]]:
-    """Train to the end, from the last checkpoint if there is one; seconds, and the best epoch's description."""
+    ranks: Ranks,
+    start: Start | None = None,
+    replays: bool = True,
+    *,
+    teacher: Teacher | None = None,
+    labels: DenseLabels | None = None,
+) -> Fitted:
+    """Train to the end, from a checkpoint if one is given; `replays` where that was made with the same settings.
+
+    teacher, labels: what the settings `teacher` and `token_labels` name, opened.
+    """
     workers = settings.workers or 0
-    saver = Saver(folder, settings.patience, settings.save_minutes, len(splits.val))
+    saver = Saver(
+        folder,
+        settings.patience,
+        settings.save_minutes,
+        len(splits.val),
+        keep=settings.keep,
+        replays=replays,
+        report=report,
+    )
     batches = EpochBatches(
         len(splits.train),
         settings.batch_size,
         settings.seed,
         repeats=settings.repeats,
         parts=settings.accumulate,
+        share=(ranks.rank, ranks.count),
         order=splits.train.order,
     )
-    checkpoint = saver.last if saver.last.exists() else None
-    if checkpoint is not None:
-        step = read_checkpoint(checkpoint)["global_step"]
-        batches.begin(step)
-        report(f"resuming after step {step} (epoch {batches.epoch + 1}, batch {batches.start})")
+    if start is not None:
+        batches.begin(start.step)
+        report(f"resuming after step {start.step} (epoch {batches.epoch + 1}, batch {batches.start})")
     steps_per_epoch = len(batches) // settings.accumulate
+    evaluated = max(2 * batches.batch_size // batches.pieces, 1)  # at once: without gradients they take less
     prepare = Prepare(preprocessing["mean"], preprocessing["std"])
-    task = Classification(model, settings, steps_per_epoch, len(splits.train.classes), prepare)
+    task = Classification(model, settings, steps_per_epoch, len(splits.train.classes), prepare, teacher)
     bad_files = BadFiles(folder / "bad_files.csv") if settings.on_bad_image == "skip" else None
-    training = TrainingSet(splits.train, augmentation(settings, preprocessing), settings.seed, bad_files)
-    validation = EvaluationSet(splits.val, Evaluate(**preprocessing).bytes)
-    trainer = _trainer(folder, settings, [saver, Progress(saver, settings.epochs)])
+    augment = augmentation(settings, preprocessing)
+    training = TrainingSet(splits.train, augment, settings.seed, bad_files)
+    if labels is not None:
+        assert isinstance(augment, Photographs)
+        training = TokenLabelledSet(splits.train, augment, settings.seed, bad_files, labels)
+    validation = EvaluationSet(splits.val, Evaluate(**preprocessing).bytes, (ranks.rank, ranks.count))
+    trainer = _trainer(folder, settings, ranks, [saver, Progress(saver, settings.epochs)], start)
     try:
         with quiet_lightning():
             trainer.fit(
                 task,
                 training_loader(training, batches, workers),
-                evaluation_loader(validation, min(2 * settings.batch_size, len(splits.val)), workers),
-                ckpt_path=checkpoint,
+                evaluation_loader(validation, min(evaluated, len(validation)), workers),
+                ckpt_path=start.path if start else None,
                 weights_only=True,
             )
     except Stopped as stop:
@@ -79,11 +119,8 @@ def fit(
             f"stopped by {stop}; continue with: muntin train --out {folder} --resume", stop.number
         ) from stop
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the device has too little memory for batch_size={settings.batch_size} at size={settings.size}; "
-            f"lower it, as in --set batch_size={max(settings.batch_size // 2, 1)}"
-        ) from error
-    return saver.elapsed(), saver.best
+        raise UserError(too_little(task, settings, str(error), saver.last.exists())) from error
+    return Fitted(saver.elapsed(), saver.best, int(task.skipped))
 
 
 def augmentation(settings: Settings, preprocessing: Mapping[str, Any]) -> Augment:
@@ -98,19 +135,29 @@ def augmentation(settings: Settings, preprocessing: Mapping[str, Any]) -> Augmen
     return Plain(evaluate.bytes)
 
 
-def _trainer(folder: Path, settings: Settings, callbacks: list[lightning.Callback]) -> lightning.Trainer:
+def _trainer(
+    folder: Path, settings: Settings, ranks: Ranks, callbacks: list[lightning.Callback], start: Start | None
+) -> lightning.Trainer:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    plugins: list[Any] = [AtomicCheckpoints()]
+    # Told, since within a SLURM job Lightning would take its tasks for the processes, and its signals and requeue it.
+    environment = TorchElasticEnvironment() if ranks.count > 1 else LightningEnvironment()
+    plugins: list[Any] = [AtomicCheckpoints(), environment]
     if settings.precision != "32":
         # By hand: told by name, Lightning would replace float16 by bfloat16 on a CPU.
         plugins.append(MixedPrecision("16-mixed" if settings.precision == "16" else "bf16-mixed", kind))
     with quiet_lightning():
+        # Points after the checkpoint are drawn again.
+        logger = TensorBoardLogger(folder, "tensorboard", "", purge_step=start.step + 1 if start else None)
         return lightning.Trainer(
+            default_root_dir=folder,
             max_epochs=settings.epochs,
-            devices=1,
+            accelerator="gpu" if kind == "cuda" else "cpu",
+            devices=ranks.here,
+            num_nodes=ranks.machines,
+            strategy=_strategy(settings, ranks),
             accumulate_grad_batches=settings.accumulate,
             deterministic=settings.deterministic or None,
-            logger=TensorBoardLogger(folder, name="tensorboard", version=""),
+            logger=logger,
             callbacks=callbacks,
             plugins=plugins,
             enable_checkpointing=False,
@@ -120,6 +167,15 @@ def _trainer(folder: Path, settings: Settings, callbacks: list[lightning.Callbac
             use_distributed_sampler=False,
             log_every_n_steps=1,
         )
+
+
+def _strategy(settings: Settings, ranks: Ranks) -> Any:
+    if ranks.count == 1:
+        return "auto"
+    if settings.strategy == "fsdp":
+        return ModelParallelStrategy(ranks.count, 1, save_distributed_checkpoint=False)
+    # Buffers are shared when that is due: statistics of BatchNorm before validation, see Task.share_statistics.
+    return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 @contextlib.contextmanager

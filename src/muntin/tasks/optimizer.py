@@ -87,6 +87,8 @@ def clip_gradients(model: nn.Module, settings: Settings) -> Tensor:
     """Clip in place as the settings say; the norm of all gradients before, a scalar that may be not finite."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    if hasattr(norm, "full_tensor"):  # gradients are shared out over processes
+        norm = norm.full_tensor()
     if settings.clip:
         nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm, foreach=True)
     if settings.agc:

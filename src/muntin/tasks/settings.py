@@ -51,7 +51,8 @@ class Settings:
     **Losing nothing.** spike: a step whose loss is so many times the running mean, and above 1, is skipped as one that
     is not finite (0: only the latter); max_skips: so many in a row end the training; patience: stop after so many
     epochs without a better validation accuracy, 0 for never; save_minutes: how often to save within an epoch, besides
-    its end; keep: checkpoints of so many last saves; deterministic: only algorithms that repeat to the bit.
+    its end; keep: checkpoints of so many last saves, besides the best one; deterministic: only algorithms that repeat
+    to the bit.
 
     **Machine.** precision: "bf16", "16" (with a loss scale), "32", or "auto": bf16 where the hardware multiplies it
     natively; workers: processes that read and augment images; threads: of the CPU in the training step, all by default;
@@ -109,7 +110,7 @@ class Settings:
     max_skips: int = 50
     patience: int = 0
     save_minutes: float = 10.0
-    keep: int = 1
+    keep: int = 2
     deterministic: bool = False
 
     precision: str = "auto"
@@ -133,6 +134,10 @@ class Settings:
             value = getattr(self, name)
             if value not in words:
                 raise UserError(f"{name}={value!r} is unknown{nearest(value, words)}; valid are {', '.join(words)}")
+        if self.agc and self.strategy == "fsdp":
+            raise UserError(
+                "agc needs whole gradients, which strategy=fsdp has not; set strategy=ddp, or agc=0 and clip"
+            )
         if self.clip and self.agc:
             raise UserError(f"clip={self.clip} and agc={self.agc} both clip gradients; set one of them to 0")
 

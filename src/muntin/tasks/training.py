@@ -13,27 +13,32 @@ import muntin
 from muntin.data.check import BadFiles
 from muntin.data.datasets import Splits, write_held_out
 from muntin.data.sources import absolute, open_splits, short_name, splits_from_json
+from muntin.data.token_labels import DenseLabels
 from muntin.data.transforms import CROP, IMAGENET_MEAN, IMAGENET_STD
 from muntin.errors import UserError
 from muntin.models import published
 from muntin.run import Run, atomic_write, read_json, save_model, write_json
+from muntin.tasks.base import freeze
 from muntin.tasks.callbacks import duration
 from muntin.tasks.checkpoints import read_checkpoint, remove_partial_files
-from muntin.tasks.fitting import fit, threads
+from muntin.tasks.distillation import open_teacher
+from muntin.tasks.fitting import Fitted, fit, threads
 from muntin.tasks.inference import evaluate_images
 from muntin.tasks.precision import choose_precision
+from muntin.tasks.ranks import Ranks
 from muntin.tasks.recipes import read_config, read_recipe, to_yaml
-from muntin.tasks.settings import Settings, settings_from
+from muntin.tasks.resuming import Start, changed, find_start, refuse_changes, refuse_other_groups
+from muntin.tasks.settings import MODEL_PREFIX, Settings, settings_from
 from muntin.tasks.trained import on_device
-from muntin.weights.download import resolve
-
-FREE_TO_CHANGE = {"workers", "save_minutes"}  # on --resume: they do not touch the result
+from muntin.weights.download import Checkpoint, local_file, resolve
+from muntin.weights.load import preview
 
 
 def train(
     out: str | os.PathLike[str] | None = None,
     *,
     resume: bool = False,
+    force: bool = False,
     recipe: str | None = None,
     config: str | os.PathLike[str] | None = None,
     report: Callable[[str], None] = print,
@@ -45,25 +50,27 @@ def train(
     they win over the YAML file `config`, and that over the `recipe` (by default that of the digits, if those are the
     data).
     With `resume` a run that was stopped in any way continues, to the bit as if it had not been stopped; one that is
-    not there is started, and a finished one left as it is.
+    not there is started, and a finished one left as it is. Other settings than it had are refused; with `force` it
+    goes on with them from its last checkpoint, where that is possible.
 
     Raises `UserError` for bad input, before anything is written; `Interrupted` when a signal stopped it.
     """
+    ranks = Ranks()
+    if not ranks.first:
+        report = _nothing
     told = _told(recipe, config, settings)
     chosen = _chosen(told, recipe)
     folder = Path(out) if out is not None else Path("runs") / _run_name(chosen)
-    begun = (folder / "config.yaml").exists()
-    if resume and begun:
-        chosen = _resumed(folder, told)
-        if "test_accuracy" in _metrics(folder):
-            report(f"{folder} is finished; nothing to resume. See it with: muntin report {folder}")
-            return Run.open(folder)
+    begun = ranks.agree((folder / "config.yaml").exists)
+    if resume and ranks.first:
         remove_partial_files(folder)
-    elif resume:
+    if resume and begun:
+        return _resume(folder, told, force, report, ranks)
+    if resume:
         report(f"no run at {folder} yet: starting one")
-    elif (folder / "checkpoints").exists() or (folder / "model.safetensors").exists():
+    elif ranks.agree(lambda: (folder / "checkpoints").exists() or (folder / "model.safetensors").exists()):
         raise UserError(f"{folder} holds a run already; continue it with --resume, or choose another folder with --out")
-    return _train(folder, chosen, resume and begun, report)
+    return _train(folder, chosen, report, ranks)
 
 
 def resolved(
@@ -98,6 +105,14 @@ def _absolute(values: Mapping[str, Any]) -> dict[str, Any]:
     weights = str(values.get("weights") or "")
     if os.path.exists(weights):  # otherwise a tag, or an address
         values["weights"] = os.path.abspath(weights)
+    if values.get("token_labels"):
+        values["token_labels"] = os.path.abspath(str(values["token_labels"]))
+    teacher = str(values.get("teacher") or "")
+    name, equals, file = teacher.partition("=")
+    if os.path.exists(teacher):  # otherwise a name
+        values["teacher"] = os.path.abspath(teacher)
+    elif file:
+        values["teacher"] = name + equals + os.path.abspath(file)
     return values
 
 
@@ -114,45 +129,77 @@ def _model_name(settings: Settings) -> str:
     return settings.model or "swin_t"
 
 
-def _resumed(folder: Path, given: Mapping[str, Any]) -> Settings:
-    """The run's own settings. Raises `UserError` when told otherwise than then."""
-    path = folder / "config.yaml"
-    stored = settings_from(read_config(path))
-    if given:
-        wanted = settings_from(stored.flat(), given)
-        for name, value in wanted.flat().items():
-            if name not in FREE_TO_CHANGE and value != stored.flat().get(name):
-                raise UserError(
-                    f"{name}={value} differs from {name}={stored.flat().get(name)} in {path}; leave it out to resume, "
-                    f"or start another run from these weights with: --set weights={folder / 'model.safetensors'}"
-                )
-        stored = wanted
-    return stored
+def _resume(folder: Path, told: Mapping[str, Any], force: bool, report: Callable[[str], None], ranks: Ranks) -> Run:
+    """Go on with a run from its last checkpoint that can be read."""
+    stored = settings_from(read_config(os.fspath(folder / "config.yaml")))
+    then = stored.flat()
+    if told.get("model", stored.model) != stored.model:  # whose configuration has other fields
+        then = {name: value for name, value in then.items() if not name.startswith(MODEL_PREFIX)}
+    wanted = settings_from(then, told)
+    if wanted.precision == "auto":  # decided when the run began
+        wanted = replace(wanted, precision=stored.precision)
+    changes = changed(stored, wanted)
+    finished = ranks.agree(lambda: "test_accuracy" in _metrics(folder))
+    if finished and not (changes and wanted.epochs > stored.epochs):
+        refuse_changes(changes, folder, stored.epochs, force)
+        report(f"{folder} is finished; nothing to resume. See it with: muntin report {folder}")
+        return Run.open(folder)
+    start = ranks.agree(lambda: find_start(folder, report))
+    if start is None:
+        report(f"{folder} has saved nothing yet: starting it from the beginning")
+        return _train(folder, wanted, report, ranks, keep_split=not changes)
+    refuse_changes(changes, folder, start.epochs, force)
+    for name, (before, now) in changes.items():
+        report(f"{name}: {before} until step {start.step}, {now} from there on")
+    return _train(folder, wanted, report, ranks, start, keep_split=True, replays=not changes)
 
 
-def _train(folder: Path, settings: Settings, resume: bool, report: Callable[[str], None]) -> Run:
+def _nothing(_line: str) -> None:
+    """What processes but the first report."""
+
+
+def _train(
+    folder: Path,
+    settings: Settings,
+    report: Callable[[str], None],
+    ranks: Ranks,
+    start: Start | None = None,
+    *,
+    keep_split: bool = False,
+    replays: bool = True,
+) -> Run:
+    """From a checkpoint, or from the beginning. `replays`: with the settings that the checkpoint was made with."""
     settings = _with_defaults(settings)
     torch.manual_seed(settings.seed)
     name = _model_name(settings)
     # Refuses a wrong configuration before reading any image.
-    _refuse_second_head(name, _build(settings, num_classes=2, meta=True))
+    _refuse_misfits(settings, _build(settings, num_classes=2, meta=True))
     _writable(folder)
-    splits, preprocessing = _data(folder, settings, resume)
-    begun = (folder / "checkpoints" / "last.ckpt").exists()
-    start = replace(settings, weights="") if begun else settings  # a checkpoint holds all weights
-    model = _build(start, num_classes=len(splits.train.classes))
+    splits, preprocessing = _data(folder, settings, keep_split)
+    teacher = open_teacher(settings.teacher, splits.train.classes, preprocessing) if settings.teacher else None
+    labels = DenseLabels(settings.token_labels, splits.train) if settings.token_labels else None
+    model = _build(settings, num_classes=len(splits.train.classes))
+    if settings.weights and not start:  # a checkpoint holds all weights
+        _load_weights(model, settings, report)
     model.set_grad_checkpointing(settings.grad_checkpointing)
-    if settings.batch_size > len(splits.train):
-        settings = replace(settings, batch_size=len(splits.train))
-        report(f"a step takes all {len(splits.train)} training images: batch_size is larger")
     if settings.precision == "auto":
         precision, why = choose_precision()
         settings = replace(settings, precision=precision)
         report(f"precision {precision}: {why}")
-    if not resume:
-        settings = replace(settings, model=name, model_config=asdict(model.config))
+    if start:
+        freeze(model, settings.freeze)
+        refuse_other_groups(start, model, settings)
+    settings = replace(settings, model=name, model_config=asdict(model.config))
+    if ranks.first and start:
+        _unfinish(folder)
+    if ranks.first and not keep_split:
         write_json(folder / "split.json", splits.json() | {"preprocessing": preprocessing})
+    if ranks.first and not (start and replays):
         atomic_write(folder / "config.yaml", to_yaml(settings.flat()).encode())  # last: it makes the folder a run
+    if settings.batch_size > len(splits.train):
+        settings = replace(settings, batch_size=len(splits.train))
+        report(f"a step takes all {len(splits.train)} training images: batch_size is larger")
+    ranks.wait()
     test = len(splits.test) if splits.test else 0
     report(
         f"{name} with {sum(p.numel() for p in model.parameters()):,} parameters on {settings.data}: "
@@ -160,8 +207,32 @@ def _train(folder: Path, settings: Settings, resume: bool, report: Callable[[str
     )
     # The test split goes no further than this: training and selection are handed the other two.
     with threads(settings.threads):
-        seconds, best = fit(folder, settings, model, replace(splits, test=None), preprocessing, report)
-    return _finish(folder, settings, splits, preprocessing, seconds, best, report)
+        learned = replace(splits, test=None)
+        fitted = fit(
+            folder,
+            settings,
+            model,
+            learned,
+            preprocessing,
+            report,
+            ranks,
+            start,
+            replays,
+            teacher=teacher,
+            labels=labels,
+        )
+    if ranks.first:
+        _finish(folder, settings, splits, preprocessing, fitted, report)
+    ranks.wait()
+    return Run.open(folder)
+
+
+def _unfinish(folder: Path) -> None:
+    """A run that goes on after its end has no result until it is there again."""
+    metrics = _metrics(folder)
+    if "test_accuracy" in metrics:
+        del metrics["test_accuracy"]
+        write_json(folder / "metrics.json", metrics)
 
 
 def _writable(folder: Path) -> None:
@@ -178,38 +249,77 @@ def _with_defaults(settings: Settings) -> Settings:
     workers = settings.workers if settings.workers is not None else min(os.cpu_count() or 1, 8)
     size = settings.size or published(name).get("size", 224)
     drop_path = settings.drop_path if settings.drop_path is not None else published(name).get("drop_path", 0.1)
+    if settings.token_labels:  # which have a mixing of their own
+        settings = replace(settings, mixup=0.0, cutmix=0.0)
     return replace(settings, workers=workers, size=size, drop_path=drop_path)
 
 
 def _build(settings: Settings, num_classes: int, meta: bool = False) -> Any:
     """The model with what it starts from; on "meta" only its shapes."""
     name, config = _model_name(settings), dict(settings.model_config)
-    weights: bool | str = {"": False, "pretrained": True}.get(settings.weights, settings.weights)
-    if meta and weights:
-        config = dict(getattr(resolve(name, weights), "config", {})) | config
-        weights = False
+    if settings.weights:
+        config = dict(getattr(_weights(settings), "config", {})) | config
     with torch.device("meta") if meta else contextlib.nullcontext():
-        model = muntin.create_model(name, num_classes, weights, settings.drop_path or 0.0, **config)
+        model = muntin.create_model(name, num_classes, False, settings.drop_path or 0.0, **config)
     return model
 
 
-def _refuse_second_head(name: str, model: Any) -> None:
-    if second := [name for name, _ in model.head.named_children() if name.startswith("fc_")]:
+def _refuse_misfits(settings: Settings, model: Any) -> None:
+    """Raises UserError where a second head has nothing to learn from, or token labels no head or images to suit."""
+    heads = [name for name, _ in model.head.named_children()]
+    if "fc_distilled" in heads and not settings.teacher:
         raise UserError(
-            f"{name} with a second head ({', '.join(second)}) learns from a teacher's labels, and "
-            "these are images with a class each: leave out the setting that adds the head, or train in your own loop"
+            f"{model.name} with a second head (fc_distilled) learns it from a teacher: give one, as in --set "
+            "teacher=timm:regnety_160, or leave out the setting that adds the head"
         )
+    if "fc_tokens" in heads and not settings.token_labels:
+        raise UserError(
+            f"{model.name} with a head for tokens (fc_tokens) learns it from dense labels: give their folder, as in "
+            "--set token_labels=FOLDER, or leave out model.token_label"
+        )
+    if not settings.token_labels:
+        return
+    if settings.strategy == "fsdp":
+        raise UserError("token_labels need whole weights and strategy=fsdp has parts: set strategy=ddp")
+    if settings.teacher:
+        raise UserError("teacher and token_labels are both set: a model learns from one of them; leave out the other")
+    if "fc_tokens" not in heads:
+        raise UserError(
+            f"{model.name} has no head for tokens, which token_labels={settings.token_labels} are for: take an RMT "
+            "and --set model.token_label=true"
+        )
+    stride = model.backbone.strides[-1]
+    if settings.size is None or settings.size % stride:
+        raise UserError(f"size={settings.size}: token labels need whole tokens; give a multiple of {stride}")
+    if settings.augment != "photographs":
+        raise UserError(f"augment={settings.augment}: token labels follow crops and flips; give augment=photographs")
 
 
-def _data(folder: Path, settings: Settings, resume: bool) -> tuple[Splits, dict[str, Any]]:
+def _weights(settings: Settings) -> Checkpoint | str:
+    return resolve(_model_name(settings), settings.weights == "pretrained" or settings.weights)
+
+
+def _load_weights(model: torch.nn.Module, settings: Settings, report: Callable[[str], None]) -> None:
+    """What the settings start from, and what of it was made to fit."""
+    found = _weights(settings)
+    loaded = muntin.load_checkpoint(model, local_file(found) if isinstance(found, str) else found.fetch())
+    said = [f"{len(loaded.loaded)} weights from {settings.weights}"]
+    if loaded.resized:
+        said.append(f"{len(loaded.resized)} bias tables resized from other windows ({preview(loaded.resized)})")
+    if loaded.replaced:
+        said.append(f"new: {preview(loaded.replaced)}")
+    report("; ".join(said))
+
+
+def _data(folder: Path, settings: Settings, keep_split: bool) -> tuple[Splits, dict[str, Any]]:
     """The splits and the preprocessing: made now, or read back from split.json."""
     assert settings.size is not None
-    if resume and (folder / "checkpoints").exists() and not (folder / "split.json").exists():
+    if keep_split and (folder / "checkpoints").exists() and not (folder / "split.json").exists():
         raise UserError(
             f"{folder / 'split.json'} is gone: another split would train on test images; put it back, or start another "
             "run with --out"
         )
-    if resume and (folder / "split.json").exists():
+    if keep_split and (folder / "split.json").exists():
         stored = read_json(folder / "split.json")
         preprocessing = stored["preprocessing"]
         return splits_from_json(settings.data, stored, preprocessing["resize"] is None), preprocessing
@@ -231,11 +341,11 @@ def _finish(
     settings: Settings,
     splits: Splits,
     preprocessing: dict[str, Any],
-    seconds: float,
-    best: dict[str, Any],
+    fitted: Fitted,
     report: Callable[[str], None],
-) -> Run:
+) -> None:
     """The best weights as model.safetensors, their test accuracy, metrics.json."""
+    best = fitted.best
     model = _build(replace(settings, weights=""), num_classes=len(splits.train.classes))
     state = read_checkpoint(folder / "checkpoints" / "best.ckpt")["state_dict"]
     prefix = {"raw": "model.", "ema": "average."}[best["weights"]]
@@ -254,7 +364,8 @@ def _finish(
         "best_epoch": best["epoch"],
         "weights": best["weights"],
         "epochs": settings.epochs,
-        "seconds": round(seconds, 2),
+        "seconds": round(fitted.seconds, 2),
+        "skipped_steps": fitted.skipped,
         "precision": settings.precision,
         "seed": settings.seed,
         "data": settings.data,
@@ -271,9 +382,8 @@ def _finish(
     shown = f"test accuracy {metrics['test_accuracy']:.2%}" if splits.test is not None else "no test split"
     report(
         f"{folder}: {shown}, val accuracy {best['accuracy']:.2%} ({best['weights']} weights of epoch "
-        f"{best['epoch']}), trained in {duration(seconds)}"
+        f"{best['epoch']}), trained in {duration(fitted.seconds)}"
     )
-    return run
 
 
 def measure_latency(run: Run) -> None:

@@ -1,0 +1,150 @@
+"""Training in several processes: the same as in one, whoever dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from muntin.cli import main
+from muntin.data.datasets import load_digits, select
+from muntin.data.loading import EvaluationSet
+from muntin.tasks import train, training
+
+SETTINGS: dict[str, Any] = {
+    "model.dim": [8],
+    "model.depths": [1, 1],
+    "model.heads": [1, 2],
+    "model.window": [4, 4],
+    "size": 16,
+    "batch_size": 96,
+    "epochs": 2,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "drop_path": 0.0,
+    "augment": "distort",
+    "ema_decay": 0.9,
+    "precision": "32",
+    "workers": 0,
+    "threads": 1,
+    "model": "swin_t",
+}
+SETTINGS["model.dim"] = 8
+PROGRAM = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from muntin.cli import main
+from muntin.tasks import training
+from muntin.tasks.base import Task
+training.measure_latency = lambda run: None
+step_of_task = Task.training_step
+
+def training_step(self, batch, batch_idx):
+    if (self.trainer.global_step, str(self.global_rank)) == ({step}, os.environ.get("MUNTIN_TEST_RANK")):
+        os.kill(os.getpid(), {number})
+    return step_of_task(self, batch, batch_idx)
+
+Task.training_step = training_step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def started(folder: Path, monkeypatch: pytest.MonkeyPatch, step: int = -1, number: int = 0, **settings: Any) -> int:
+    """`muntin train --set devices=2`: the launcher here, its two processes with one thread each."""
+    from muntin.tasks import launch
+
+    monkeypatch.setattr(launch, "PROGRAM", PROGRAM.format(step=step, number=number))
+    arguments = ["train", "--out", str(folder)]
+    for name, value in (SETTINGS | settings).items():
+        arguments += ["--set", f"{name}={value}"]
+    return launch.launch(arguments, 2)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "measure_latency", lambda run: None)
+        return train(tmp_path_factory.mktemp("alone") / "run", report=lambda _: None, **SETTINGS)
+
+
+def losses(folder: Path) -> list[tuple[float, float]]:
+    lines = (folder / "history.csv").read_text().splitlines()
+    head = lines[0].split(",")
+    rows = [dict(zip(head, line.split(","), strict=True)) for line in lines[1:]]
+    return [(float(row["train_loss"]), float(row["val_loss"])) for row in rows]
+
+
+def same(folder: Path, wanted: Any) -> None:
+    """To rounding: sums of gradients are added in another order."""
+    assert losses(folder) == [pytest.approx(row, rel=1e-4) for row in losses(wanted.path)]
+    found, weights = load_file(folder / "model.safetensors"), load_file(wanted.weights)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["test_accuracy"] == pytest.approx(wanted.metrics["test_accuracy"], abs=0.01)
+
+
+@pytest.mark.parametrize("settings", [{}, {"strategy": "fsdp"}, {"accumulate": 2}], ids=["ddp", "fsdp", "accumulate"])
+def test_two_processes_do_what_one_does(
+    tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """The same losses and weights with the same images in each step; 179 validation images are shared out unevenly."""
+    assert started(tmp_path / "run", monkeypatch, **settings) == 0
+    same(tmp_path / "run", alone)
+
+
+def test_a_process_that_dies_ends_the_job_with_its_name_and_the_run_goes_on(
+    tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MUNTIN_TEST_RANK", "1")
+    start = time.monotonic()
+    assert started(tmp_path / "run", monkeypatch, step=16, number=int(signal.SIGKILL)) == 1
+    assert time.monotonic() - start < 240  # no hanging
+    assert "rank 1 (process" in (error := capfd.readouterr().err) and "was killed by SIGKILL" in error
+    monkeypatch.delenv("MUNTIN_TEST_RANK")
+    monkeypatch.setattr(training, "measure_latency", lambda run: None)
+    train(tmp_path / "run", resume=True, report=lambda _: None, devices=1)  # with one process
+    same(tmp_path / "run", alone)
+
+
+def test_a_signal_to_one_process_stops_all_after_saving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MUNTIN_TEST_RANK", "1")
+    code = started(tmp_path / "run", monkeypatch, step=3, number=int(signal.SIGTERM))
+    assert code == 128 + signal.SIGTERM
+    assert "continue with: muntin train --out" in capfd.readouterr().err
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 10
+
+
+@pytest.mark.parametrize(("count", "processes"), [(7, 2), (8, 2), (3, 4)])
+def test_every_image_is_validated_once(count: int, processes: int) -> None:
+    images = select(load_digits(), range(count))
+    shares = [EvaluationSet(images, lambda _: torch.zeros(1), (rank, processes)) for rank in range(processes)]
+    assert len({len(share) for share in shares}) == 1
+    targets = [share[i][1] for share in shares for i in range(len(share))]  # type: ignore[index]
+    assert sorted(t for t in targets if t >= 0) == sorted(images.labels)
+    assert len(targets) == -(-count // processes) * processes
+
+
+def test_the_command_starts_the_processes(tmp_path: Path) -> None:
+    """As a user would: each process refuses the same mistake, and the exit code is theirs."""
+    command = [sys.executable, "-c", "import sys; from muntin.cli import main; sys.exit(main(sys.argv[1:]))"]
+    command += ["train", "--out", str(tmp_path / "run"), "--set", "devices=2", "--set", "batch_size=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ}, check=False)
+    assert done.returncode == 2
+    assert "1 images cannot be shared out over 2 processes" in done.stderr
+
+
+def test_devices_are_at_least_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--set", "devices=0"]) == 2
+    assert "devices=0: give a whole number of at least 1" in capsys.readouterr().err
