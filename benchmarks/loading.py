@@ -4,12 +4,12 @@
     python benchmarks/loading.py --images 300 --rounds 9
     python benchmarks/loading.py --tables                   # the table again from stored results
 
-The images are made here: 500 pixels wide or high, smooth noise at all scales under grain, JPEGs of 40 to 110 KB. Every
-contestant reads them from the same folder (or, where it says so, from tar shards of the same files), in one process and
-one thread, into float batches of 64 at 224 pixels. Training: random resized crop (bicubic), flip, timm's RandAugment
-rand-m9-mstd0.5-inc1, normalisation, random erasing of a quarter of the images. Evaluation: the shorter side to 256
-(bicubic), the centre of 224, normalisation. timm has two forms: everything in the worker, and uint8 batches that are
-normalised and erased as a whole (its prefetcher, here on the CPU); the better one counts.
+The images are made here: 500 pixels wide or high, smooth noise at all scales under grain, most JPEGs of 40 to 110 KB.
+Every contestant reads them from the same folder (or, where it says so, from tar shards of the same files), in one
+process and one thread, into float batches of 64 at 224 pixels. Training: random resized crop (bicubic), flip, timm's
+RandAugment rand-m9-mstd0.5-inc1, normalisation, random erasing of a quarter of the images. Evaluation: the shorter side
+to 256 (bicubic), the centre of 224, normalisation. timm has two forms: everything in the worker, and uint8 batches that
+are normalised and erased as a whole (its prefetcher, here on the CPU); the better one counts.
 
 Contestants take turns, in shuffled rounds; rates are of the process's own CPU time, so that others on the machine count
 little; ratios are medians over rounds. Results: loading.json and .md in benchmarks/results/MACHINE.

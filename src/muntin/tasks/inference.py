@@ -116,6 +116,8 @@ def evaluate_images(
     logits: from a batch of transformed images to (B, K), both on the CPU (see `on_device`).
     Raises `UserError` naming an image that cannot be read, and where there are other logits than classes.
     """
+    if images.multi_label:
+        raise UserError(f"{data} gives an image several labels or none; give data with one class each")
     workers = min(os.cpu_count() or 1, 8) if len(images) > 2000 else 0
     loader = evaluation_loader(EvaluationSet(images, transform), batch_size, workers)
     found = []

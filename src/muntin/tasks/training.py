@@ -325,6 +325,11 @@ def _data(folder: Path, settings: Settings, keep_split: bool) -> tuple[Splits, d
         return splits_from_json(settings.data, stored, preprocessing["resize"] is None), preprocessing
     bad_files = BadFiles(folder / "bad_files.csv")
     splits = open_splits(settings.data, settings.seed, settings.size, settings.on_bad_image, bad_files)
+    if splits.multi_label:
+        raise UserError(
+            f"{settings.data} gives an image several labels or none, and these losses take one class each: give each "
+            "image one label, or train on muntin.data.sources.open_splits in your own loop"
+        )
     preprocessing = {
         "size": [settings.size, settings.size],
         "resize": None if splits.plain_resize else round(settings.size / CROP),
