@@ -52,7 +52,8 @@ class Forks:
         return Ended(answer["returncode"], printed["stdout"], printed["stderr"], answer["events"])
 
     def close(self) -> None:
-        self.process.communicate(timeout=60)
+        # Told, since processes that the test has forked meanwhile may hold its standard input open.
+        self.process.communicate("\n", timeout=60)
 
 
 @contextlib.contextmanager
@@ -75,7 +76,7 @@ def _serve() -> None:
     import muntin.tasks.training
 
     torch.set_num_threads(1)
-    for line in sys.stdin:
+    while line := sys.stdin.readline().strip():
         print(json.dumps(_child(muntin.cli.main, **json.loads(line))), flush=True)
 
 
