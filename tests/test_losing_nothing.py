@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import signal
+import zipfile
 
 import numpy as np
 import pytest
@@ -298,8 +299,11 @@ def cut(path):
 
 def flip(path):
     """One bit of a weight."""
+    with zipfile.ZipFile(path) as archive:
+        records = [record for record in archive.infolist() if "/data/" in record.filename]
+        weights = archive.read(max(records, key=lambda record: record.file_size))
     contents = bytearray(path.read_bytes())
-    contents[len(contents) // 2] ^= 1
+    contents[contents.index(weights) + len(weights) // 2] ^= 1
     path.write_bytes(contents)
 
 
