@@ -267,17 +267,18 @@ from muntin.tasks.callbacks import Saver
 save = Saver.on_train_epoch_end
 def on_train_epoch_end(self, trainer, module):
     save(self, trainer, module)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # from the second epoch on
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))  # from the second epoch on
 Saver.on_train_epoch_end = on_train_epoch_end
 """
 
 
-def test_nothing_half_written_stays_when_the_disk_is_full(server, data, tmp_path):
-    """A real failure: the process may not write files as large as a checkpoint."""
+@pytest.mark.parametrize("limit, what", [(20_000, r"run/checkpoints/\w+\.ckpt"), (300, "run")])
+def test_nothing_half_written_stays_when_the_disk_is_full(server, data, tmp_path, limit, what):
+    """A real failure: the process may not write files as large as a checkpoint, or as the curves."""
     folder = tmp_path / "run"
-    done = server.run(command(data, folder), FULL)
+    done = server.run(command(data, folder), f"LIMIT = {limit}\n" + FULL)
     assert done.returncode == 2, done.stderr
-    assert re.search(r"cannot write .*\.ckpt: File too large; free some space", done.stderr)
+    assert re.search(rf"^muntin: cannot write .*/{what}: File too large; free some space", done.stderr, re.MULTILINE)
     assert "Traceback" not in done.stderr
     assert read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] == STEPS
     assert read_checkpoint(folder / "checkpoints" / "best.ckpt")["epoch"] == 0

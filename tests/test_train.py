@@ -371,7 +371,13 @@ def test_the_latest_epoch_that_is_not_significantly_worse_is_kept(tmp_path, monk
     task.loss_count += 1
     optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}])
     trainer = SimpleNamespace(
-        current_epoch=0, global_step=0, optimizers=[optimizer], logger=None, is_global_zero=True, saved=[]
+        current_epoch=0,
+        global_step=0,
+        world_size=1,
+        is_global_zero=True,
+        optimizers=[optimizer],
+        logger=None,
+        saved=[],
     )
     trainer.save_checkpoint = lambda path, weights_only=False: trainer.saved.append((path.name, trainer.current_epoch))
     saver = Saver(tmp_path, patience=0, save_minutes=1, val_images=100)

@@ -32,6 +32,7 @@ from muntin.errors import UserError
 if TYPE_CHECKING:
     from muntin.data.transforms import Evaluate
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk, a share of it or a file that can grow no more
 METADATA = "muntin"  # the key of our JSON in a safetensors file's metadata
 
 
@@ -56,8 +57,7 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Path],
         os.replace(partial, path)
         _sync_folder(path.parent)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free some space" if full else "choose a folder that you may write to (--out)"
+        remedy = "free some space" if error.errno in FULL else "choose a folder that you may write to (--out)"
         raise UserError(f"cannot write {path}: {error.strerror or error}; {remedy}") from error
     finally:
         with contextlib.suppress(OSError):  # it was renamed, or its folder is none

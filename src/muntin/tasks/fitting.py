@@ -24,6 +24,7 @@ from muntin.data.loading import EpochBatches, EvaluationSet, TrainingSet, evalua
 from muntin.data.token_labels import DenseLabels, TokenLabelledSet
 from muntin.data.transforms import Evaluate
 from muntin.errors import UserError
+from muntin.run import FULL
 from muntin.tasks.callbacks import Progress, Saver, Stopped
 from muntin.tasks.checkpoints import AtomicCheckpoints
 from muntin.tasks.classification import Classification
@@ -118,6 +119,12 @@ def fit(
         raise Interrupted(
             f"stopped by {stop}; continue with: muntin train --out {folder} --resume", stop.number
         ) from stop
+    except OSError as error:  # of the curves, which are written as they come; all else is written by `atomic_write`
+        if error.errno not in FULL:
+            raise
+        raise UserError(
+            f"cannot write {folder}: {error.strerror}; free some space, then: muntin train --out {folder} --resume"
+        ) from error
     except torch.OutOfMemoryError as error:
         raise UserError(too_little(task, settings, str(error), saver.last.exists())) from error
     return Fitted(saver.elapsed(), saver.best, int(task.skipped))
