@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from muntin.errors import UserError
 from muntin.tasks.optimizer import clip_gradients, groups, rate
-from muntin.tasks.ranks import mean
+from muntin.tasks.ranks import mean, several
 from muntin.tasks.resuming import recount, regroup
 from muntin.tasks.settings import Settings
 
@@ -110,7 +110,7 @@ class Task(lightning.LightningModule):
         """Clip, and mark the step as one to be skipped where loss or gradient say so; all without waiting for the
         device.
         """
-        loss = mean(torch.stack(self._losses).mean().float(), self.trainer.world_size)
+        loss = mean(torch.stack(self._losses).mean().float())
         self._losses.clear()
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         spike = self._spikes(loss)
@@ -137,11 +137,11 @@ class Task(lightning.LightningModule):
         for model in self.candidates().values():
             for buffer in model.buffers():
                 if buffer.is_floating_point():
-                    mean(buffer, self.trainer.world_size)
+                    mean(buffer)
 
     def configure_model(self) -> None:
         """With strategy "fsdp": weights, gradients and the optimiser's state are shared out over the processes."""
-        if self.settings.strategy != "fsdp" or self.trainer.world_size == 1 or self._sharded:
+        if self.settings.strategy != "fsdp" or not several() or self._sharded:
             return
         from torch.distributed.fsdp import fully_shard
 

@@ -18,6 +18,7 @@ from muntin.errors import UserError
 from muntin.run import atomic_write
 from muntin.tasks.base import Task
 from muntin.tasks.checkpoints import AtomicCheckpoints, Damaged, prune, read_checkpoint, set_aside
+from muntin.tasks.ranks import several
 
 CHECKED = 50  # steps between two looks at how many were skipped: each waits for the device
 AGREED = 10  # steps between two questions whether a process was told to save or stop: each waits for all
@@ -154,14 +155,14 @@ class Saver(lightning.Callback):
             return  # within a step of the optimiser
         if trainer.global_step % CHECKED == 0:
             pl_module.refuse_skips()
-        if trainer.world_size > 1 and trainer.global_step % AGREED:
+        if several() and trainer.global_step % AGREED:
             return
         if self._asked(trainer, time.monotonic() - self._saved > self.save_seconds):
             self._save_last(trainer, pl_module)
 
     def _asked(self, trainer: lightning.Trainer, due: bool) -> bool:
         """Whether to save, because it is due or to stop then: the same in all processes, whichever got a signal."""
-        if trainer.world_size == 1:
+        if not several():
             self.stop = self.signal
         else:
             asked = torch.tensor([float(due), float(self.signal or 0)], device=trainer.strategy.root_device)

@@ -52,9 +52,14 @@ class Ranks:
             torch.distributed.barrier(group=self._slow)
 
 
-def mean(value: torch.Tensor, count: int) -> torch.Tensor:
-    """The mean of a tensor over `count` processes, in place."""
-    if count > 1:
+def several() -> bool:
+    """Whether this is one of several processes."""
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def mean(value: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over all processes, in place."""
+    if several():
         torch.distributed.all_reduce(value)
-        value /= count
+        value /= torch.distributed.get_world_size()
     return value
