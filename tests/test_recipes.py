@@ -14,12 +14,14 @@ from muntin.cli import main
 from muntin.data.augment import Photographs
 from muntin.data.datasets import Images, Splits
 from muntin.data.loading import EpochBatches
+from muntin.data.token_labels import DenseLabels
 from muntin.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from muntin.errors import UserError
 from muntin.models import FAMILIES, list_models
 from muntin.tasks import fitting
 from muntin.tasks.base import Task, frozen
 from muntin.tasks.classification import Classification
+from muntin.tasks.distillation import Teacher
 from muntin.tasks.fitting import augmentation
 from muntin.tasks.optimizer import clip_gradients, decays, groups, layers, rate
 from muntin.tasks.ranks import Ranks
@@ -225,7 +227,6 @@ def synthetic(count: int) -> Images:
 @pytest.mark.parametrize("name", [name for name in sorted(recipes()) if not name.startswith("sweep/")])
 def test_every_recipe_takes_two_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the family's tiny configuration, and what the recipe says of the model's where that is no size."""
-    values = read_recipe(name)
     found: Any = of_recipe(name)
     config = {k: v for k, v in found.model_config.items() if not isinstance(v, tuple)}
     label = found.model or "swin_t"
@@ -237,9 +238,21 @@ def test_every_recipe_takes_two_steps(name: str, tmp_path: Path, monkeypatch: py
     model = muntin.models.Classifier(
         label, family.BACKBONE(tiny, out_indices=(-1,), drop_path=found.drop_path or 0.0), family.HEAD(tiny, 2), 2
     )
-    if "teacher" in values or name.endswith("_token_label"):
-        pytest.skip("a teacher and label files are given in test_distillation.py and test_token_labels.py")
     settings = replace(found, epochs=1, batch_size=6, size=64, precision="32", workers=0, weights="", save_minutes=99)
+    images = synthetic(12)
+    learned: dict[str, Any] = {}
+    if settings.teacher:
+        teacher = muntin.models.Classifier(label, family.BACKBONE(tiny, out_indices=(-1,)), family.HEAD(tiny, 2), 2)
+        usual = IMAGENET_MEAN, IMAGENET_STD
+        learned["teacher"] = Teacher(teacher, (64, 64), usual, usual)
+    if name.endswith("_token_label"):
+        labels = tmp_path / "labels"
+        labels.mkdir()
+        for key in images.keys:
+            scores = torch.rand(2, 5, 5)
+            torch.save(torch.stack([scores, torch.arange(2)[:, None, None].expand(2, 5, 5)]), labels / f"{key}.pt")
+        settings = replace(settings, token_labels=str(labels))
+        learned["labels"] = DenseLabels(labels, images)
     steps: list[float] = []
     taken = Task.optimizer_step
 
@@ -251,8 +264,8 @@ def test_every_recipe_takes_two_steps(name: str, tmp_path: Path, monkeypatch: py
     preprocessing = {"size": (64, 64), "resize": 73, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     preprocessing |= {"interpolation": "bicubic", "channels": "RGB"}
     before = [parameter.clone() for parameter in model.parameters()]
-    splits = Splits(synthetic(12), replace(synthetic(4), keys=["v0", "v1", "v2", "v3"]), None, False)
-    fitting.fit(tmp_path, settings, model, splits, preprocessing, lambda _: None, Ranks())
+    splits = Splits(images, replace(synthetic(4), keys=["v0", "v1", "v2", "v3"]), None, False)
+    fitting.fit(tmp_path, settings, model, splits, preprocessing, lambda _: None, Ranks(), **learned)
     assert len(steps) == 2 and steps[1] > steps[0] > 0
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import muntin
 from muntin.data.augment import Photographs
+from muntin.data.check import BadFiles
 from muntin.data.datasets import Images
 from muntin.data.loading import collate
 from muntin.data.token_labels import DenseLabels, TokenLabelledSet, TokenTarget
@@ -136,6 +137,17 @@ def test_a_bad_label_met_in_training_is_told_in_one_line(labelled):
     found = collate([data[0, 0], data[0, 3]])
     assert isinstance(found, UserError)
     assert "bee/3.pt, the token label of train/bee/3.jpg, has shape (2, 1, 9, 9)" in str(found)
+
+
+def test_an_image_whose_label_is_bad_can_be_skipped(labelled, tmp_path):
+    folder, images = labelled()
+    bad = BadFiles(tmp_path / "bad_files.csv")
+    data = TokenLabelledSet(images, Photographs((SIDE, SIDE), (0.5,) * 3, ""), 0, bad, DenseLabels(folder, images))
+    torch.save(torch.zeros(2, 1, 9, 9), folder / "bee" / "3.pt")
+    _, target = data[0, 3]
+    others = [dense_label(seed=position)[0].float() for position in range(3)]
+    assert any(torch.equal(target.scores, scores) for scores in others)
+    assert "3.pt, the token label of train/bee/3.jpg, has shape" in (tmp_path / "bad_files.csv").read_text()
 
 
 def test_a_label_is_cropped_and_flipped_as_its_image(labelled):

@@ -31,8 +31,9 @@ class Teacher:
 
     No module: what a student holds would be saved with it. It follows its images to their device.
 
-    size: height and width that images are resized to where they have others; mean, std: what the model wants them
-    normalised by; student: the mean and std that they are; order: for each of the student's classes the teacher's.
+    size: height and width that images are resized to where they have others; normalisation: the mean and std that the
+    model wants, per channel; student: those that the images have; order: for each of the student's classes the
+    teacher's.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Teacher:
         if self.scale.device != images.device:
             self.model.to(images.device)
             self.scale, self.shift = self.scale.to(images.device), self.shift.to(images.device)
+            self.order = None if self.order is None else self.order.to(images.device)
         images = torch.addcmul(self.shift, images, self.scale)
         if images.shape[2:] != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True)

@@ -43,10 +43,11 @@ class Settings:
     batches; augment: "photographs" (crop, flip, `randaugment` or `color_jitter`, `erasing`), "distort" (characters, by
     `distortion`) or "none"; drop_path: stochastic depth of the last block.
 
-    **A teacher.** teacher: "" for none, a run's folder, timm:NAME, or a model's name with its published weights, or
-    NAME=FILE; distillation: "soft" (Kullback-Leibler divergence at temperature `distill_tau`) or "hard" (the teacher's
-    decision); distill_alpha: the share of its loss. token_labels: a folder of dense label files, "" for none;
-    token_weight: factor of their loss; mix_token: paste boxes of tokens instead of mixup and cutmix.
+    **A teacher.** teacher: "" for none, a run's folder, timm:NAME or a model's name with their published weights, or
+    timm:NAME=FILE or NAME=FILE; distillation: "soft" (Kullback-Leibler divergence at temperature `distill_tau`) or
+    "hard" (the teacher's decision); distill_alpha: the share of its loss. token_labels: a folder of dense label files
+    (docs/training.md), "" for none; token_weight: factor of their loss; mix_token: paste boxes of tokens; mixup and
+    cutmix are off with token labels.
 
     **Losing nothing.** spike: a step whose loss is so many times the running mean, and above 1, is skipped as one that
     is not finite (0: only the latter); max_skips: so many in a row end the training; patience: stop after so many

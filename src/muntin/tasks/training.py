@@ -176,12 +176,12 @@ def _train(
     _refuse_misfits(settings, _build(settings, num_classes=2, meta=True))
     _writable(folder)
     splits, preprocessing = _data(folder, settings, keep_split)
-    teacher = open_teacher(settings.teacher, splits.train.classes, preprocessing) if settings.teacher else None
-    labels = DenseLabels(settings.token_labels, splits.train) if settings.token_labels else None
     model = _build(settings, num_classes=len(splits.train.classes))
     if settings.weights and not start:  # a checkpoint holds all weights
         _load_weights(model, settings, report)
     model.set_grad_checkpointing(settings.grad_checkpointing)
+    teacher = open_teacher(settings.teacher, splits.train.classes, preprocessing) if settings.teacher else None
+    labels = DenseLabels(settings.token_labels, splits.train) if settings.token_labels else None
     if settings.precision == "auto":
         precision, why = choose_precision()
         settings = replace(settings, precision=precision)
