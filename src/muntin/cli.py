@@ -239,11 +239,13 @@ def _train(args: Any) -> int:
         print(to_yaml(resolved(args.recipe, args.config, **settings)), end="")
         return 0
 
-    devices = int(settings.get("devices") or 1)
-    if devices > 1 and "WORLD_SIZE" not in os.environ:
+    if "WORLD_SIZE" not in os.environ and {"devices", "nodes"} & set(settings):
         from muntin.tasks.launch import launch
+        from muntin.tasks.settings import settings_from
 
-        return launch(sys.argv[1:], devices)
+        told = settings_from(settings)
+        if (told.devices or 1) * told.nodes > 1:
+            return launch(sys.argv[1:], told.devices or 1, told.nodes, told.rendezvous)
 
     from muntin.tasks import train
 

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from muntin.errors import UserError
 
+SECONDS = "110"  # to save in when a signal comes, before processes are killed
 PROGRAM = "import sys; from muntin.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
-def launch(arguments: Sequence[str], devices: int) -> int:
-    """Run the command `muntin ARGUMENTS` in `devices` processes; their exit code.
+def launch(arguments: Sequence[str], devices: int, nodes: int = 1, rendezvous: str = "") -> int:
+    """Run the command `muntin ARGUMENTS` in `devices` processes of this machine, one of `nodes`; their exit code.
 
     When one dies, the others are ended, and the message names its rank. Raises `UserError` where there are not so many
     GPUs.
@@ -25,13 +26,14 @@ def launch(arguments: Sequence[str], devices: int) -> int:
     if torch.cuda.is_available() and devices > torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise UserError(f"devices={devices}: this machine has {count} GPUs; give a number up to that")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS)
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=nodes,
+        max_nodes=nodes,
         nproc_per_node=devices,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=str(os.getpid()),
+        rdzv_endpoint=rendezvous or "localhost:0",
+        run_id=rendezvous or str(os.getpid()),
         max_restarts=0,
         monitor_interval=0.2,
         start_method="spawn",

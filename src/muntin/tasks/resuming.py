@@ -12,7 +12,7 @@ from muntin.tasks.checkpoints import latest
 from muntin.tasks.optimizer import groups
 from muntin.tasks.settings import MODEL_PREFIX, Settings
 
-FREE = {"workers", "save_minutes", "keep", "devices", "strategy"}  # they do not touch the result
+FREE = {"workers", "save_minutes", "keep", "devices", "nodes", "rendezvous", "strategy"}  # they do not touch the result
 _COUNTED = "checkpoints count steps of the epochs that it makes"
 _SHAPED = "the saved weights are those of that model"
 FIXED = {  # what no checkpoint can go on with another value of

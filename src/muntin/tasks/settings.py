@@ -58,8 +58,9 @@ class Settings:
     **Machine.** precision: "bf16", "16" (with a loss scale), "32", or "auto": bf16 where the hardware multiplies it
     natively; workers: processes that read and augment images; threads: of the CPU in the training step, all by default;
     grad_checkpointing: recompute blocks instead of keeping their intermediates; compile: by torch.compile;
-    channels_last: of images and convolutions; devices: GPUs or processes of this machine (None: as torchrun or SLURM
-    started it, else one); strategy: "auto", "ddp" or "fsdp".
+    channels_last: of images and convolutions; devices: GPUs or processes of each machine (None: as torchrun
+    started it, else one); nodes: machines, on each of which the command is called, and rendezvous: the first one's
+    HOST:PORT; strategy: "auto", "ddp" or "fsdp".
     """
 
     task: str = "classify"
@@ -121,6 +122,8 @@ class Settings:
     compile: bool = False
     channels_last: bool = False
     devices: int | None = None
+    nodes: int = 1
+    rendezvous: str = ""
     strategy: str = "auto"
 
     model_config: Mapping[str, Any] = field(default_factory=dict)
@@ -135,6 +138,8 @@ class Settings:
             value = getattr(self, name)
             if value not in words:
                 raise UserError(f"{name}={value!r} is unknown{nearest(value, words)}; valid are {', '.join(words)}")
+        if self.nodes > 1 and not self.rendezvous:
+            raise UserError(f"nodes={self.nodes}: say where they meet, as in --set rendezvous=FIRST-MACHINE:29500")
         if self.agc and self.strategy == "fsdp":
             raise UserError(
                 "agc needs whole gradients, which strategy=fsdp has not; set strategy=ddp, or agc=0 and clip"
@@ -158,7 +163,7 @@ class Settings:
 
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
-        "epochs size batch_size accumulate repeats threads devices keep max_skips",
+        "epochs size batch_size accumulate repeats threads devices nodes keep max_skips",
         lambda value: value >= 1,
         "give a whole number of at least 1",
     ),
