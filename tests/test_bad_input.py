@@ -170,7 +170,7 @@ def test_images_of_every_mode_are_trained_on(data, tmp_path, monkeypatch):
         (["--set", "lr=nan"], ["lr=nan", "positive"]),
         (["--set", "batch_size=0"], ["batch_size=0", "at least 1"]),
         (["--set", "label_smoothing=1"], ["label_smoothing=1", "from 0 up to"]),
-        (["--set", "precision=fp8"], ["precision='fp8'", "auto, bf16, 32"]),
+        (["--set", "precision=fp8"], ["precision='fp8'", "auto, bf16, 16, 32"]),
         (["--set", "augment=distrot"], ["augment='distrot'", "did you mean 'distort'"]),
         (["--set", "on_bad_image=ignore"], ["on_bad_image='ignore'", "error, skip"]),
         (["--set", "learning=1"], ["there is no setting 'learning'", "label_smoothing", "model.FIELD"]),
