@@ -179,7 +179,8 @@ def test_images_of_every_mode_are_trained_on(data, tmp_path, monkeypatch):
         (["--set", "lr=[1"], ["--set lr=[1", "not valid YAML"]),
         (["--set", "lr=[1]"], ["lr=[1]", "a number"]),
         (["--set", "weights=nowhere.safetensors"], ["nowhere.safetensors"]),
-        (["--config", "imagnet"], ["no configuration file imagnet", "did you mean 'imagenet'"]),
+        (["--config", "imagnet"], ["no configuration file imagnet", "give a YAML file of settings"]),
+        (["--recipe", "in1k/swim_t"], ["no recipe 'in1k/swim_t'", "did you mean 'in1k/swin_t'", "--recipe list"]),
     ],
 )
 def test_wrong_settings(refused, data, arguments, words):

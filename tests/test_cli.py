@@ -133,7 +133,7 @@ def test_a_folder_trains_by_a_recipe_and_is_evaluated(photos, tmp_path, monkeypa
     monkeypatch.setattr(training, "measure_latency", lambda run: None)
     (photos / "dog" / "bad.png").write_bytes(b"")
     out = tmp_path / "run"
-    arguments = ["--config", "imagenet", "--data", str(photos), "--model", "swin_t", "--out", str(out), *TINY]
+    arguments = ["--recipe", "in1k/swin_t", "--data", str(photos), "--out", str(out), *TINY]
     assert main(["train", *arguments, "--epochs", "1"]) == 2
     assert "bad.png is empty" in capsys.readouterr().err and not out.exists()
     assert main(["train", *arguments, "--epochs", "1", "--set", "on_bad_image=skip"]) == 0
