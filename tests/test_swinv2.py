@@ -588,7 +588,7 @@ def test_biases_are_computed_once(randomise: Any, monkeypatch: pytest.MonkeyPatc
 
 
 def test_no_weight_decay_on_scales_and_position_biases() -> None:
-    from muntin.tasks.base import NO_DECAY
+    from muntin.models.backbone import NO_DECAY
 
     model = create_model("swinv2_t", 10, **BASE)
     decayed = [name for name, p in model.named_parameters() if not (p.ndim <= 1 or name.endswith(NO_DECAY))]

@@ -239,18 +239,26 @@ def _train(args: Any) -> int:
         print(to_yaml(resolved(args.recipe, args.config, **settings)), end="")
         return 0
 
-    if "WORLD_SIZE" not in os.environ and {"devices", "nodes"} & set(settings):
-        from muntin.tasks.launch import launch
-        from muntin.tasks.settings import settings_from
-
-        told = settings_from(settings)
-        if (told.devices or 1) * told.nodes > 1:
-            return launch(sys.argv[1:], told.devices or 1, told.nodes, told.rendezvous)
-
     from muntin.tasks import train
+    from muntin.tasks.asked import ask
+
+    asked = ask(args.out, args.recipe, args.config, settings)
+    if (code := _in_processes(asked, args.resume)) is not None:
+        return code
 
     train(args.out, resume=args.resume, force=args.force, recipe=args.recipe, config=args.config, **settings)
     return 0
+
+
+def _in_processes(asked: Any, resume: bool) -> int | None:
+    """The exit code of this command in as many processes as were asked for; None where this one is to do it."""
+    from muntin.tasks.asked import processes
+    from muntin.tasks.launch import launch
+
+    devices, nodes, rendezvous = processes(asked, resume)
+    if "WORLD_SIZE" in os.environ or devices * nodes == 1:
+        return None
+    return launch(sys.argv[1:], devices, nodes, rendezvous)
 
 
 def _describe_sweep(parser: Any) -> None:
@@ -264,14 +272,20 @@ def _describe_sweep(parser: Any) -> None:
 
 
 def _sweep(args: Any) -> int:
+    from muntin.tasks.asked import ask
     from muntin.tasks.settings import parse_sets
-    from muntin.tasks.sweep import parse_seeds, sweep, sweeps, table
+    from muntin.tasks.sweep import parse_seeds, read_sweep, sweep, sweeps, table
 
     if args.sweep == "list":
         print("\n".join(sweeps()))
         return 0
     settings = parse_sets(args.set) | ({"data": args.data} if args.data else {})
-    print(table(sweep(args.sweep, args.out, seeds=parse_seeds(args.seeds), **settings)))
+    seeds, plan = parse_seeds(args.seeds), read_sweep(args.sweep)
+    if (code := _in_processes(ask(None, plan.recipe, None, plan.settings | settings), resume=False)) is not None:
+        return code
+    rows = sweep(args.sweep, args.out, seeds=seeds, **settings)
+    if os.environ.get("RANK", "0") == "0":
+        print(table(rows))
     return 0
 
 

@@ -51,6 +51,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
 
 def decode_image(data: bytes, name: str) -> Image.Image:
     """Decode the bytes of a file to upright RGB. Raises `BadImage` naming it and what is wrong with it."""
+    refuse_empty(data, name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd EXIF or palettes are decoded all the same; bombs are refused below
         with decoding(name), Image.open(io.BytesIO(data)) as image:
@@ -62,9 +63,14 @@ def read_bytes(path: Path) -> bytes:
     """The bytes of a file. Raises `BadImage` where it cannot be read or has none."""
     with decoding(str(path)):
         data = path.read_bytes()
-    if not data:
-        raise BadImage(f"{path} is empty (zero bytes); remove it or copy it again")
+    refuse_empty(data, str(path))
     return data
+
+
+def refuse_empty(data: bytes, name: str) -> None:
+    """Raises `BadImage` for the bytes of an empty file."""
+    if not data:
+        raise BadImage(f"{name} is empty (zero bytes); remove it or copy it again")
 
 
 def check_image(data: bytes, name: str) -> tuple[int, int]:

@@ -102,15 +102,35 @@ class EvaluationSet(Dataset[Sample]):
         return image, 0 * wanted - 1 if beyond else wanted
 
 
+def shared_batch(count: int, batch_size: int, parts: int, processes: int) -> int:
+    """Images of a step that takes `batch_size` of `count`: as many, or nearly all where there are no more.
+
+    Raises `UserError` where they cannot be shared out evenly.
+    """
+    pieces = parts * processes
+    shared = min(batch_size, count) // pieces * pieces
+    what = f"{processes} process{'es' if processes > 1 else ''} in {parts} part{'s' if parts > 1 else ''} each"
+    if not shared:
+        raise UserError(
+            f"{min(batch_size, count)} images cannot be shared out over {what}; give a larger batch_size, fewer "
+            "devices or a smaller accumulate"
+        )
+    if batch_size < count and shared != batch_size:
+        raise UserError(
+            f"batch_size={batch_size} cannot be shared out evenly over {what}; give {shared} or {shared + pieces}"
+        )
+    return shared
+
+
 class EpochBatches:
     """Batches of (epoch, position) in the order of (seed, epoch), from batch `start` of the first epoch on.
 
     A step of the optimiser takes `batch_size` images in `parts`, each shared out over the processes: `share` is the
     rank of this one and their number. So a step has the same images however it is divided. Steps are full: the last few
-    images of an epoch wait for another order. A set smaller than one step is one step. With `repeats` each image comes
-    so many times in a row, under an epoch number of its own each time, so that its augmentations differ, and an epoch
-    takes as many steps as without (repeated augmentation, Hoffer et al., 2020). `order` says which images may follow
-    which (by default any).
+    images of an epoch wait for another order. A set smaller than one step is one step (`shared_batch`). With `repeats`
+    each image comes so many times in a row, under an epoch number of its own each time, so that its augmentations
+    differ, and an epoch takes as many steps as without (repeated augmentation, Hoffer et al., 2020). `order` says which
+    images may follow which (by default any).
     """
 
     def __init__(
@@ -129,12 +149,7 @@ class EpochBatches:
         self.parts = parts
         self.rank, self.processes = share
         self.pieces = parts * self.processes  # of a step
-        self.batch_size = min(batch_size, count) // self.pieces * self.pieces
-        if not self.batch_size:
-            raise UserError(
-                f"{min(batch_size, count)} images cannot be shared out over {self.processes} processes in {parts} "
-                "parts each; give a larger batch_size, fewer devices or a smaller accumulate"
-            )
+        self.batch_size = shared_batch(count, batch_size, parts, self.processes)
         self.seed = seed
         self.repeats = repeats
         self.epoch = 0

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from muntin.errors import UserError
 from muntin.tasks.optimizer import clip_gradients, groups, rate
 from muntin.tasks.ranks import mean, several
-from muntin.tasks.resuming import recount, regroup
+from muntin.tasks.resuming import made_with, recount
 from muntin.tasks.settings import Settings
 
 MEMORY = 0.98  # of the running mean of the loss, per step
 LEAST_SPIKE = 1.0  # losses below are no spikes, however small the mean
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 class Diverged(UserError):
@@ -49,6 +50,7 @@ class Task(lightning.LightningModule):
         if settings.ema_decay:
             self.average = copy.deepcopy(model).requires_grad_(False).eval()
         self._averaged: dict[bool, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        self.kept: dict[str, Any] = {}  # what is said of the best weights, saved with them
         self._statistics: list[list[Tensor]] | None = None  # of BatchNorms, by type
         self._statistics_before: list[Tensor] = []  # this step, flat
         # Saved with the weights, so that the mean of an epoch survives a stop in its middle.
@@ -74,8 +76,17 @@ class Task(lightning.LightningModule):
     def on_train_epoch_start(self) -> None:
         self.loss_sum.zero_()
         self.loss_count.zero_()
-        for module in frozen(self.model, self.settings.freeze):
-            module.eval()
+
+    def on_train_start(self) -> None:
+        """Rates and decays from the settings of now, whatever a checkpoint had."""
+        schedule: Any = self.lr_schedulers()
+        factor = self.rate(schedule.last_epoch)
+        fresh: list[dict[str, Any]] = groups(self.model, self.settings)
+        for group, new in zip(schedule.optimizer.param_groups, fresh, strict=True):
+            group.update(weight_decay=new["weight_decay"], lr_scale=new["lr_scale"], initial_lr=new["lr"])
+            group["lr"] = new["lr"] * factor
+        schedule.base_lrs = [group["lr"] for group in fresh]
+        schedule._last_lr = [group["lr"] * factor for group in fresh]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         part = batch_idx % self.settings.accumulate
@@ -88,7 +99,7 @@ class Task(lightning.LightningModule):
     def _remember_statistics(self) -> None:
         """What a forward pass changes: a batch with a NaN would leave it in BatchNorm's averages for good."""
         if self._statistics is None:
-            norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+            norms = [m for m in self.model.modules() if isinstance(m, BATCH_NORM)]
             buffers = [buffer for norm in norms for buffer in norm.buffers()]
             kinds = sorted({buffer.dtype for buffer in buffers}, key=str)
             self._statistics = [[b for b in buffers if b.dtype == kind] for kind in kinds]
@@ -116,17 +127,18 @@ class Task(lightning.LightningModule):
         spike = self._spikes(loss)
         if scaler is not None:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, torch.where(spike, torch.inf, 1.0))  # for the scaler to skip
+            # For the scaler to skip, which halves the scale besides; that grows again by itself.
+            torch._foreach_mul_(gradients, torch.where(spike, torch.inf, 1.0))
             scaler.unscale_(optimizer)
         norm = clip_gradients(self.model, self.settings)
         bad = spike | ~torch.isfinite(norm)
         if self._sharded:
-            if bad:  # the fused AdamW takes no such mark for sharded weights
+            if bad:  # waits for the device: the fused AdamW takes no mark, as below, for sharded weights
                 optimizer.zero_grad()
         elif scaler is None:
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # what the fused AdamW skips a step by
-        # An overflow under a loss scale is the scaler's to mend, but counts.
-        self._count(loss, bad)
+        # An overflow under a loss scale is how the scaler finds its scale: the step is skipped, its loss is none.
+        self._count(loss, bad, spike if scaler is not None else bad)
         self._restore_statistics(bad)
 
     def on_validation_start(self) -> None:
@@ -134,10 +146,13 @@ class Task(lightning.LightningModule):
 
     def share_statistics(self) -> None:
         """Statistics of BatchNorm, of which each process has its own, become their mean."""
-        for model in self.candidates().values():
-            for buffer in model.buffers():
-                if buffer.is_floating_point():
-                    mean(buffer)
+        if not several():
+            return
+        norms = [m for model in self.candidates().values() for m in model.modules() if isinstance(m, BATCH_NORM)]
+        buffers = [b for norm in norms for b in norm.buffers() if b.is_floating_point()]
+        if buffers:
+            means = mean(torch.cat([b.flatten() for b in buffers])).split([b.numel() for b in buffers])
+            torch._foreach_copy_(buffers, [part.view_as(b) for part, b in zip(means, buffers, strict=True)])
 
     def configure_model(self) -> None:
         """With strategy "fsdp": weights, gradients and the optimiser's state are shared out over the processes."""
@@ -161,13 +176,14 @@ class Task(lightning.LightningModule):
             bad = bad | ((self.typical > 0) & (loss > limit))
         return bad
 
-    def _count(self, loss: Tensor, bad: Tensor) -> None:
+    def _count(self, loss: Tensor, skipped: Tensor, bad: Tensor) -> None:
+        """`bad`: the loss is not to be counted."""
         good = (~bad).float()
         loss = torch.where(bad, 0.0, loss)
         self.loss_sum += loss
         self.loss_count += good
-        self.skipped += 1 - good
-        self.in_a_row.add_(1).mul_(1 - good)
+        self.skipped += skipped
+        self.in_a_row.add_(1).mul_(skipped)
         weight = good * torch.where(self.typical > 0, 1 - MEMORY, 1.0)
         self.typical.lerp_(loss, weight)
 
@@ -202,12 +218,10 @@ class Task(lightning.LightningModule):
             counter.copy_(value)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["accumulate"] = self.settings.accumulate
+        checkpoint["settings"] = made_with(self.settings)
+        checkpoint["kept"] = self.kept
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the optimiser's moments, but the rates, decays and parts of a step from the settings of now."""
-        if "optimizer_states" in checkpoint:  # unless the strategy has loaded them by itself
-            regroup(checkpoint, groups(self.model, self.settings), self.rate)
         recount(checkpoint, self.settings.accumulate)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -236,6 +250,6 @@ def frozen(model: nn.Module, stages: int) -> list[nn.Module]:
 
 
 def freeze(model: nn.Module, stages: int) -> None:
-    """The stem and so many stages are not trained."""
+    """The stem and so many stages are not trained, and use the statistics that they have."""
     for module in frozen(model, stages):
-        module.requires_grad_(False)
+        module.requires_grad_(False).eval()

@@ -20,8 +20,8 @@ from muntin.tasks.base import Task
 from muntin.tasks.checkpoints import AtomicCheckpoints, Damaged, prune, read_checkpoint, set_aside
 from muntin.tasks.ranks import several
 
-CHECKED = 50  # steps between two looks at how many were skipped: each waits for the device
 AGREED = 10  # steps between two questions whether a process was told to save or stop: each waits for all
+CHECKED = 50  # steps between two looks at how many were skipped: each waits for the device
 STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C; pre-emption, and what SLURM's --signal=USR1 announces it by
 HISTORY = ("epoch", "train_loss", "val_loss", "val_accuracy", "lr", "seconds")
 
@@ -108,7 +108,8 @@ class Saver(lightning.Callback):
         done, epochs = len(state["history"]), trainer.max_epochs or 0
         if weights and state["best"]["epoch"] == done:
             if trainer.is_global_zero:
-                AtomicCheckpoints().save_checkpoint({"epoch": done - 1, "state_dict": weights}, self.best_path)
+                content = {"epoch": done - 1, "state_dict": weights, "kept": state["best"]}
+                AtomicCheckpoints().save_checkpoint(content, self.best_path)
             self.report(f"{trouble}: restored from the checkpoint, which is of the same epoch")
         elif done < epochs:
             self.report(f"{trouble}: the best is chosen among the epochs from {done + 1} on")
@@ -140,11 +141,13 @@ class Saver(lightning.Callback):
             trainer.should_stop = True
 
     def _on_signal(self, number: int, _frame: Any) -> None:
-        """The first asks for a stop after this step; the second does not wait."""
+        """The first asks for a stop after this step; another Ctrl-C does not wait. Schedulers repeat theirs."""
         if self.signal is not None:
-            raise Stopped(number)
+            if number == signal.SIGINT:
+                raise Stopped(number)
+            return
         self.signal = number
-        print(f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once", file=sys.stderr)
+        print(f"\n{signal.Signals(number).name}: saving after this step; Ctrl-C stops at once", file=sys.stderr)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._epoch_started = time.monotonic()
@@ -157,6 +160,7 @@ class Saver(lightning.Callback):
             pl_module.refuse_skips()
         if several() and trainer.global_step % AGREED:
             return
+        pl_module.share_statistics()  # before a save, and at steps that do not depend on when one is due
         if self._asked(trainer, time.monotonic() - self._saved > self.save_seconds):
             self._save_last(trainer, pl_module)
 
@@ -193,7 +197,7 @@ class Saver(lightning.Callback):
         if highest > self.top["accuracy"]:
             self.top = {"epoch": epoch, "accuracy": highest}
         if found["accuracy"] >= least(self.top["accuracy"], self.val_images):
-            self.best = {"epoch": epoch, "weights": name, **found}
+            self.best = pl_module.kept = {"epoch": epoch, "weights": name, **found}
             trainer.save_checkpoint(self.best_path, weights_only=True)
         if trainer.is_global_zero:
             atomic_write(self.folder / "history.csv", history_csv(self.history))
@@ -207,7 +211,6 @@ class Saver(lightning.Callback):
 
     def _save_last(self, trainer: lightning.Trainer, task: Any) -> None:
         task.refuse_skips()
-        task.share_statistics()
         if trainer.logger is not None:
             trainer.logger.save()  # points wait in memory otherwise, and those before a checkpoint are not drawn again
         if self.keep > 1 and trainer.is_global_zero:

@@ -26,7 +26,7 @@ from muntin.data.transforms import Evaluate
 from muntin.errors import UserError
 from muntin.run import FULL
 from muntin.tasks.callbacks import Progress, Saver, Stopped
-from muntin.tasks.checkpoints import AtomicCheckpoints
+from muntin.tasks.checkpoints import AtomicCheckpoints, read_checkpoint
 from muntin.tasks.classification import Classification
 from muntin.tasks.distillation import Teacher
 from muntin.tasks.memory import too_little
@@ -45,7 +45,7 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Fitted:
-    """What came of a training: seconds over all its sessions, the best epoch's description (`Saver.best`), and how many
+    """What came of a training: seconds over all its sessions, what best.ckpt holds (as `Saver.best`), and how many
     steps were skipped.
     """
 
@@ -127,7 +127,7 @@ def fit(
         ) from error
     except torch.OutOfMemoryError as error:
         raise UserError(too_little(task, settings, str(error), saver.last.exists())) from error
-    return Fitted(saver.elapsed(), saver.best, int(task.skipped))
+    return Fitted(saver.elapsed(), read_checkpoint(saver.best_path)["kept"], int(task.skipped))
 
 
 def augmentation(settings: Settings, preprocessing: Mapping[str, Any]) -> Augment:
@@ -155,7 +155,7 @@ def _trainer(
     with quiet_lightning():
         # Points after the checkpoint are drawn again.
         logger = TensorBoardLogger(folder, "tensorboard", "", purge_step=start.step + 1 if start else None)
-        return lightning.Trainer(
+        trainer = lightning.Trainer(
             default_root_dir=folder,
             max_epochs=settings.epochs,
             accelerator="gpu" if kind == "cuda" else "cpu",
@@ -174,6 +174,12 @@ def _trainer(
             use_distributed_sampler=False,
             log_every_n_steps=1,
         )
+    # Before every batch it would ask the first process for a signal, and wait for the device: the `Saver` asks all.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+    return trainer
+
+
+def _nothing() -> None: ...
 
 
 def _strategy(settings: Settings, ranks: Ranks) -> Any:

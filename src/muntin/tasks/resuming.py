@@ -27,14 +27,19 @@ FIXED = {  # what no checkpoint can go on with another value of
 
 @dataclass(frozen=True)
 class Start:
-    """A checkpoint to go on from: steps and whole epochs done, and the names of the parameters in each group of the
-    optimiser.
+    """A checkpoint to go on from: steps and whole epochs done, the names of the parameters in each group of the
+    optimiser, and what it was `made_with`.
     """
 
     path: Path
     step: int
     epochs: int
     groups: list[list[str]]
+    settings: dict[str, Any]
+
+    def changes(self, wanted: Settings) -> dict[str, tuple[Any, Any]]:
+        """Settings that are not those it was made with: name -> (then, now)."""
+        return _differences(self.settings, made_with(wanted))
 
 
 def find_start(folder: Path, report: Callable[[str], None]) -> Start | None:
@@ -44,14 +49,23 @@ def find_start(folder: Path, report: Callable[[str], None]) -> Start | None:
         return None
     path, checkpoint = found
     names = [group["names"] for group in checkpoint["optimizer_states"][0]["param_groups"]]
-    return Start(path, checkpoint["global_step"], len(checkpoint["callbacks"]["Saver"]["history"]), names)
+    epochs = len(checkpoint["callbacks"]["Saver"]["history"])
+    return Start(path, checkpoint["global_step"], epochs, names, checkpoint["settings"])
+
+
+def made_with(settings: Settings) -> dict[str, Any]:
+    """The settings that touch the result, as plain values."""
+    free = FREE if settings.deterministic else FREE | {"threads"}  # sums by other numbers of threads round otherwise
+    return {name: value for name, value in settings.flat().items() if name not in free}
 
 
 def changed(stored: Settings, wanted: Settings) -> dict[str, tuple[Any, Any]]:
     """Settings that differ and are not free to: name -> (then, now), in the order of `Settings`."""
-    then, now = stored.flat(), wanted.flat()
-    free = FREE if stored.deterministic else FREE | {"threads"}  # sums by other numbers of threads round otherwise
-    names = [name for name in then | now if name not in free]
+    return _differences(made_with(stored), made_with(wanted))
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    names = [*then, *(name for name in now if name not in then)]
     return {name: (then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)}
 
 
@@ -99,24 +113,9 @@ def refuse_other_groups(start: Start, model: nn.Module, settings: Settings) -> N
         )
 
 
-def regroup(checkpoint: dict[str, Any], fresh: list[dict[str, Any]], rate: Callable[[int], float]) -> None:
-    """Rates and decays of `fresh` groups for the saved optimiser and schedule, in place."""
-    schedule = checkpoint["lr_schedulers"][0]
-    factor = rate(schedule["last_epoch"])
-    for group, new in zip(checkpoint["optimizer_states"][0]["param_groups"], fresh, strict=True):
-        group.update(
-            weight_decay=new["weight_decay"],
-            lr_scale=new["lr_scale"],
-            initial_lr=new["lr"],
-            lr=new["lr"] * factor,
-        )
-    schedule["base_lrs"] = [group["lr"] for group in fresh]
-    schedule["_last_lr"] = [group["lr"] * factor for group in fresh]
-
-
 def recount(checkpoint: dict[str, Any], accumulate: int) -> None:
     """Lightning's count of batches done, for steps in so many parts, in place."""
-    before = checkpoint["accumulate"]
+    before = checkpoint["settings"]["accumulate"]
     for counts in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
         if isinstance(counts, dict):
             done = counts["completed"]

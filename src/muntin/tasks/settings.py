@@ -59,8 +59,8 @@ class Settings:
     natively; workers: processes that read and augment images; threads: of the CPU in the training step, all by default;
     grad_checkpointing: recompute blocks instead of keeping their intermediates; compile: by torch.compile;
     channels_last: of images and convolutions; devices: GPUs or processes of each machine (None: as torchrun
-    started it, else one); nodes: machines, on each of which the command is called, and rendezvous: the first one's
-    HOST:PORT; strategy: "auto", "ddp" or "fsdp".
+    started it, else one; 0: all GPUs that it has, and one process without any); nodes: machines, on each of which the
+    command is called, and rendezvous: the first one's HOST:PORT; strategy: "auto", "ddp" or "fsdp".
     """
 
     task: str = "classify"
@@ -140,6 +140,8 @@ class Settings:
                 raise UserError(f"{name}={value!r} is unknown{nearest(value, words)}; valid are {', '.join(words)}")
         if self.nodes > 1 and not self.rendezvous:
             raise UserError(f"nodes={self.nodes}: say where they meet, as in --set rendezvous=FIRST-MACHINE:29500")
+        if self.strategy == "fsdp" and self.precision == "16":
+            raise UserError("precision=16 needs whole gradients, which strategy=fsdp has not; set precision=bf16")
         if self.agc and self.strategy == "fsdp":
             raise UserError(
                 "agc needs whole gradients, which strategy=fsdp has not; set strategy=ddp, or agc=0 and clip"
@@ -163,11 +165,15 @@ class Settings:
 
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
-        "epochs size batch_size accumulate repeats threads devices nodes keep max_skips",
+        "epochs size batch_size accumulate repeats threads nodes keep max_skips",
         lambda value: value >= 1,
         "give a whole number of at least 1",
     ),
-    ("seed workers patience freeze lr_batch ema_batch", lambda value: value >= 0, "give a whole number of at least 0"),
+    (
+        "seed workers patience freeze lr_batch ema_batch devices",
+        lambda value: value >= 0,
+        "give a whole number of at least 0",
+    ),
     ("lr save_minutes distill_tau", lambda value: value > 0, "give a positive number"),
     (
         "weight_decay warmup warmup_lr floor_lr clip agc mixup cutmix distortion color_jitter token_weight spike",

@@ -16,6 +16,7 @@ from typing import Any
 from muntin.errors import UserError, nearest
 from muntin.run import Run, atomic_write, read_json, write_json
 from muntin.tasks.base import Diverged
+from muntin.tasks.ranks import Ranks
 from muntin.tasks.recipes import read_config
 
 SHARED = ("recipe", "runs")
@@ -90,13 +91,16 @@ def sweep(
 
     OUT (default runs/NAME) then holds sweep.json, sweep.md and sweep.png beside the runs' folders. `settings` are as in
     `train` and hold for all rows. A row whose training diverges is a result, not an error. Raises `UserError` as
-    `train` does.
+    `train` does. Several processes, each of which calls it, train one row after another together.
     """
     from muntin.tasks.training import train
 
+    ranks = Ranks()
+    if not ranks.first:
+        report = _nothing
     plan = read_sweep(given)
     folder = Path(out) if out is not None else Path("runs") / plan.name
-    stored = _stored(folder)
+    stored = ranks.agree(lambda: _stored(folder))
     rows = [stored.get(name, Row(name)) for name in plan.runs]
     total = len(rows) * len(seeds)
     for number, (row, seed) in enumerate(((row, seed) for seed in seeds for row in rows), start=1):
@@ -113,11 +117,18 @@ def sweep(
             report(f"{place} diverged: {error}")
         else:
             _note(row, seed, run)
+        if ranks.first:
+            _write(folder, plan, rows)
+    if ranks.first:
+        _time(folder, rows)
         _write(folder, plan, rows)
-    _time(folder, rows)
-    _write(folder, plan, rows)
-    picture(rows, folder / "sweep.png")
+        picture(rows, folder / "sweep.png")
+    ranks.wait()
     return rows
+
+
+def _nothing(_line: str) -> None:
+    """What processes but the first report."""
 
 
 def _stored(folder: Path) -> dict[str, Row]:

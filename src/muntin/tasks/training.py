@@ -12,12 +12,14 @@ import torch
 import muntin
 from muntin.data.check import BadFiles
 from muntin.data.datasets import Splits, write_held_out
-from muntin.data.sources import absolute, open_splits, short_name, splits_from_json
+from muntin.data.loading import shared_batch
+from muntin.data.sources import open_splits, splits_from_json
 from muntin.data.token_labels import DenseLabels
 from muntin.data.transforms import CROP, IMAGENET_MEAN, IMAGENET_STD
 from muntin.errors import UserError
 from muntin.models import published
 from muntin.run import Run, atomic_write, read_json, save_model, write_json
+from muntin.tasks.asked import ask, model_name, refuse_other_processes, stored_settings
 from muntin.tasks.base import freeze
 from muntin.tasks.callbacks import duration
 from muntin.tasks.checkpoints import read_checkpoint, remove_partial_files
@@ -26,7 +28,7 @@ from muntin.tasks.fitting import Fitted, fit, threads
 from muntin.tasks.inference import evaluate_images
 from muntin.tasks.precision import choose_precision
 from muntin.tasks.ranks import Ranks
-from muntin.tasks.recipes import read_config, read_recipe, to_yaml
+from muntin.tasks.recipes import to_yaml
 from muntin.tasks.resuming import Start, changed, find_start, refuse_changes, refuse_other_groups
 from muntin.tasks.settings import MODEL_PREFIX, Settings, settings_from
 from muntin.tasks.trained import on_device
@@ -58,19 +60,18 @@ def train(
     ranks = Ranks()
     if not ranks.first:
         report = _nothing
-    told = _told(recipe, config, settings)
-    chosen = _chosen(told, recipe)
-    folder = Path(out) if out is not None else Path("runs") / _run_name(chosen)
+    asked = ask(out, recipe, config, settings)
+    folder = asked.folder
     begun = ranks.agree((folder / "config.yaml").exists)
     if resume and ranks.first:
         remove_partial_files(folder)
     if resume and begun:
-        return _resume(folder, told, force, report, ranks)
+        return _resume(folder, asked.told, force, report, ranks)
     if resume:
         report(f"no run at {folder} yet: starting one")
     elif ranks.agree(lambda: (folder / "checkpoints").exists() or (folder / "model.safetensors").exists()):
         raise UserError(f"{folder} holds a run already; continue it with --resume, or choose another folder with --out")
-    return _train(folder, chosen, report, ranks)
+    return _train(folder, asked.settings, report, ranks)
 
 
 def resolved(
@@ -79,41 +80,9 @@ def resolved(
     """Every setting that `train` would use, with the model's configuration, as flat plain values; the precision stays
     "auto" where the machine decides it.
     """
-    chosen = _with_defaults(_chosen(_told(recipe, config, settings), recipe))
+    chosen = _with_defaults(ask(None, recipe, config, settings).settings)
     model = _build(chosen, num_classes=2, meta=True)
     return replace(chosen, model=model.name, model_config=asdict(model.config)).flat()
-
-
-def _told(recipe: str | None, config: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the user said, later layers winning: the recipe, the file, the settings."""
-    given = {name: value for name, value in settings.items() if value is not None}
-    from_recipe = read_recipe(recipe) if recipe is not None else {}
-    return _absolute(from_recipe | (read_config(os.fspath(config)) if config is not None else {}) | given)
-
-
-def _chosen(told: Mapping[str, Any], recipe: str | None) -> Settings:
-    """The settings told, over those of the digits where these are the data and no recipe is named."""
-    usual = recipe is None and told.get("data", Settings.data) == "digits"
-    return settings_from(read_recipe("digits") if usual else {}, told)
-
-
-def _absolute(values: Mapping[str, Any]) -> dict[str, Any]:
-    """With the paths in them absolute, so that a run can be resumed and evaluated from any folder."""
-    values = dict(values)
-    if "data" in values:
-        values["data"] = absolute(str(values["data"]))
-    weights = str(values.get("weights") or "")
-    if os.path.exists(weights):  # otherwise a tag, or an address
-        values["weights"] = os.path.abspath(weights)
-    if values.get("token_labels"):
-        values["token_labels"] = os.path.abspath(str(values["token_labels"]))
-    teacher = str(values.get("teacher") or "")
-    name, equals, file = teacher.partition("=")
-    if os.path.exists(teacher):  # otherwise a name
-        values["teacher"] = os.path.abspath(teacher)
-    elif file:
-        values["teacher"] = name + equals + os.path.abspath(file)
-    return values
 
 
 def _metrics(folder: Path) -> dict[str, Any]:
@@ -121,17 +90,9 @@ def _metrics(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _run_name(settings: Settings) -> str:
-    return f"{short_name(settings.data)}-{_model_name(settings)}"
-
-
-def _model_name(settings: Settings) -> str:
-    return settings.model or "swin_t"
-
-
 def _resume(folder: Path, told: Mapping[str, Any], force: bool, report: Callable[[str], None], ranks: Ranks) -> Run:
     """Go on with a run from its last checkpoint that can be read."""
-    stored = settings_from(read_config(os.fspath(folder / "config.yaml")))
+    stored = stored_settings(folder)
     then = stored.flat()
     if told.get("model", stored.model) != stored.model:  # whose configuration has other fields
         then = {name: value for name, value in then.items() if not name.startswith(MODEL_PREFIX)}
@@ -149,9 +110,7 @@ def _resume(folder: Path, told: Mapping[str, Any], force: bool, report: Callable
         report(f"{folder} has saved nothing yet: starting it from the beginning")
         return _train(folder, wanted, report, ranks, keep_split=not changes)
     refuse_changes(changes, folder, start.epochs, force)
-    for name, (before, now) in changes.items():
-        report(f"{name}: {before} until step {start.step}, {now} from there on")
-    return _train(folder, wanted, report, ranks, start, keep_split=True, replays=not changes)
+    return _train(folder, wanted, report, ranks, start, keep_split=True)
 
 
 def _nothing(_line: str) -> None:
@@ -166,16 +125,19 @@ def _train(
     start: Start | None = None,
     *,
     keep_split: bool = False,
-    replays: bool = True,
 ) -> Run:
-    """From a checkpoint, or from the beginning. `replays`: with the settings that the checkpoint was made with."""
+    """From a checkpoint, or from the beginning."""
     settings = _with_defaults(settings)
+    refuse_other_processes(settings, ranks.count)
+    if settings.devices == 0 and ranks.count == 1 and torch.cuda.device_count() > 1:
+        report(f"on one of {torch.cuda.device_count()} GPUs; the command muntin train takes all")
     torch.manual_seed(settings.seed)
-    name = _model_name(settings)
+    name = model_name(settings)
     # Refuses a wrong configuration before reading any image.
     _refuse_misfits(settings, _build(settings, num_classes=2, meta=True))
     _writable(folder)
-    splits, preprocessing = _data(folder, settings, keep_split)
+    splits, preprocessing = _data(folder, settings, keep_split, ranks)
+    shared_batch(len(splits.train), settings.batch_size, settings.accumulate, ranks.count)
     model = _build(settings, num_classes=len(splits.train.classes))
     if settings.weights and not start:  # a checkpoint holds all weights
         _load_weights(model, settings, report)
@@ -183,22 +145,26 @@ def _train(
     teacher = open_teacher(settings.teacher, splits.train.classes, preprocessing) if settings.teacher else None
     labels = DenseLabels(settings.token_labels, splits.train) if settings.token_labels else None
     if settings.precision == "auto":
-        precision, why = choose_precision()
+        precision, why = ranks.agree(choose_precision)
         settings = replace(settings, precision=precision)
         report(f"precision {precision}: {why}")
     if start:
         freeze(model, settings.freeze)
         refuse_other_groups(start, model, settings)
-    settings = replace(settings, model=name, model_config=asdict(model.config))
-    if ranks.first and start:
-        _unfinish(folder)
-    if ranks.first and not keep_split:
-        write_json(folder / "split.json", splits.json() | {"preprocessing": preprocessing})
-    if ranks.first and not (start and replays):
-        atomic_write(folder / "config.yaml", to_yaml(settings.flat()).encode())  # last: it makes the folder a run
+    recorded = settings = replace(settings, model=name, model_config=asdict(model.config))
     if settings.batch_size > len(splits.train):
         settings = replace(settings, batch_size=len(splits.train))
         report(f"a step takes all {len(splits.train)} training images: batch_size is larger")
+    changes = start.changes(settings) if start else {}
+    for key, (before, now) in changes.items():
+        report(f"{key}: {before} until step {start.step if start else 0}, {now} from there on")
+    if ranks.first:
+        if start:
+            _unfinish(folder)
+        if not keep_split:
+            write_json(folder / "split.json", splits.json() | {"preprocessing": preprocessing})
+        if changes or not start:
+            atomic_write(folder / "config.yaml", to_yaml(recorded.flat()).encode())  # last: it makes the folder a run
     ranks.wait()
     test = len(splits.test) if splits.test else 0
     report(
@@ -217,7 +183,7 @@ def _train(
             report,
             ranks,
             start,
-            replays,
+            not changes,
             teacher=teacher,
             labels=labels,
         )
@@ -245,7 +211,7 @@ def _writable(folder: Path) -> None:
 
 def _with_defaults(settings: Settings) -> Settings:
     """What was left to the data and the model."""
-    name = _model_name(settings)
+    name = model_name(settings)
     workers = settings.workers if settings.workers is not None else min(os.cpu_count() or 1, 8)
     size = settings.size or published(name).get("size", 224)
     drop_path = settings.drop_path if settings.drop_path is not None else published(name).get("drop_path", 0.1)
@@ -256,7 +222,7 @@ def _with_defaults(settings: Settings) -> Settings:
 
 def _build(settings: Settings, num_classes: int, meta: bool = False) -> Any:
     """The model with what it starts from; on "meta" only its shapes."""
-    name, config = _model_name(settings), dict(settings.model_config)
+    name, config = model_name(settings), dict(settings.model_config)
     if settings.weights:
         config = dict(getattr(_weights(settings), "config", {})) | config
     with torch.device("meta") if meta else contextlib.nullcontext():
@@ -296,7 +262,7 @@ def _refuse_misfits(settings: Settings, model: Any) -> None:
 
 
 def _weights(settings: Settings) -> Checkpoint | str:
-    return resolve(_model_name(settings), settings.weights == "pretrained" or settings.weights)
+    return resolve(model_name(settings), settings.weights == "pretrained" or settings.weights)
 
 
 def _load_weights(model: torch.nn.Module, settings: Settings, report: Callable[[str], None]) -> None:
@@ -311,9 +277,8 @@ def _load_weights(model: torch.nn.Module, settings: Settings, report: Callable[[
     report("; ".join(said))
 
 
-def _data(folder: Path, settings: Settings, keep_split: bool) -> tuple[Splits, dict[str, Any]]:
-    """The splits and the preprocessing: made now, or read back from split.json."""
-    assert settings.size is not None
+def _data(folder: Path, settings: Settings, keep_split: bool, ranks: Ranks) -> tuple[Splits, dict[str, Any]]:
+    """The splits and the preprocessing: made now, by the first process for all, or read back from split.json."""
     if keep_split and (folder / "checkpoints").exists() and not (folder / "split.json").exists():
         raise UserError(
             f"{folder / 'split.json'} is gone: another split would train on test images; put it back, or start another "
@@ -323,6 +288,22 @@ def _data(folder: Path, settings: Settings, keep_split: bool) -> tuple[Splits, d
         stored = read_json(folder / "split.json")
         preprocessing = stored["preprocessing"]
         return splits_from_json(settings.data, stored, preprocessing["resize"] is None), preprocessing
+    made: list[tuple[Splits, dict[str, Any]]] = []
+
+    def make() -> tuple[dict[str, Any], dict[str, Any]]:
+        made.append(_new_data(folder, settings))
+        splits, preprocessing = made[0]
+        return splits.json(), preprocessing
+
+    stored, preprocessing = ranks.agree(make)
+    if made:
+        return made[0]
+    return splits_from_json(settings.data, stored, preprocessing["resize"] is None), preprocessing
+
+
+def _new_data(folder: Path, settings: Settings) -> tuple[Splits, dict[str, Any]]:
+    """The splits of a new run, and how their images are prepared."""
+    assert settings.size is not None
     bad_files = BadFiles(folder / "bad_files.csv")
     splits = open_splits(settings.data, settings.seed, settings.size, settings.on_bad_image, bad_files)
     if splits.multi_label:
