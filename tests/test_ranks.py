@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from safetensors.torch import load_file
 
 from muntin.cli import main
 from muntin.data.datasets import load_digits, select
-from muntin.data.loading import EvaluationSet
+from muntin.data.loading import EvaluationSet, shared_batch
+from muntin.errors import UserError
 from muntin.tasks import train, training
+from muntin.tasks.asked import ask, processes
+from muntin.tasks.callbacks import Saver, Stopped
 
 SETTINGS: dict[str, Any] = {
     "model.dim": [8],
@@ -145,11 +149,62 @@ def test_the_command_starts_the_processes(tmp_path: Path) -> None:
     assert "1 images cannot be shared out over 2 processes" in done.stderr
 
 
+def test_a_sweep_in_as_many_processes_as_its_file_says(tmp_path: Path) -> None:
+    settings = SETTINGS | {"epochs": 1, "devices": 2}
+    (tmp_path / "rows.yaml").write_text(json.dumps(settings | {"runs": {"one": {}}}))
+    command = [sys.executable, "-c", "import sys; from muntin.cli import main; sys.exit(main(sys.argv[1:]))"]
+    command += ["sweep", str(tmp_path / "rows.yaml"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "out" / "sweep.json").read_text())["rows"]
+    assert list(row["accuracies"]) == ["0"] and row["latency_ms"] > 0
+    assert done.stdout.count("| one |") == done.stdout.count("[1/1]") == 1
+    config = (tmp_path / "out" / "one" / "seed-0" / "config.yaml").read_text()
+    assert "devices: 2" in config
+
+
 def test_where_machines_meet_has_to_be_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--set", "nodes=8", "--set", "devices=8"]) == 2
     assert "nodes=8: say where they meet, as in --set rendezvous=FIRST-MACHINE:29500" in capsys.readouterr().err
 
 
-def test_devices_are_at_least_one(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--set", "devices=0"]) == 2
-    assert "devices=0: give a whole number of at least 1" in capsys.readouterr().err
+def test_more_or_fewer_processes_than_the_settings_say_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"devices=4 on nodes=1 are 4 processes, and 1 is running; .* by devices=1"):
+        train(tmp_path / "run", devices=4)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_step_that_cannot_be_shared_out_evenly_is_refused(tmp_path: Path) -> None:
+    assert main(["train", "--out", str(tmp_path / "run"), "--set", "batch_size=64", "--set", "accumulate=3"]) == 2
+    assert not (tmp_path / "run").exists()
+    wanted = r"batch_size=64 cannot be shared out evenly over 8 processes in 3 parts each; give 48 or 72"
+    with pytest.raises(UserError, match=wanted):
+        shared_batch(100, 64, 3, 8)
+    assert shared_batch(42, 64, 4, 1) == 40  # all of a small set, as nearly as may be
+
+
+def test_processes_are_those_told_or_those_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("devices: 2\n")
+    assert processes(ask(tmp_path, None, recipe, {}), resume=False) == (2, 1, "")
+    (tmp_path / "config.yaml").write_text("devices: 8\nnodes: 4\nrendezvous: first:29500\n")
+    assert processes(ask(tmp_path, None, None, {}), resume=True) == (8, 4, "first:29500")
+    assert processes(ask(tmp_path, None, None, {"devices": 4, "nodes": 1}), resume=True) == (4, 1, "first:29500")
+    assert processes(ask(tmp_path, None, None, {}), resume=False) == (1, 1, "")
+    for gpus in (0, 1, 8):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert processes(ask(None, "in1k/swin_t", None, {}), resume=False) == (max(gpus, 1), 1, "")
+
+
+def test_a_scheduler_may_repeat_its_signal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    saver = Saver(tmp_path, 0, 1.0, 10)
+    saver._on_signal(signal.SIGTERM, None)
+    saver._on_signal(signal.SIGTERM, None)
+    assert saver.signal == signal.SIGTERM
+    with pytest.raises(Stopped):
+        saver._on_signal(signal.SIGINT, None)
+
+
+def test_lightning_has_the_question_that_is_left_out() -> None:
+    """`fitting` replaces it on the instance: under another name it would be asked again before every batch."""
+    assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
