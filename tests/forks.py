@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -43,13 +44,32 @@ class Forks:
 
         kill: events, and seconds to wait after the first of them before SIGKILL is sent.
         """
+        return self._ask(arguments, before, kill, [{}])[0]
+
+    def together(self, arguments: list[str], count: int, before: str = "") -> list[Ended]:
+        """The same in `count` processes of one job, as torchrun would start them."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        job |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0"}
+        return self._ask(arguments, before, None, [job | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)])
+
+    def _ask(
+        self,
+        arguments: list[str],
+        before: str,
+        kill: tuple[list[str], float] | None,
+        environments: list[dict[str, str]],
+    ) -> list[Ended]:
         assert self.process.stdin is not None and self.process.stdout is not None
-        files = {name: str(self.folder / name) for name in ("stdout", "stderr")}
-        self.process.stdin.write(json.dumps({"arguments": arguments, "before": before, "kill": kill} | files) + "\n")
+        asked = {"arguments": arguments, "before": before, "kill": kill, "environments": environments}
+        self.process.stdin.write(json.dumps(asked | {"folder": str(self.folder)}) + "\n")
         self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        printed = {name: Path(file).read_text() for name, file in files.items()}
-        return Ended(answer["returncode"], printed["stdout"], printed["stderr"], answer["events"])
+        ended = []
+        for rank, answer in enumerate(json.loads(self.process.stdout.readline())):
+            printed = [(self.folder / f"{name}{rank}").read_text() for name in ("stdout", "stderr")]
+            ended.append(Ended(answer["returncode"], printed[0], printed[1], answer["events"]))
+        return ended
 
     def close(self) -> None:
         # Told, since processes that the test has forked meanwhile may hold its standard input open.
@@ -77,23 +97,31 @@ def _serve() -> None:
 
     torch.set_num_threads(1)
     while line := sys.stdin.readline().strip():
-        print(json.dumps(_child(muntin.cli.main, **json.loads(line))), flush=True)
+        asked = json.loads(line)
+        kill = asked.pop("kill")
+        started = [
+            _start(muntin.cli.main, rank, environment, **asked)
+            for rank, environment in enumerate(asked.pop("environments"))
+        ]
+        print(json.dumps([_wait(child, reading, kill) for child, reading in started]), flush=True)
 
 
-def _child(
+def _start(
     main: Callable[[list[str]], int],
+    rank: int,
+    environment: dict[str, str],
     arguments: list[str],
     before: str,
-    kill: tuple[list[str], float] | None,
-    stdout: str,
-    stderr: str,
-) -> dict[str, Any]:
+    folder: str,
+) -> tuple[int, int]:
+    """The child, and where it tells of its events."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
         os.close(reading)
-        for path, number in ((stdout, 1), (stderr, 2)):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.environ.update(environment)
+        for name, number in (("stdout", 1), ("stderr", 2)):
+            os.dup2(os.open(f"{folder}/{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
         def event(name: str) -> None:
@@ -105,6 +133,10 @@ def _child(
         sys.stderr.flush()
         os._exit(code)
     os.close(writing)
+    return child, reading
+
+
+def _wait(child: int, reading: int, kill: tuple[list[str], float] | None) -> dict[str, Any]:
     events = []
     with open(reading) as told:
         for line in told:

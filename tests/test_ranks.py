@@ -1,11 +1,8 @@
 """Training in several processes: the same as in one, whoever dies."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +11,12 @@ import torch
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from safetensors.torch import load_file
 
+from forks import Forks, forks
 from muntin.cli import main
 from muntin.data.datasets import load_digits, select
 from muntin.data.loading import EvaluationSet, shared_batch
 from muntin.errors import UserError
-from muntin.tasks import train, training
+from muntin.tasks import launch, train, training
 from muntin.tasks.asked import ask, processes
 from muntin.tasks.callbacks import Saver, Stopped
 
@@ -41,35 +39,34 @@ SETTINGS: dict[str, Any] = {
     "model": "swin_t",
 }
 SETTINGS["model.dim"] = 8
-PROGRAM = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-from muntin.cli import main
+BEFORE = """
+import os, signal
 from muntin.tasks import training
 from muntin.tasks.base import Task
 training.measure_latency = lambda run: None
 step_of_task = Task.training_step
 
 def training_step(self, batch, batch_idx):
-    if (self.trainer.global_step, str(self.global_rank)) == ({step}, os.environ.get("MUNTIN_TEST_RANK")):
+    if (self.trainer.global_step, os.environ["RANK"]) == ({step}, "1"):
         os.kill(os.getpid(), {number})
     return step_of_task(self, batch, batch_idx)
 
 Task.training_step = training_step
-sys.exit(main(sys.argv[1:]))
 """
+COMMAND = "import sys; from muntin.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
-def started(folder: Path, monkeypatch: pytest.MonkeyPatch, step: int = -1, number: int = 0, **settings: Any) -> int:
-    """`muntin train --set devices=2`: the launcher here, its two processes with one thread each."""
-    from muntin.tasks import launch
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    with forks(tmp_path_factory.mktemp("server")) as server:
+        yield server
 
-    monkeypatch.setattr(launch, "PROGRAM", PROGRAM.format(step=step, number=number))
+
+def command(folder: Path, **settings: Any) -> list[str]:
     arguments = ["train", "--out", str(folder)]
     for name, value in (SETTINGS | settings).items():
         arguments += ["--set", f"{name}={value}"]
-    return launch.launch(arguments, 2)
+    return arguments
 
 
 @pytest.fixture(scope="module")
@@ -97,35 +94,39 @@ def same(folder: Path, wanted: Any) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"accumulate": 2}, {"strategy": "fsdp"}], ids=["ddp", "fsdp"])
-def test_two_processes_do_what_one_does(
-    tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
-) -> None:
+def test_two_processes_do_what_one_does(tmp_path: Path, alone: Any, server: Forks, settings: dict[str, Any]) -> None:
     """The same losses and weights with the same images in each step; 179 validation images are shared out unevenly."""
-    assert started(tmp_path / "run", monkeypatch, **settings) == 0
+    ended = server.together(command(tmp_path / "run", **settings), 2, BEFORE.format(step=-1, number=0))
+    assert [process.returncode for process in ended] == [0, 0], ended[0].stderr
     same(tmp_path / "run", alone)
 
 
 def test_a_process_that_dies_ends_the_job_with_its_name_and_the_run_goes_on(
     tmp_path: Path, alone: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("MUNTIN_TEST_RANK", "1")
-    start = time.monotonic()
-    assert started(tmp_path / "run", monkeypatch, step=16, number=int(signal.SIGKILL)) == 1
-    assert time.monotonic() - start < 240  # no hanging
+    program = f"import torch; torch.set_num_threads(1)\n{BEFORE.format(step=16, number=int(signal.SIGKILL))}\n{COMMAND}"
+    monkeypatch.setattr(launch, "PROGRAM", program)
+    assert launch.launch(command(tmp_path / "run"), 2) == 1  # it does not hang
     assert "rank 1 (process" in (error := capfd.readouterr().err) and "was killed by SIGKILL" in error
-    monkeypatch.delenv("MUNTIN_TEST_RANK")
     monkeypatch.setattr(training, "measure_latency", lambda run: None)
     train(tmp_path / "run", resume=True, report=lambda _: None, devices=1)  # with one process
     same(tmp_path / "run", alone)
 
 
-def test_a_signal_to_one_process_stops_all_after_saving(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("code", [2, 143])
+def test_the_launcher_gives_the_code_of_its_processes(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], code: int
 ) -> None:
-    monkeypatch.setenv("MUNTIN_TEST_RANK", "1")
-    code = started(tmp_path / "run", monkeypatch, step=3, number=int(signal.SIGTERM))
-    assert code == 128 + signal.SIGTERM
-    assert "continue with: muntin train --out" in capfd.readouterr().err
+    monkeypatch.setattr(launch, "PROGRAM", f"import sys; sys.exit({code})")
+    assert launch.launch(["train"], 2) == code
+    assert ("failed with code 2; its message is above" in capfd.readouterr().err) == (code == 2)
+
+
+def test_a_signal_to_one_process_stops_all_after_saving(tmp_path: Path, server: Forks) -> None:
+    before = BEFORE.format(step=3, number=int(signal.SIGTERM))
+    ended = server.together(command(tmp_path / "run"), 2, before)
+    assert [process.returncode for process in ended] == [128 + signal.SIGTERM] * 2
+    assert "continue with: muntin train --out" in ended[0].stderr
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert state["global_step"] == 10
 
@@ -140,27 +141,19 @@ def test_every_image_is_validated_once(count: int, processes: int) -> None:
     assert len(targets) == -(-count // processes) * processes
 
 
-def test_the_command_starts_the_processes(tmp_path: Path) -> None:
-    """As a user would: each process refuses the same mistake, and the exit code is theirs."""
-    command = [sys.executable, "-c", "import sys; from muntin.cli import main; sys.exit(main(sys.argv[1:]))"]
-    command += ["train", "--out", str(tmp_path / "run"), "--set", "devices=2", "--set", "batch_size=1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ}, check=False)
-    assert done.returncode == 2
-    assert "1 images cannot be shared out over 2 processes" in done.stderr
-
-
-def test_a_sweep_in_as_many_processes_as_its_file_says(tmp_path: Path) -> None:
+def test_a_sweep_in_as_many_processes_as_its_file_says(
+    tmp_path: Path, server: Forks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = SETTINGS | {"epochs": 1, "devices": 2}
     (tmp_path / "rows.yaml").write_text(json.dumps(settings | {"runs": {"one": {}}}))
-    command = [sys.executable, "-c", "import sys; from muntin.cli import main; sys.exit(main(sys.argv[1:]))"]
-    command += ["sweep", str(tmp_path / "rows.yaml"), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    sweep = ["sweep", str(tmp_path / "rows.yaml"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(launch, "launch", lambda _arguments, devices, nodes, _meeting: 100 * nodes + devices)
+    assert main(sweep) == 102
+    ended = server.together(sweep, 2, BEFORE.format(step=-1, number=0))
+    assert [process.returncode for process in ended] == [0, 0], ended[0].stderr
     (row,) = json.loads((tmp_path / "out" / "sweep.json").read_text())["rows"]
     assert list(row["accuracies"]) == ["0"] and row["latency_ms"] > 0
-    assert done.stdout.count("| one |") == done.stdout.count("[1/1]") == 1
-    config = (tmp_path / "out" / "one" / "seed-0" / "config.yaml").read_text()
-    assert "devices: 2" in config
+    assert ended[0].stdout.count("| one |") == ended[0].stdout.count("[1/1]") == 1 and "one" not in ended[1].stdout
 
 
 def test_where_machines_meet_has_to_be_said(capsys: pytest.CaptureFixture[str]) -> None:
