@@ -11,7 +11,7 @@ import muntin
 from conftest import error_of, settle
 from muntin.layers.opaque import OpaqueStage
 from muntin.models.classifier import Classifier
-from test_models import families, tiny
+from test_models import families, small, tiny
 
 SHAPES = [
     (2, 224, 224),
@@ -92,7 +92,8 @@ def test_two_graphs_serve_all_shapes_of_every_family(family: Any, randomise: Any
 @families()
 def test_two_graphs_serve_all_shapes_by_symbols(family: Any, randomise: Any, symbols: None) -> None:
     """On other devices without kernels. The maps and the logits of all stages, which are traced once for both."""
-    model = WithMaps("tiny", family.BACKBONE(family.TINY), family.HEAD(family.TINY, 10), 10)
+    row = small(family).config
+    model = WithMaps("small", family.BACKBONE(row), family.HEAD(row, 10), 10)
     found = check_two_graphs(settle(randomise(model)).eval(), "aot_eager")
     assert not any("muntin.stage" in name or "attention" in name for name in found if name.startswith("muntin"))
 
@@ -206,7 +207,7 @@ def test_two_graphs_hold_the_operators_of_the_kernels(family: Any, randomise: An
     """Traced by Dynamo alone: how AOTAutograd takes each operator is tested with the kernels, by `opcheck`."""
     pytest.importorskip("triton", reason="Triton is not installed")
     with muntin.kernels.use(True):
-        found = check_two_graphs(settle(randomise(tiny(family))).eval(), "eager")
+        found = check_two_graphs(settle(randomise(small(family))).eval(), "eager")
     operator = {"rmt": "manhattan_attention", "efficientvit": "packed_linear"}.get(
         family.__name__.rpartition(".")[2], "window_attention"
     )  # EfficientViT's kernel is for eager code

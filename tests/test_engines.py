@@ -20,7 +20,7 @@ from muntin.runtime.export import export
 from muntin.runtime.inputs import normalised
 from muntin.runtime.placing import check_writable, placed
 from test_export import CLASSES, PREPROCESSING, Toy
-from test_models import tiny
+from test_models import small, tiny
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")
@@ -115,7 +115,7 @@ def linear_ranks(path: Path) -> set[int]:
 
 
 def test_openvino_and_pt2_take_any_size(randomise, tmp_path):
-    model = settle(randomise(tiny(rmt))).eval()
+    model = settle(randomise(small(rmt))).eval()
     for suffix in ("xml", "pt2"):
         report = export(model, tmp_path / f"m.{suffix}", preprocessing={"size": 64}, progress=False)
         assert len({(c.height, c.width) for c in report.checks}) >= 4 and len({c.batch for c in report.checks}) >= 3

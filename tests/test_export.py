@@ -15,7 +15,7 @@ from muntin.errors import UserError
 from muntin.run import save_model
 from muntin.runtime import ExportError, load
 from muntin.runtime.export import default_sizes, export, verify
-from test_models import families, tiny
+from test_models import families, small
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -83,7 +83,7 @@ def test_the_model_is_left_as_it_was(exported):
 @families()
 def test_every_family_at_every_size(family, randomise, tmp_path):
     """Checked at odd and tiny sizes before it is kept; no runtime here meets a tensor above rank 5 or a branch."""
-    model = settle(randomise(tiny(family))).eval()
+    model = settle(randomise(small(family))).eval()
     report = export(model, tmp_path / "m.onnx", preprocessing={"size": 64}, progress=False)
     assert report.max_error <= 2e-5 and report.max_rank <= 5
     assert not {"If", "Loop", "NonZero", "BatchNormalization"} & report.nodes.keys()

@@ -26,6 +26,16 @@ def tiny(family: Any, **changes: Any) -> Classifier:
     return Classifier("tiny", family.BACKBONE(row, out_indices=(-1,)), family.HEAD(row, 10), 10)
 
 
+def small(family: Any) -> Classifier:
+    """Two stages of `tiny`, with every mechanism still, for what takes as long as a graph has operations."""
+    chosen = (0, 3) if family.__name__.endswith("rmt") else (0, 1)  # decomposed and whole
+    stages = len(family.TINY.depths)
+    rows = {field.name: getattr(family.TINY, field.name) for field in dataclasses.fields(family.TINY)}
+    per_stage = {name: row for name, row in rows.items() if isinstance(row, tuple) and name != "kernels"}
+    assert all(len(row) == stages for row in per_stage.values())
+    return tiny(family, **{name: tuple(row[i] for i in chosen) for name, row in per_stage.items()})
+
+
 def with_fixed_statistics(model: nn.Module) -> nn.Module:
     """BatchNorms in evaluation mode, whatever the mode of the rest."""
     for module in model.modules():
