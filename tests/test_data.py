@@ -372,6 +372,29 @@ def test_a_batch_is_normalised_as_one_image_is():
     assert batch.dtype == torch.uint8
 
 
+@pytest.mark.parametrize("kind", ["shear_x", "shear_y", "translate_x", "translate_y"])
+def test_shears_and_translations_are_timms(kind):
+    """By at most one level, in few values: those just below a whole number."""
+    from timm.data import auto_augment
+
+    from muntin.data import shear
+
+    ours, theirs = getattr(shear, kind), getattr(auto_augment, kind + "_rel" * kind.startswith("translate"))
+    random = np.random.default_rng(0)
+    smooth = Image.fromarray(random.integers(0, 256, (9, 8, 3), dtype=np.uint8)).resize((65, 49), Image.BICUBIC)
+    how = {"resample": Image.BICUBIC, "fillcolor": (124, 116, 104)}
+    differ = 0
+    for amount in (0.0, 0.3, -0.3, 0.125, 1.5, *random.uniform(-0.45, 0.45, 20)):
+        found, wanted = (np.asarray(f(smooth, float(amount), **how)).astype(int) for f in (ours, theirs))
+        assert abs(found - wanted).max() <= 1
+        differ += (found != wanted).sum()
+    assert differ < 0.005 * 25 * 65 * 49 * 3
+    grey = smooth.convert("L")
+    assert ours(grey, 0.2, resample=Image.BILINEAR, fillcolor=9) == theirs(
+        grey, 0.2, resample=Image.BILINEAR, fillcolor=9
+    )
+
+
 def test_erasing_follows_timms_law_and_leaves_the_rest():
     """Share of erased images and of erased pixels among 600, each way: standard errors 0.018 and 0.006."""
     from timm.data.random_erasing import RandomErasing

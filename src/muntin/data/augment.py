@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from muntin.data.decode import Box, Picture, cut
+from muntin.data.shear import shear_x, shear_y, translate_x, translate_y
 from muntin.data.transforms import to_bytes
 
 Seed = tuple[int, int, int]  # of the run, epoch, index
@@ -122,9 +123,15 @@ class Photographs:
             mean=mean,
             separate=True,
         )
+        instead: dict[Callable[..., Any], Callable[..., Any]] = {
+            auto_augment.posterize: posterize,
+            auto_augment.shear_x: shear_x,
+            auto_augment.shear_y: shear_y,
+            auto_augment.translate_x_rel: translate_x,
+            auto_augment.translate_y_rel: translate_y,
+        }
         for operation in _operations(self.colours.transforms):
-            if operation.aug_fn is auto_augment.posterize:
-                operation.aug_fn = posterize
+            operation.aug_fn = instead.get(operation.aug_fn, operation.aug_fn)
 
     def __call__(self, image: Picture, seed: Seed) -> Tensor:
         generator = np.random.default_rng(seed)
