@@ -21,8 +21,6 @@ from muntin.data.order import ShardsShuffled
 from muntin.data.sources import absolute, open_part, open_parts, open_splits, short_name, splits_from_json
 from muntin.data.transforms import Evaluate
 from muntin.errors import UserError
-from muntin.tasks import train
-from muntin.tasks.inference import evaluate_images
 
 
 def encoded(number, side=8):
@@ -113,17 +111,6 @@ def test_semicolons_make_a_table_multi_label(tmp_path):
     assert images.shape == (8, 3, 8, 8) and targets.shape == (8, 3) and targets.dtype == torch.float32
     (_, first), *_ = next(iter(EpochBatches(len(data.images), 8, 0)))
     assert targets[0].nonzero().flatten().tolist() == sorted(splits.train.labels[first])
-
-
-def test_training_and_evaluation_refuse_several_labels(tmp_path):
-    class_folder(tmp_path, {"x": 20})
-    lines = ["image,label", *(f"x/{i}.png,{['cat;dog', 'dog'][i % 2]}" for i in range(20))]
-    (tmp_path / "labels.csv").write_text("\n".join(lines))
-    with pytest.raises(UserError, match="labels.csv gives an image several labels or none, and these losses"):
-        train(tmp_path / "run", data=str(tmp_path / "labels.csv"), size=8, workers=0)
-    images, _ = open_part(str(tmp_path / "labels.csv"))
-    with pytest.raises(UserError, match="labels.csv gives an image several labels"):
-        evaluate_images(lambda batch: batch, images, Evaluate((8, 8), None), "labels.csv", "all")
 
 
 @pytest.mark.parametrize(
