@@ -285,7 +285,8 @@ class Progress(lightning.Callback):
             self.bar.update()
         if trainer.logger is not None and trainer.global_step % self.EVERY == 0:
             rate = trainer.optimizers[0].param_groups[0]["lr"]
-            trainer.logger.log_metrics({"step/loss": float(outputs["loss"]), "step/lr": rate}, trainer.global_step)
+            values = {"step/loss": float(pl_module.step_loss), "step/lr": rate}
+            trainer.logger.log_metrics(values, trainer.global_step)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         row, metric = self.saver.history[-1], self.saver.metric

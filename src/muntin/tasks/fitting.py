@@ -129,7 +129,7 @@ def fit(
             f"cannot write {folder}: {error.strerror}; free some space, then: muntin train --out {folder} --resume"
         ) from error
     except torch.OutOfMemoryError as error:
-        raise UserError(too_little(task, settings, str(error), saver.last.exists())) from error
+        raise UserError(too_little(task, settings, str(error), saver.last.exists(), ranks.count)) from error
     return Fitted(saver.elapsed(), read_checkpoint(saver.best_path)["kept"], int(task.skipped))
 
 

@@ -24,6 +24,7 @@ from muntin.tasks.base import freeze
 from muntin.tasks.callbacks import duration
 from muntin.tasks.checkpoints import read_checkpoint, remove_partial_files
 from muntin.tasks.distillation import open_teacher
+from muntin.tasks.expense import long_epochs
 from muntin.tasks.fitting import Fitted, fit, threads
 from muntin.tasks.inference import evaluate_images
 from muntin.tasks.multi_label import refuse_single_label_settings
@@ -177,6 +178,8 @@ def _train(
         f"{name} with {sum(p.numel() for p in model.parameters()):,} parameters on {settings.data}: "
         f"{len(splits.train)} train, {len(splits.val)} val, {test} test images in {len(splits.train.classes)} classes"
     )
+    if costly := long_epochs(model, name, settings, len(splits.train), ranks.count):
+        report(costly)
     # The test split goes no further than this: training and selection are handed the other two.
     with threads(settings.threads):
         learned = replace(splits, test=None)
@@ -242,7 +245,7 @@ def _refuse_misfits(settings: Settings, model: Any) -> None:
     if "fc_distilled" in heads and not settings.teacher:
         raise UserError(
             f"{model.name} with a second head (fc_distilled) learns it from a teacher: give one, as in --set "
-            "teacher=timm:regnety_160, or leave out the setting that adds the head"
+            "teacher=timm:regnety_160.deit_in1k, or leave out the setting that adds the head"
         )
     if "fc_tokens" in heads and not settings.token_labels:
         raise UserError(
