@@ -14,15 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import muntin
 from muntin.cli import main
 from muntin.data.images import BadImage, open_image
 from muntin.errors import UserError
-from muntin.run import save_model
+from muntin.run import Run, save_model
 from muntin.tasks import predict
-from muntin.tasks.inference import Prediction
+from muntin.tasks.inference import Choice, Prediction
 from muntin.tasks.units import BadShard, Sample, blocks, find_inputs, shard_unit
 
 pa = pytest.importorskip("pyarrow")
@@ -356,7 +357,7 @@ def test_a_killed_driver_loses_nothing_that_it_wrote(local_ray, place, tmp_path,
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_a_unit_under_which_workers_die_is_given_up(local_ray, place):
     attempts = local_ray.remote(num_cpus=0)(Attempts).remote()
-    worker = Worker(str(place / "run/model.safetensors"), 3, 16, 1, attempts)
+    worker = Worker(str(place / "run/model.safetensors"), Choice(3), 16, 1, attempts)
     unit = {"unit": 4, "name": "n", "paths": [str(place / "data/a/000.png")], "shard": False}
     for _ in range(TRIES):
         assert worker(unit)["table"]
@@ -364,9 +365,32 @@ def test_a_unit_under_which_workers_die_is_given_up(local_ray, place):
     assert worker(unit | {"unit": 5})["table"]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_a_multi_label_run_gives_lists_of_classes(local_ray, place, tmp_path):
+    run = Run.open(place / "run")
+    model = run.model()
+    with torch.no_grad():
+        model.head.fc.bias.copy_(torch.tensor([0.5, 0.0, -0.5]))
+        model.head.fc.weight.mul_(10)
+    described = {"classes": run.classes, "preprocessing": PREPROCESSING, "multi_label": True}
+    save_model(tmp_path / "run/model.safetensors", model, **described)
+    out = tmp_path / "out"
+    given = [str(tmp_path / "run"), str(place / "data/b"), "--engine=ray", "--workers=1", "--out", str(out)]
+    assert main(["predict", *given, "--threshold=0.45"]) == 0
+    found = {row["image"]: row for row in pq.read_table(out).to_pylist()}
+    rows = predict(tmp_path / "run", [place / "data/b"], threshold=0.45)
+    assert len(found) == len(rows) == 100 and len({len(row.classes) for row in rows if not row.error}) > 1
+    for row in rows:
+        other = found[row.image]
+        assert other["error"] == (row.error or None)
+        assert other["classes"] == (None if row.error else row.classes)
+        assert row.error or other["probabilities"] == pytest.approx(row.probabilities, abs=1e-5)
+    assert main(["predict", *given]) == 2  # with another threshold
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_worker_reads_a_batch_ahead_and_no_more(place, threads):
-    worker = Worker(str(place / "run/model.safetensors"), 3, 16, threads, None)
+    worker = Worker(str(place / "run/model.safetensors"), Choice(3), 16, threads, None)
     read = []
 
     def samples() -> Iterator[Sample]:
@@ -384,7 +408,7 @@ def test_a_worker_reads_a_batch_ahead_and_no_more(place, threads):
 
 
 def test_a_model_that_does_not_open_in_a_worker_is_refused_by_name(place, tmp_path):
-    worker = Worker(str(tmp_path / "gone.safetensors"), 3, 16, 1, None)
+    worker = Worker(str(tmp_path / "gone.safetensors"), Choice(3), 16, 1, None)
     assert "gone.safetensors" in worker({"unit": 0, "name": "n", "paths": [], "shard": False})["refusal"]
 
 

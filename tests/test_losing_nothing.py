@@ -18,6 +18,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -26,9 +27,10 @@ from muntin.cli import main
 from muntin.errors import UserError
 from muntin.tasks import train, training
 from muntin.tasks.base import Task
+from muntin.tasks.callbacks import Progress
 from muntin.tasks.checkpoints import AtomicCheckpoints, Damaged, latest, read_checkpoint, saves, verify
 from muntin.tasks.classification import Classification
-from muntin.tasks.memory import fitting_parts
+from muntin.tasks.memory import fitting_parts, too_little
 from muntin.tasks.optimizer import rate
 from muntin.tasks.recipes import read_config
 from muntin.tasks.settings import Settings, settings_from
@@ -627,3 +629,39 @@ def test_parts_of_a_step_by_hand():
     assert fitting_parts(settings, fixed=2, need=11, total=10) == 2
     assert fitting_parts(settings, fixed=20, need=40, total=10) == 128  # more than images
     assert fitting_parts(settings, fixed=2, need=0, total=0) == 2
+
+
+def test_parts_of_a_step_over_processes():
+    settings = Settings(batch_size=64)
+    # each of 4 processes had 16 images: 4 of them fit, as above
+    assert fitting_parts(settings, fixed=2, need=18, total=10, processes=4) == 4
+    message = too_little(torch.nn.Linear(1, 1), settings, "", False, processes=4)
+    assert "batch_size=64 at size=None in 1 part over 4 processes; " in message
+    assert "parts, of 8 images each: --set accumulate=2" in message and message.endswith("--set batch_size=32")
+    odd = too_little(torch.nn.Linear(1, 1), Settings(batch_size=36), "", True, processes=4)
+    assert "of 4 images each: in another run --set accumulate=2 --set batch_size=32" in odd
+    assert "not even single images" in too_little(torch.nn.Linear(1, 1), Settings(batch_size=4), "", False, processes=4)
+    parted = too_little(torch.nn.Linear(1, 1), Settings(batch_size=64, accumulate=2), "", False, processes=4)
+    assert "of 4 images each: --set accumulate=4" in parted and parted.endswith("--set batch_size=32")
+
+
+def test_the_curve_of_the_loss_is_of_whole_steps(data, tmp_path, monkeypatch):
+    losses, points = [], []
+    taken = Task.training_step
+
+    def training_step(self, batch, batch_idx):
+        loss = taken(self, batch, batch_idx)
+        losses.append(float(loss.detach()))
+        return loss
+
+    def log_metrics(self, metrics, step):
+        points.extend([(step, metrics["step/loss"])] if "step/loss" in metrics else [])
+
+    monkeypatch.setattr(Task, "training_step", training_step)
+    monkeypatch.setattr(TensorBoardLogger, "log_metrics", log_metrics)
+    monkeypatch.setattr(Progress, "EVERY", 1)
+    train(tmp_path / "run", data=data, report=silent, **TINY | {"accumulate": 2, "epochs": 1})
+    numbers, values = zip(*points, strict=True)
+    halves = [sum(losses[i : i + 2]) / 2 for i in range(0, len(losses), 2)]
+    assert list(numbers) == list(range(1, len(losses) // 2 + 1)) and len(numbers) > 1
+    assert list(values) == pytest.approx(halves)

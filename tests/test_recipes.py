@@ -1,12 +1,17 @@
 """Recipes: what they resolve to against the published tables, and two steps of each on synthetic images."""
 
+import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from PIL import Image
+from timm.models import model_parameters
+from timm.utils.agc import adaptive_clip_grad
 from torch import nn
 
 import muntin
@@ -23,7 +28,7 @@ from muntin.tasks.base import Task, frozen
 from muntin.tasks.classification import Classification
 from muntin.tasks.distillation import Teacher
 from muntin.tasks.fitting import augmentation
-from muntin.tasks.optimizer import clip_gradients, decays, groups, layers, rate
+from muntin.tasks.optimizer import classifiers, clip_gradients, decays, groups, layers, rate
 from muntin.tasks.ranks import Ranks
 from muntin.tasks.recipes import read_recipe, recipes
 from muntin.tasks.settings import Settings, settings_from
@@ -77,7 +82,7 @@ def test_recipes_are_what_the_papers_state(name: str) -> None:
     family = family_of(name)
     wanted = COMMON | FAMILY[family] | {"batch_size": BATCH[family]}
     if name.endswith("_1000_distilled"):
-        wanted |= {"epochs": 1000, "teacher": "timm:regnety_160", "distill_alpha": 0.5, "distill_tau": 1.0}
+        wanted |= {"epochs": 1000, "teacher": "timm:regnety_160.deit_in1k", "distill_alpha": 0.5, "distill_tau": 1.0}
         wanted |= {"model.distilled": True}
     if name.endswith("_token_label"):
         wanted |= {"epochs": 310, "mixup": 0.0, "cutmix": 0.0, "repeats": 1, "token_weight": 0.5, "mix_token": True}
@@ -186,6 +191,74 @@ def test_adaptive_clipping_by_hand() -> None:
         limit = 0.02 * row.norm().clamp(min=1e-3)
         torch.testing.assert_close(gradient, was * min(1.0, float(limit / was.norm())))
     assert torch.equal(model["head"].weight.grad, before["head.weight"])  # type: ignore
+
+
+def tiny(label: str, **config: Any) -> Any:
+    family = next(f for f in FAMILIES if label in f.VARIANTS)
+    return muntin.models.Classifier(
+        label,
+        family.BACKBONE(replace(family.TINY, **config), out_indices=(-1,), drop_path=0.0),
+        family.HEAD(replace(family.TINY, **config), 5),
+        5,
+    )
+
+
+@pytest.mark.parametrize("label", ["swin_t", "swin_free_b_br", "swinv2_t", "efficientvit_m0", "rmt_t"])
+def test_adaptive_clipping_is_timms(label: str) -> None:
+    """All but the classifier are clipped, the head's norm and projection too."""
+    model = tiny(label)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    other = copy.deepcopy(model)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        b.grad = a.grad.clone()
+    clip_gradients(model, Settings(clip=0.0, agc=0.02))
+    adaptive_clip_grad(model_parameters(other, exclude_head=True), 0.02)
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad), name  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("label", "config", "wanted"),
+    [
+        ("efficientvit_m0", {"distilled": True}, {"head.fc", "head.fc_distilled"}),
+        ("rmt_t", {"token_label": True}, {"head.fc", "head.fc_tokens"}),
+    ],
+)
+def test_every_classifier_is_left_alone(label: str, config: dict[str, Any], wanted: set[str]) -> None:
+    model = tiny(label, **config)
+    names = {id(module): name for name, module in model.named_modules()}
+    assert {names[id(layer)] for layer in classifiers(model)} == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "batch"),
+    [  # training images, less a tenth for validation
+        ("cifar10", 45_000, 128),
+        ("cifar100", 45_000, 128),
+        ("flowers102", 1020, 64),
+        ("oxford_pets", 3312, 64),
+        ("stanford_cars", 7330, 128),
+    ],
+)
+def test_transfer_takes_steps_enough_for_its_average(name: str, images: int, batch: int) -> None:
+    settings = of_recipe(f"transfer/{name}")
+    assert settings.batch_size == batch
+    steps = settings.epochs * (images // batch)
+    half_life = math.log(0.5) / math.log(settings.average_decay())
+    assert steps >= 4000 and half_life < 0.1 * steps
+    assert settings.peak() == pytest.approx(1e-3 * batch / 512)
+    header = recipes()[f"transfer/{name}"].read_text()
+    assert f"One GPU, {batch} images a step" in header and "The rate of 1e-3 is for 512 images" in header
+
+
+def test_timm_has_the_teacher_that_recipes_name() -> None:
+    teachers = {read_recipe(name).get("teacher") for name in recipes() if name.endswith("distilled")}
+    assert teachers == {"timm:regnety_160.deit_in1k"}
+    name = "regnety_160.deit_in1k"
+    assert timm.is_model(name) and name in timm.list_pretrained("regnety_160*")
+    stated = timm.get_pretrained_cfg(name)
+    assert stated is not None and stated.has_weights and stated.num_classes == 1000 and stated.tag == "deit_in1k"
 
 
 def test_repeated_augmentation_gives_each_image_several_times_in_a_row() -> None:

@@ -6,6 +6,7 @@ import json
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ import webdataset
 from PIL import Image
 
 from muntin.cli import main
+from muntin.data import remote
 from muntin.data.augment import Plain
 from muntin.data.images import BadImage
 from muntin.data.loading import EpochBatches, TrainingSet, training_loader
 from muntin.data.pack import write_shards
+from muntin.data.remote import Cache
 from muntin.data.shards import expand, index_shard, local_shards, part_of
 from muntin.data.sources import open_parts, open_splits, splits_from_json
 from muntin.data.transforms import Evaluate
@@ -389,6 +392,44 @@ def test_workers_read_remote_shards_in_the_same_order(server):
     for (images, targets), (others, same) in zip(*found, strict=True):
         assert torch.equal(images, others) and torch.equal(targets, same)
     assert sorted(server.shards()) == [f"all-{i:06}.tar" for i in range(4)] and local["all"].order is None
+
+
+def test_two_processes_may_fetch_the_index_at_once(server, tmp_path, monkeypatch):
+    served(server)
+    both = threading.Barrier(2, timeout=30)
+
+    fetched = remote.fetch
+
+    def fetch(*args, **options):
+        found = fetched(*args, **options)
+        both.wait()  # each has its file before either gives it its name
+        return found
+
+    monkeypatch.setattr(remote, "fetch", fetch)
+    folder = tmp_path / "cache"
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: remote._kept(folder, "index.json", f"{server.address}/index.json"), range(2)))
+    wanted = (server.folder / "index.json").read_bytes()
+    assert found == [wanted, wanted] and (folder / "index.json").read_bytes() == wanted
+    assert [path.name for path in folder.iterdir()] == ["index.json"]
+
+
+def test_a_shard_that_another_process_has_just_fetched_stays(server, tmp_path, monkeypatch):
+    served(server)
+    name = "train-000000.tar"
+    whole = (server.folder / name).read_bytes()
+    cache = Cache(tmp_path / "cache", [f"{server.address}/{name}"], [len(whole)], 10**9)
+    looked = Cache._bytes
+
+    def just_before(self, path):
+        found = looked(self, path)
+        if found is None:  # the other one is done between our look and what we do next
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(whole)
+        return found
+
+    monkeypatch.setattr(Cache, "_bytes", just_before)
+    assert cache.path(0).read_bytes() == whole and not server.asked
 
 
 def test_what_a_server_does_not_have_is_named(server, monkeypatch):

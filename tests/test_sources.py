@@ -1,8 +1,10 @@
 """Every kind of data that `--data` names; images that break in training; loaders that report them."""
 
+import csv
 import io
 import itertools
 import json
+import multiprocessing
 
 import datasets
 import numpy as np
@@ -21,8 +23,6 @@ from muntin.data.order import ShardsShuffled
 from muntin.data.sources import absolute, open_part, open_parts, open_splits, short_name, splits_from_json
 from muntin.data.transforms import Evaluate
 from muntin.errors import UserError
-from muntin.tasks import train
-from muntin.tasks.inference import evaluate_images
 
 
 def encoded(number, side=8):
@@ -113,17 +113,6 @@ def test_semicolons_make_a_table_multi_label(tmp_path):
     assert images.shape == (8, 3, 8, 8) and targets.shape == (8, 3) and targets.dtype == torch.float32
     (_, first), *_ = next(iter(EpochBatches(len(data.images), 8, 0)))
     assert targets[0].nonzero().flatten().tolist() == sorted(splits.train.labels[first])
-
-
-def test_training_and_evaluation_refuse_several_labels(tmp_path):
-    class_folder(tmp_path, {"x": 20})
-    lines = ["image,label", *(f"x/{i}.png,{['cat;dog', 'dog'][i % 2]}" for i in range(20))]
-    (tmp_path / "labels.csv").write_text("\n".join(lines))
-    with pytest.raises(UserError, match="labels.csv gives an image several labels or none, and these losses"):
-        train(tmp_path / "run", data=str(tmp_path / "labels.csv"), size=8, workers=0)
-    images, _ = open_part(str(tmp_path / "labels.csv"))
-    with pytest.raises(UserError, match="labels.csv gives an image several labels"):
-        evaluate_images(lambda batch: batch, images, Evaluate((8, 8), None), "labels.csv", "all")
 
 
 @pytest.mark.parametrize(
@@ -305,3 +294,33 @@ def test_an_epoch_of_shards_mixes_a_few_at_a_time():
     assert set(asked[0]) == groups[0] and set(asked[1]) & groups[1]  # the next group is fetched while one is read
     part = order.select(range(14, 35))
     assert sorted(part(0, 0).tolist()) == list(range(21)) and set(part.shards.tolist()) == {2, 3, 4}
+
+
+def test_a_bad_image_is_listed_once_whoever_finds_it(tmp_path):
+    path = tmp_path / "bad_files.csv"
+    path.touch()  # another process has made it, and not yet written
+    workers = [BadFiles(path), BadFiles(path)]
+    for worker in workers:
+        worker.add("a.png", "damaged")
+    workers[1].add('b, "c".png', "cut\nshort")
+    workers[0].add('b, "c".png', "cut\nshort")
+    with open(path, newline="") as file:
+        assert list(csv.reader(file)) == [["file", "problem"], ["a.png", "damaged"], ['b, "c".png', "cut\nshort"]]
+    assert BadFiles(path).names() == {"a.png", 'b, "c".png'}
+
+
+def test_processes_list_bad_images_together(tmp_path):
+    path = tmp_path / "run" / "bad_files.csv"
+
+    def add():
+        bad = BadFiles(path)
+        for number in range(30):
+            bad.add(f"{number}.png", "damaged")
+
+    processes = [multiprocessing.get_context("fork").Process(target=add) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    rows = path.read_text().splitlines()
+    assert rows[0] == "file,problem" and sorted(rows[1:]) == sorted(f"{number}.png,damaged" for number in range(30))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import muntin
 from muntin.data.augment import Photographs
@@ -445,3 +446,39 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(data, t
     with pytest.raises(UserError, match=words):
         train(tmp_path / "run", report=silent, **data | change)
     assert not (tmp_path / "run").exists()
+
+
+class Waits(TorchFunctionMode):
+    """Counts calls that wait for a GPU: those that bring numbers from the host to a tensor's device, or back."""
+
+    NAMES = (
+        "tensor",
+        "as_tensor",
+        "new_tensor",
+        "item",
+        "tolist",
+        "cpu",
+        "nonzero",
+        "__bool__",
+        "__int__",
+        "__float__",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func.__name__ in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+def test_targets_are_made_without_waiting_for_the_device():
+    shapes = [(4, 2, 6, 6), (4, 2, 6, 6), (4, 4), (4,)]
+    kinds = [torch.float32, torch.int32, torch.float32, torch.bool]
+    target = TokenTarget(*(torch.zeros(s, dtype=k) for s, k in zip(shapes, kinds, strict=True)))
+    with Waits() as waits:
+        assert token_targets(target, (2, 2), 3).shape == (4, 4, 3)
+        assert waits.count == 0
+        target.box.new_tensor([1.0, 2.0]).sum().item()
+    assert waits.count == 2  # what is counted

@@ -319,7 +319,10 @@ def _describe_predict(parser: Any) -> None:
     parser.add_argument("run", help="a run's folder, its model.safetensors, or an exported file")
     parser.add_argument("images", nargs="+", help="files, folders, .txt lists with one path per line; see --engine")
     parser.add_argument("--out", help="write a table to this .csv file, or with --engine to a folder of Parquet files")
-    parser.add_argument("--top", type=int, default=5, help="classes per image (default: 5)")
+    parser.add_argument("--top", type=int, help="classes per image (default: 5; of a multi-label run, no limit)")
+    parser.add_argument(
+        "--threshold", type=float, help="of a multi-label run: every class from this probability on (default: 0.5)"
+    )
     parser.add_argument(
         "--engine",
         help="ray: many processes, here or on a cluster; takes .tar shards too and continues where it stopped",
@@ -338,7 +341,7 @@ def _predict(args: Any) -> int:
     from muntin.tasks import predict
     from muntin.tasks.inference import write_predictions
 
-    rows = predict(args.run, args.images, top=args.top)
+    rows = predict(args.run, args.images, top=args.top, threshold=args.threshold)
     for row in rows:
         if row.error:
             print(f"muntin: {row.error}", file=sys.stderr)
@@ -364,7 +367,13 @@ def _predict_batches(args: Any) -> int:
     from muntin.tasks.batch import predict_batches
 
     report = predict_batches(
-        args.run, args.images, args.out, top=args.top, workers=args.workers, overwrite=args.overwrite
+        args.run,
+        args.images,
+        args.out,
+        top=args.top,
+        threshold=args.threshold,
+        workers=args.workers,
+        overwrite=args.overwrite,
     )
     print(report)
     if report.failed:

@@ -29,6 +29,8 @@ FILES = ("model.safetensors", "config.json", "README.md")
 _METRICS = {
     "test_accuracy": "accuracy on the test split",
     "val_accuracy": "accuracy on the validation split",
+    "test_map": "mean average precision on the test split",
+    "val_map": "mean average precision on the validation split",
     "data": "data",
     "epochs": "epochs",
     "seed": "seed",
@@ -56,8 +58,10 @@ def save_pretrained(
     Raises UserError for a model that Muntin cannot rebuild by its name, and a folder that cannot be written.
     """
     metrics: Mapping[str, Any] = {}
+    multi_label = False
     if isinstance(model, Run):
         run, model = model, model.model()
+        multi_label = run.multi_label
         classes, preprocessing, metrics = classes or run.classes, preprocessing or run.preprocessing, run.metrics
     twin = _twin(model)
     names = [str(i) for i in range(twin.num_classes)] if classes is None else list(classes)
@@ -67,7 +71,7 @@ def save_pretrained(
     if sorted(steps) != sorted(PREPROCESSING):
         raise UserError(f"preprocessing has {', '.join(sorted(steps))}: give {', '.join(PREPROCESSING)}")
     folder = Path(folder)
-    save_model(folder / "model.safetensors", model, classes=names, preprocessing=steps)
+    save_model(folder / "model.safetensors", model, classes=names, preprocessing=steps, multi_label=multi_label)
     write_json(folder / "config.json", _config(twin, names, steps, license))
     atomic_write(folder / "README.md", _card(twin, names, steps, license, repo_id, metrics).encode())
     return folder

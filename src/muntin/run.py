@@ -4,11 +4,11 @@
 runs/NAME/
   config.yaml          every training setting, the model's name and configuration
   split.json           which images are train, val and test, by index (digits) or relative path (folders)
-  history.csv          epoch, train_loss, val_loss, val_accuracy, lr, seconds
+  history.csv          epoch, train_loss, val_loss, val_accuracy (several labels: val_map), lr, seconds
   checkpoints/         last.ckpt, the saves before it and best.ckpt, for `muntin train --resume`
   tensorboard/         the same curves for TensorBoard
   model.safetensors    the weights; its metadata alone rebuilds the model
-  metrics.json         model, parameters, test_accuracy, val_accuracy, epochs, seconds, latency_ms, ...
+  metrics.json         model, parameters, test_accuracy, val_accuracy (several labels: test_map, val_map), epochs, ...
   held_out/CLASS/*.png the test images of `digits`, as files
   evaluation.json      what `muntin eval` found on the test split: confusion matrix, classes, calibration
   predictions.csv      image, label, class1, probability1, ..., error: one row per image
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from muntin.data.transforms import Evaluate
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk, a share of it or a file that can grow no more
+TITLES = {"accuracy": "accuracy", "map": "mAP"}  # of what a run is judged by
 METADATA = "muntin"  # the key of our JSON in a safetensors file's metadata
 
 
@@ -95,8 +96,12 @@ def save_model(
     *,
     classes: list[str],
     preprocessing: dict[str, Any],
+    multi_label: bool = False,
 ) -> Path:
-    """Write a classifier's weights with the metadata that rebuilds it (`Run.open`)."""
+    """Write a classifier's weights with the metadata that rebuilds it (`Run.open`).
+
+    multi_label: its logits go through a sigmoid each, because an image may have several classes or none.
+    """
     from dataclasses import asdict
 
     from safetensors.torch import save
@@ -106,6 +111,7 @@ def save_model(
         "config": asdict(model.config),  # type: ignore[call-overload]
         "num_classes": model.num_classes,
         "classes": classes,
+        "multi_label": multi_label,
         **preprocessing,
     }
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
@@ -141,7 +147,9 @@ class Run:
     """A trained model with its classes and preprocessing, from a run's folder or from its weights alone.
 
     `path` is the folder, `weights` the safetensors file, `name` and `model_config` what `create_model` takes,
-    `classes` the class names in the order of the logits, `metrics` the contents of metrics.json.
+    `classes` the class names in the order of the logits, `metrics` the contents of metrics.json. `multi_label` says
+    that an image may have several of the classes or none: logits become probabilities by a sigmoid each, not by a
+    softmax over all.
     `preprocessing` holds plain values: `size` (H, W) of the model's input, `resize` the length of the shorter
     side before the centre crop (None: the whole image is resized to `size`), `mean` and `std` per channel for
     values in 0..1, `interpolation` ("bicubic"), `channels` ("RGB": every image is converted to it).
@@ -154,6 +162,7 @@ class Run:
         self.model_config: dict[str, Any] = {k: _tuples(v) for k, v in described["config"].items()}
         self.num_classes: int = described["num_classes"]
         self.classes: list[str] = described["classes"]
+        self.multi_label = bool(described.get("multi_label", False))
         self.preprocessing: dict[str, Any] = {key: described[key] for key in PREPROCESSING}
         self.metrics = metrics
 
@@ -177,6 +186,11 @@ class Run:
             )
         metrics = folder / "metrics.json"
         return cls(folder, weights, _describe(weights), read_json(metrics) if metrics.exists() else {})
+
+    @property
+    def metric(self) -> str:
+        """What it is judged by, as in metrics.json: "accuracy", or with several labels "map"."""
+        return "map" if self.multi_label else "accuracy"
 
     def model(self) -> torch.nn.Module:
         """The classifier with its weights, in evaluation mode, on the CPU."""

@@ -6,7 +6,6 @@ a sample is, and the rest shows itself in training.
 
 import csv
 import io
-import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,33 +22,39 @@ from muntin.data.order import ShardsShuffled
 from muntin.errors import UserError
 from muntin.progress import progress
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 ALL = 50_000
 SAMPLE = 2_000
 
 
 @dataclass
 class BadFiles:
-    """bad_files.csv: images that were left out, and why. Processes append to it, each a line at a time."""
+    """bad_files.csv: images that were left out, and why, each once. Processes add to it one at a time."""
 
     path: Path
     _listed: set[str] = field(default_factory=set)
 
     def add(self, name: str, problem: str) -> None:
-        """List an image, once for each process."""
+        """List an image, unless it is listed."""
         if name in self._listed:
             return
-        self._listed.add(name)
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            writer.writerow(["file", "problem"])
-        writer.writerow([name, problem])
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, text.getvalue().encode())  # one write: lines of several processes do not mix
-        finally:
-            os.close(handle)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+", newline="", encoding="utf-8") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+            file.seek(0)
+            text = file.read()
+            self._listed.update(row["file"] for row in csv.DictReader(io.StringIO(text)))
+            writer = csv.writer(file, lineterminator="\n")
+            if not text:
+                writer.writerow(["file", "problem"])
+            if name not in self._listed:
+                self._listed.add(name)
+                writer.writerow([name, problem])
 
     def names(self) -> set[str]:
         """The images that are listed."""

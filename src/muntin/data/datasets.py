@@ -94,7 +94,7 @@ class Splits:
 
     def json(self) -> dict[str, Any]:
         """What split.json holds."""
-        described: dict[str, Any] = {"classes": self.train.classes}
+        described: dict[str, Any] = {"classes": self.train.classes, "multi_label": self.multi_label}
         if not self.given:
             return described | {name: part.keys for name, part in self.parts().items()}
         given = {name: {"images": len(part), "sha256": part.digest()} for name, part in self.parts().items()}

@@ -7,6 +7,7 @@ is whole. Several processes share the folder: one fetches a shard, the others wa
 import contextlib
 import hashlib
 import os
+import tempfile
 import threading
 from pathlib import Path
 
@@ -66,11 +67,13 @@ class Cache:
         """A shard's file, fetched if it is not there. Raises `UserError` where it cannot be had."""
         address = self.addresses[number]
         path = self.folder / file_name(address)
-        if not self._whole(path, number):
-            path.unlink(missing_ok=True)
+        found = self._bytes(path)
+        if found is None or found != (self._size(number) or found):
+            if found is not None:  # of another size; one that another process has just fetched stays
+                path.unlink(missing_ok=True)
             self._make_room(number)
             fetch(address, folder=self.folder, shown=False)
-            if not self._whole(path, number):
+            if self._size(number) not in (None, self._bytes(path)):
                 raise UserError(
                     f"{address} has another size than the {self._size(number)} bytes in its index; was it replaced? "
                     f"Remove {self.folder} to read the shards anew"
@@ -98,12 +101,11 @@ class Cache:
     def _size(self, number: int) -> int | None:
         return self.sizes[number] if self.sizes else None
 
-    def _whole(self, path: Path, number: int) -> bool:
+    def _bytes(self, path: Path) -> int | None:
         try:
-            size = path.stat().st_size
+            return path.stat().st_size
         except FileNotFoundError:
-            return False
-        return self._size(number) in (None, size)
+            return None
 
     def _make_room(self, number: int) -> None:
         """Remove the least recently used shards until this one fits."""
@@ -168,15 +170,21 @@ def _indexed(addresses: list[str], stored: bytes | None, folder: Path) -> list[S
 
 
 def _kept(folder: Path, name: str, address: str) -> bytes | None:
-    """A small file beside the shards, kept in the cache folder; None where the server has none."""
+    """A small file beside the shards, kept in the cache folder; None where the server has none.
+
+    Each process fetches it into a folder of its own, and gives it its name when it is whole.
+    """
     path = folder / name
     if path.exists():
         return path.read_bytes()
-    try:
-        fetch(address, folder=folder, shown=False).rename(path)
-    except Absent:
-        return None
-    return path.read_bytes()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as own:
+        try:
+            content = fetch(address, folder=own, shown=False).read_bytes()
+        except Absent:
+            return None
+    atomic_write(path, content)
+    return content
 
 
 def limit() -> int:

@@ -170,7 +170,7 @@ def splits_from_json(data: str, stored: Mapping[str, Any], plain_resize: bool) -
     else:
         places = {key: (part, i) for part in parts.values() for i, key in enumerate(part.keys)}
         chosen = {name: _stored_part(data, stored[name], places) for name in PARTS if name in stored}
-    return Splits(
+    splits = Splits(
         chosen["train"],
         chosen["val"],
         chosen.get("test"),
@@ -178,6 +178,10 @@ def splits_from_json(data: str, stored: Mapping[str, Any], plain_resize: bool) -
         "given" in stored,
         tuple(stored.get("left_out", ())),
     )
+    if splits.multi_label != stored.get("multi_label", False):
+        now, was = ("several labels", "one class") if splits.multi_label else ("one class", "several labels")
+        raise UserError(f"{data} gives an image {now}, {was} when the run began; put the labels back as they were")
+    return splits
 
 
 def _in_order_of(images: Images, classes: list[str], data: str) -> Images:

@@ -3,9 +3,17 @@
 A page asks for nothing from elsewhere; it reads well in light, dark and print.
 """
 
+import base64
+import io
 import re
 from collections.abc import Sequence
 from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+THUMBNAIL = 160  # pixels of a shown image's longer side
 
 # Kinds of operation: arithmetic in blues and greens, what waits for memory in warm colours, the rest in greys.
 KIND_COLOURS = (
@@ -147,3 +155,22 @@ def document(title: str, heading: str, told: str, top: str, body: str, footer: s
         f"<footer>{footer} Hover over a chart for its figures.</footer>"
         "</main></body></html>\n"
     )
+
+
+def meter(share: float) -> str:
+    """A share as text over a bar of its length."""
+    return f'<span class="meter" style="--v:{100 * share:.1f}%">{share:.1%}</span>'
+
+
+def data_uri(picture: "Image") -> tuple[str, bool]:
+    """An image inside the page, and whether it is so small that its pixels should be seen."""
+    small = max(picture.size) <= 64
+    file = io.BytesIO()
+    if small:
+        picture.save(file, "PNG")
+    else:
+        picture = picture.copy()
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        picture.save(file, "JPEG", quality=85)
+    kind = "png" if small else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}", small

@@ -5,9 +5,7 @@ The page asks for nothing from elsewhere: styles, charts (svg.py) and images are
 """
 
 import argparse
-import base64
 import csv
-import io
 import json
 import os
 import random
@@ -19,29 +17,25 @@ from dataclasses import dataclass
 from datetime import datetime
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from muntin.errors import UserError
-from muntin.measure import svg
+from muntin.measure import labels_page, svg
 from muntin.measure.bench import MODELS
+from muntin.measure.labels_page import SeenLabels
 from muntin.measure.machine import commit, machine, versions
-from muntin.measure.page import document, figure, key, missing, section, table
+from muntin.measure.page import data_uri, document, figure, key, meter, missing, section, table
 from muntin.measure.profile import KINDS, Profile, profile
 from muntin.measure.seen import BINS, Seen, calibration, look, wilson
 from muntin.measure.statistics import rounded
-from muntin.run import Run, atomic_write
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
+from muntin.run import TITLES, Run, atomic_write
 
 SAMPLES = 24  # images shown with their predictions
 WORST = 12  # mistakes shown
 NUMBERED = 40  # classes up to which a confusion matrix is drawn
-THUMBNAIL = 160  # pixels of a shown image's longer side
 
 
 @dataclass(frozen=True)
@@ -51,25 +45,11 @@ class _Page:
     run: Run
     path: str
     model: nn.Module
-    seen: Seen | None
+    seen: Seen | SeenLabels | None
     why: str
 
     def command(self, name: str, rest: str = "") -> str:
         return f"muntin {name} {shlex.quote(self.path)}{rest}"
-
-
-def _data_uri(picture: "Image") -> tuple[str, bool]:
-    """An image inside the page, and whether it is so small that its pixels should be seen."""
-    small = max(picture.size) <= 64
-    file = io.BytesIO()
-    if small:
-        picture.save(file, "PNG")
-    else:
-        picture = picture.copy()
-        picture.thumbnail((THUMBNAIL, THUMBNAIL))
-        picture.save(file, "JPEG", quality=85)
-    kind = "png" if small else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}", small
 
 
 # ---------------------------------------------------------------------------------------------------- the parts
@@ -88,15 +68,19 @@ def _headline(page: _Page) -> str:
     height, width = run.preprocessing["size"]
     found = cost(page.model, (height, width))
     cards: list[tuple[str, str, str]] = []
-    if page.seen is not None:
+    if isinstance(page.seen, SeenLabels):
+        cards += labels_page.cards(page.seen)
+    elif page.seen is not None:
         right, total = int(page.seen.right.sum()), len(page.seen.labels)
         low, high = wilson(right, total)
         detail = f"{right} of {total} images; 95% between {low:.1%} and {high:.1%}"
         cards.append((f"{page.seen.accuracy:.2%}", f"{escape(page.seen.split)} accuracy", detail))
         cards.append((f"{calibration(page.seen.probabilities, page.seen.labels)[1]:.1%}", "calibration error",
                       f"mean gap of confidence and accuracy, {BINS} bins"))  # fmt: skip
-    elif metrics.get("test_accuracy") is not None:
-        cards.append((f"{metrics['test_accuracy']:.2%}", "test accuracy", "as recorded after training"))
+    elif metrics.get(f"test_{run.metric}") is not None:
+        cards.append(
+            (f"{metrics[f'test_{run.metric}']:.2%}", f"test {TITLES[run.metric]}", "as recorded after training")
+        )
     if metrics.get("latency_ms") is not None:
         cards.append(
             (
@@ -128,18 +112,19 @@ def _curves(page: _Page) -> str:
         body = missing("There is no history of this run's training.", "muntin train --out " + shlex.quote(page.path))
         return section("training", "Training", "", body)
     columns = {key: [row[key] for row in rows] for key in rows[0]}
-    epochs, accuracy = columns["epoch"], columns["val_accuracy"]
+    title = TITLES[page.run.metric]
+    epochs, accuracy = columns["epoch"], columns[f"val_{page.run.metric}"]
     kept = int(page.run.metrics.get("best_epoch") or len(rows))
     loss = {"training": columns["train_loss"], "validation": columns["val_loss"]}
     body = '<div class="three">'
     body += figure(svg.lines("loss", epochs, loss, mark=kept), "Loss", key(list(loss)))
     body += figure(
-        svg.lines("validation accuracy", epochs, {"validation": accuracy}, percent=True, mark=kept),
-        "Validation accuracy",
+        svg.lines(f"validation {title}", epochs, {"validation": accuracy}, percent=True, mark=kept),
+        f"Validation {title}",
     )
     body += figure(svg.lines("learning rate", epochs, {"rate": columns["lr"]}, from_zero=True), "Learning rate")
     lead = (
-        f"The weights after epoch {kept} of {len(rows)} are kept (dashed), with a validation accuracy of "
+        f"The weights after epoch {kept} of {len(rows)} are kept (dashed), with a validation {title} of "
         f"<b>{accuracy[kept - 1]:.2%}</b>; {_duration(sum(columns['seconds']))} in all."
     )
     if page.run.metrics.get("weights") == "ema":
@@ -162,6 +147,8 @@ def _confusion(page: _Page) -> str:
     if page.seen is None:
         return section("confusion", "Confusion", "", f'<p class="missing">{escape(page.why)}</p>')
     seen = page.seen
+    if isinstance(seen, SeenLabels):
+        return labels_page.classes(seen)
     wrong = _confusions(seen)
     lead = "No held-out image is taken for another class."
     if wrong:
@@ -183,7 +170,7 @@ def _classes(seen: Seen) -> str:
         total, taken, right = sum(matrix[i]), sum(row[i] for row in matrix), matrix[i][i]
         recall, precision = right / total if total else 0.0, right / taken if taken else 0.0
         f1 = 2 * right / (total + taken) if total + taken else 0.0
-        rows.append((f1, [escape(name), str(total), _bar(recall), _bar(precision), f"{f1:.3f}"]))
+        rows.append((f1, [escape(name), str(total), meter(recall), meter(precision), f"{f1:.3f}"]))
     shown = [cells for _, cells in rows]
     note = ""
     if len(rows) > NUMBERED:
@@ -192,12 +179,10 @@ def _classes(seen: Seen) -> str:
     return "<div>" + table(("class", "images", "recall", "precision", "F1"), shown) + note + "</div>"
 
 
-def _bar(share: float) -> str:
-    return f'<span class="meter" style="--v:{100 * share:.1f}%">{share:.1%}</span>'
-
-
-def _tile(seen: Seen, index: int, full: bool) -> str:
-    uri, small = _data_uri(seen.picture(seen.images.open(index)))
+def _tile(seen: Seen | SeenLabels, index: int, full: bool) -> str:
+    if isinstance(seen, SeenLabels):
+        return labels_page.tile(seen, index, full)
+    uri, small = data_uri(seen.picture(seen.images.open(index)))
     label, guess = int(seen.labels[index]), int(seen.predicted[index])
     confidence = float(seen.probabilities[index, guess])
     true, said = seen.classes[label], seen.classes[guess]
@@ -246,6 +231,8 @@ def _mistakes(page: _Page) -> str:
 def _calibrated(page: _Page) -> str:
     if page.seen is None:
         return ""
+    if isinstance(page.seen, SeenLabels):
+        return labels_page.calibrated(page.seen)
     bins, gap = calibration(page.seen.probabilities, page.seen.labels)
     mean = float(page.seen.probabilities.max(1).values.mean())
     tends = "modest: it is right more often than it says" if mean < page.seen.accuracy else "overconfident"
@@ -469,8 +456,8 @@ def summary(run: Run) -> str:
     metrics, path = run.metrics, run.path
     rows = [("model", f"{run.name}, {metrics.get('parameters', 0):,} parameters")]
     for split in ("test", "val"):
-        if metrics.get(f"{split}_accuracy") is not None:
-            rows.append((f"{split} accuracy", f"{metrics[f'{split}_accuracy']:.2%}"))
+        if (value := metrics.get(f"{split}_{run.metric}")) is not None:
+            rows.append((f"{split} {TITLES[run.metric]}", f"{value:.2%}"))
     if metrics.get("seconds") is not None:
         rows.append(("trained", f"{metrics.get('epochs')} epochs in {_duration(metrics['seconds'])}"))
     if metrics.get("latency_ms") is not None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from muntin.measure.labels_page import SeenLabels, seen_labels
 from muntin.run import Run
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Seen:
         return torch.bincount(self.labels * k + self.predicted, minlength=k * k).view(k, k).tolist()
 
 
-def look(run: Run, model: nn.Module, batch_size: int = 64) -> Seen:
+def look(run: Run, model: nn.Module, batch_size: int = 64) -> Seen | SeenLabels:
     """Run the model over the run's held-out images.
 
     Raises UserError where the images are not there any more.
@@ -70,12 +71,15 @@ def look(run: Run, model: nn.Module, batch_size: int = 64) -> Seen:
     transform = run.transform()
     workers = min(os.cpu_count() or 1, 8) if len(images) > 2000 else 0
     loader = evaluation_loader(EvaluationSet(images, transform), batch_size, workers)
-    logits, first = [], torch.empty(0)
+    logits, wanted, first = [], [], torch.empty(0)
     with torch.inference_mode():
-        for batch, _ in progress(loader, len(loader), "report: held-out images"):
+        for batch, targets in progress(loader, len(loader), "report: held-out images"):
             first = batch[:8].clone() if not len(first) else first
             logits.append(model(batch).float())
-    found, labels = torch.cat(logits).double(), torch.tensor(images.labels)
+            wanted.append(targets)
+    found, labels = torch.cat(logits).double(), torch.cat(wanted)
+    if run.multi_label:
+        return seen_labels(found, labels.long(), images, transform.picture, first, (data, split))
     return Seen(
         images=images,
         picture=transform.picture,

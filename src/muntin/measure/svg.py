@@ -161,21 +161,27 @@ def heat_map(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     return _svg(width, height, "confusion matrix", "".join(parts), "max-width:" + f"{width * 1.15:.0f}px")
 
 
-def reliability(bins: Sequence[tuple[float, float, float, float, int]]) -> str:
-    """Calibration: (from, to, mean confidence, accuracy, images) for each bin that holds images."""
+def reliability(
+    bins: Sequence[tuple[float, float, float, float, int]],
+    words: tuple[str, str, str] = ("images", "confidence", "right"),
+) -> str:
+    """Calibration: (from, to, mean confidence, accuracy, images) for each bin that holds images.
+
+    words: what is counted, what the model gives to each, and what of them is shown.
+    """
+    counted, given, shown = words
     axes = _Axes((0, 1), (0, 1), (WIDTH, 300))
     most = max((count for *_, count in bins), default=1)
     a, b = axes.at(0, 0), axes.at(1, 1)
     parts = [
-        axes.grid("confidence of the prediction", (0, 0.25, 0.5, 0.75, 1), (0, 0.25, 0.5, 0.75, 1), percent=True),
+        axes.grid(f"{given} of the prediction", (0, 0.25, 0.5, 0.75, 1), (0, 0.25, 0.5, 0.75, 1), percent=True),
         f'<path class="ideal" d="{_path([a, b])}"/>',
     ]
     for low, high, confidence, accuracy, count in bins:
         (x0, y0), (x1, _) = axes.at(low, 0), axes.at(high, 0)
         _, y = axes.at(0, accuracy)
-        tip = (
-            f"{count} images with confidence {low:.0%} to {high:.0%} (mean {confidence:.1%}): {accuracy:.1%} are right"
-        )
+        tip = f"{count} {counted} with {given} {low:.0%} to {high:.0%} (mean {confidence:.1%})"
+        tip += f": {accuracy:.1%} are {shown}"
         parts.append(
             f'<rect class="bar" x="{x0 + 1:.1f}" y="{y:.1f}" width="{x1 - x0 - 2:.1f}" height="{max(y0 - y, 1):.1f}" '
             f'fill-opacity="{0.18 + 0.72 * math.sqrt(count / most):.2f}"><title>{escape(tip)}</title></rect>'

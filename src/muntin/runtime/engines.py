@@ -30,10 +30,10 @@ class Engine:
     "NHWC", `dtype` torch.float32 or torch.uint8. An array gives an array, a tensor a tensor on its own device:
     logits (B, K), or a list of maps (B, C, H', W') of a backbone.
 
-    `path` and `engine` ("torch" or a target's name, such as "onnx") say what runs; `name`, `classes`,
-    `preprocessing` and `precision` are what the file says about itself (empty where it says nothing), `metadata`
-    all of it. `fixed` is (batch, height, width) where the file is for these alone, else None; `least_side` is the
-    smallest height and width that it takes.
+    `path` and `engine` ("torch" or a target's name, such as "onnx") say what runs; `name`, `classes`, `multi_label`
+    (an image may have several of them), `preprocessing` and `precision` are what the file says about itself (empty
+    where it says nothing), `metadata` all of it. `fixed` is (batch, height, width) where the file is for these alone,
+    else None; `least_side` is the smallest height and width that it takes.
     """
 
     def __init__(self, path: Path, engine: str, opened: Opened) -> None:
@@ -42,6 +42,7 @@ class Engine:
         self.metadata: dict[str, Any] = {key: _plain(value) for key, value in opened.metadata.items()}
         self.name: str = str(self.metadata.get("model", ""))
         self.classes: list[str] = self.metadata.get("classes", [])
+        self.multi_label = bool(self.metadata.get("multi_label", False))
         self.preprocessing: dict[str, Any] = self.metadata.get("preprocessing", {})
         self.precision: str = self.metadata.get("precision", "float32")
         self.dtype = opened.dtype
@@ -124,6 +125,7 @@ def _load_run(path: Path) -> Engine:
     metadata: dict[str, Any] = {
         "model": opened.name,
         "classes": opened.classes,
+        "multi_label": opened.multi_label,
         "preprocessing": opened.preprocessing,
     }
     return Engine(path, "torch", Opened(run, metadata))

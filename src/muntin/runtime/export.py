@@ -111,6 +111,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     classes: Sequence[str] | None = None,
+    multi_label: bool = False,
     preprocessing: dict[str, Any] | None = None,
     with_preprocessing: bool = False,
     precision: str = "float32",
@@ -127,7 +128,8 @@ def export(
     BatchNorms folded. With `fixed` any module will do, otherwise it must trace with symbols for sizes.
     path: the suffix is the target: `.onnx`, `.xml` (OpenVINO), `.pt2`, `.engine` (TensorRT), `.mlpackage` (Core ML) or
     `.pte` (ExecuTorch). It appears under this name only once every check has passed.
-    classes, preprocessing: written into the file's metadata, beside the model's name and configuration.
+    classes, multi_label (an image may have several of them), preprocessing: written into the file's metadata, beside
+    the model's name and configuration.
     with_preprocessing: the file takes bytes (B, H, W, 3) and normalises them itself by preprocessing's mean and std.
     precision: inside the graph: float32, float16 or bfloat16. Images and outputs stay float32.
     fixed: (batch, height, width) of a graph for these alone; by default any. Core ML and ExecuTorch files are fixed
@@ -161,6 +163,7 @@ def export(
         describe(
             model,
             classes=classes,
+            multi_label=multi_label,
             preprocessing=preprocessing,
             inside=with_preprocessing,
             precision=precision,

@@ -86,6 +86,7 @@ def describe(
     model: nn.Module,
     *,
     classes: Sequence[str] | None,
+    multi_label: bool,
     preprocessing: dict[str, Any] | None,
     inside: bool,
     precision: str,
@@ -112,6 +113,8 @@ def describe(
         described |= {"channels": list(model.channels), "strides": list(model.strides)}
     if classes is not None:
         described["classes"] = list(classes)
+    if multi_label:
+        described["multi_label"] = True
     if preprocessing is not None:
         described["preprocessing"] = {"layout": layout, **preprocessing} | ({"inside": True} if inside else {})
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}

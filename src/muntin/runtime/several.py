@@ -81,6 +81,7 @@ def export_several(
                 source.model,
                 path,
                 classes=source.classes,
+                multi_label=source.multi_label,
                 preprocessing=source.preprocessing,
                 with_preprocessing=with_preprocessing,
                 precision=precision,

@@ -28,6 +28,7 @@ class Source:
     preprocessing: dict[str, Any]
     folder: Path
     stem: str
+    multi_label: bool = False
 
 
 def open_source(
@@ -68,7 +69,9 @@ def _of_run(
         config = {key: value for key, value in run.model_config.items() if key not in usual}
         stem = "backbone"
         model = muntin.create_backbone(run.name, out_indices, pretrained=run.weights, **config)
-    return Source(model.eval(), None if backbone else run.classes, preprocessing, run.path, stem)
+    if backbone:
+        return Source(model.eval(), None, preprocessing, run.path, stem)
+    return Source(model.eval(), run.classes, preprocessing, run.path, stem, run.multi_label)
 
 
 def _of_name(

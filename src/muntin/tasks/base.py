@@ -60,6 +60,7 @@ class Task(lightning.LightningModule):
         self.register_buffer("skipped", torch.zeros(()))
         self.register_buffer("in_a_row", torch.zeros(()))
         self._losses: list[Tensor] = []  # of the parts of this step
+        self.step_loss = torch.zeros(())  # of the last step: the mean over its parts and processes
         self._sharded = False
 
     def candidates(self) -> dict[str, nn.Module]:
@@ -121,7 +122,7 @@ class Task(lightning.LightningModule):
         """Clip, and mark the step as one to be skipped where loss or gradient say so; all without waiting for the
         device.
         """
-        loss = mean(torch.stack(self._losses).mean().float())
+        loss = self.step_loss = mean(torch.stack(self._losses).mean().float())
         self._losses.clear()
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         spike = self._spikes(loss)

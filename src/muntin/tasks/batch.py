@@ -21,8 +21,9 @@ from muntin.errors import UserError
 from muntin.progress import Bar
 from muntin.run import Run
 from muntin.runtime.targets import TARGETS
+from muntin.tasks.inference import chosen
 from muntin.tasks.parts import Predictions
-from muntin.tasks.trained import open_trained
+from muntin.tasks.trained import Trained, open_trained
 from muntin.tasks.units import Found, Unit, blocks, find_inputs, shard_unit
 from muntin.tasks.workers import Pool, connected, results
 
@@ -69,7 +70,8 @@ def predict_batches(
     inputs: Iterable[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
-    top: int = 5,
+    top: int | None = None,
+    threshold: float | None = None,
     workers: int | None = None,
     threads: int | None = None,
     batch_size: int = 32,
@@ -79,6 +81,7 @@ def predict_batches(
     `muntin.tasks.parts` for what it holds. A second call does what is left.
 
     inputs: files, folders, .txt lists, tar shards in WebDataset's form, patterns such as train-{000..127}.tar.
+    top, threshold: as in `muntin.tasks.predict`.
     workers: processes with a model each, by default one for each GPU, or for each core. threads: of each, by default
     its share of the cores.
     Ray is the one that this process is connected to, that at RAY_ADDRESS, or one of this machine's own for the call.
@@ -86,13 +89,16 @@ def predict_batches(
     Raises `UserError` for a model that names no classes, inputs without images, and an output folder that holds
     something else, unless `overwrite`. Broken images and shards are told in what is returned.
     """
-    for name, value in {"top": top, "workers": workers, "threads": threads, "batch size": batch_size}.items():
+    for name, value in {"workers": workers, "threads": threads, "batch size": batch_size}.items():
         if value is not None and value < 1:
             raise UserError(f"{name}={value}: give a whole number of at least 1")
     started = time.monotonic()
-    source, classes = _source(run)
+    source, classes, multi_label = _source(run)
+    choice = chosen(str(source), classes, multi_label, top, threshold)
     found = find_inputs(inputs)
-    with Predictions(out, _digest(source), top, overwrite) as predictions:
+    with Predictions(
+        out, _digest(source), choice.top, overwrite, choice.threshold if multi_label else None
+    ) as predictions:
         shards = [shard_unit(path) for path in found.shards]
         predictions.begin({unit.paths[0]: unit.name for unit in shards})
         todo = [unit for unit in shards if unit.name not in predictions.parts]
@@ -102,7 +108,7 @@ def predict_batches(
         if todo or files:
             with connected(workers, threads) as pool:
                 todo += blocks(files, min(BLOCK, -(-len(files) // (UNITS_PER_WORKER * pool.workers)) or 1))
-                settings = {"source": str(source), "top": min(top, len(classes)), "batch_size": batch_size}
+                settings = {"source": str(source), "choice": choice, "batch_size": batch_size}
                 failed = _work(todo, pool, settings, predictions)
         report = _report(predictions, found, before, failed, time.monotonic() - started)
         if not failed:
@@ -110,16 +116,17 @@ def predict_batches(
     return report
 
 
-def _source(run: str | os.PathLike[str]) -> tuple[Path, list[str]]:
-    """The file that holds the model, by its absolute path, and its classes."""
+def _source(run: str | os.PathLike[str]) -> tuple[Path, list[str], bool]:
+    """The file that holds the model, by its absolute path, its classes, and whether an image may have several."""
+    found: Trained | Run
     if Path(run).suffix in TARGETS:
-        path, classes = Path(run), open_trained(run).classes
+        path, found = Path(run), open_trained(run)
     else:
-        opened = Run.open(run)
-        path, classes = opened.weights, opened.classes
-    if not classes:
+        found = Run.open(run)
+        path = found.weights
+    if not found.classes:
         raise UserError(f"{path} does not name its classes; export it from a run, or with classes=...")
-    return path.absolute(), classes
+    return path.absolute(), found.classes, found.multi_label
 
 
 def _digest(model: Path) -> str:
@@ -182,6 +189,7 @@ def _write_manifest(predictions: Predictions, report: BatchReport, source: Path)
     predictions.finish(
         model={"path": str(source), "sha256": predictions.model},
         top=predictions.top,
+        threshold=predictions.threshold,
         images=report.images,
         unreadable=report.unreadable,
         duplicates=report.duplicates,

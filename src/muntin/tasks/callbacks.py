@@ -15,7 +15,7 @@ import lightning
 import torch
 
 from muntin.errors import UserError
-from muntin.run import atomic_write
+from muntin.run import TITLES, atomic_write
 from muntin.tasks.base import Task
 from muntin.tasks.checkpoints import AtomicCheckpoints, Damaged, prune, read_checkpoint, set_aside
 from muntin.tasks.ranks import several
@@ -23,7 +23,6 @@ from muntin.tasks.ranks import several
 AGREED = 10  # steps between two questions whether a process was told to save or stop: each waits for all
 CHECKED = 50  # steps between two looks at how many were skipped: each waits for the device
 STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C; pre-emption, and what SLURM's --signal=USR1 announces it by
-HISTORY = ("epoch", "train_loss", "val_loss", "val_accuracy", "lr", "seconds")
 
 
 class Stopped(BaseException):
@@ -42,7 +41,8 @@ class Saver(lightning.Callback):
     of many noisy figures is mostly luck, while late epochs, with their low learning rate, and averages generalise
     better (after the one-standard-error rule of Breiman et al., 1984). `best` describes what is kept: epoch, weights
     ("raw", "ema"), accuracy, loss.
-    `top` is the highest accuracy so far and the epoch that first reached it.
+    `top` is the highest accuracy so far and the epoch that first reached it. Another `metric` between 0 and 1 than
+    accuracy takes its place everywhere, with standard errors as if it were a share of the images.
     `replays` says that the settings are those of the checkpoint: what was done after it comes again to the bit.
     """
 
@@ -56,6 +56,7 @@ class Saver(lightning.Callback):
         keep: int = 1,
         replays: bool = True,
         report: Callable[[str], None] = print,
+        metric: str = "accuracy",
     ) -> None:
         self.folder = folder
         self.last = folder / "checkpoints" / "last.ckpt"
@@ -66,9 +67,10 @@ class Saver(lightning.Callback):
         self.keep = keep
         self.replays = replays
         self.report = report
+        self.metric = metric
         self.saved_step = 0  # of last.ckpt
         self.best: dict[str, Any] = {}
-        self.top: dict[str, float] = {"epoch": 0, "accuracy": -1.0}
+        self.top: dict[str, float] = {"epoch": 0, metric: -1.0}
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0  # of all sessions before this one
         self.signal: int | None = None  # that this process got
@@ -86,7 +88,7 @@ class Saver(lightning.Callback):
         self.saved_step = checkpoint["global_step"]
         state = checkpoint["callbacks"][self.state_key]
         if trainer.is_global_zero:
-            atomic_write(self.folder / "history.csv", history_csv(state["history"]))
+            atomic_write(self.folder / "history.csv", history_csv(state["history"], self.metric))
         if state["best"] and (trouble := self._trouble_with_best(state)):
             epoch_done = checkpoint["global_step"] == len(state["history"]) * pl_module.steps_per_epoch
             self._replace_best(state, checkpoint.get("state_dict", {}) if epoch_done else {}, trouble, trainer)
@@ -113,7 +115,7 @@ class Saver(lightning.Callback):
             self.report(f"{trouble}: restored from the checkpoint, which is of the same epoch")
         elif done < epochs:
             self.report(f"{trouble}: the best is chosen among the epochs from {done + 1} on")
-            state["best"], state["top"] = {}, {"epoch": done, "accuracy": -1.0}
+            state["best"], state["top"] = {}, {"epoch": done, self.metric: -1.0}
             if trainer.is_global_zero:
                 self.best_path.unlink(missing_ok=True)  # so that another resume finds the same
         else:
@@ -180,7 +182,7 @@ class Saver(lightning.Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Task)
         results: dict[str, dict[str, float]] = pl_module.results  # type: ignore[assignment]
-        name = preferred(results, self.val_images)
+        name = preferred(results, self.val_images, self.metric)
         found = results[name]
         epoch = trainer.current_epoch + 1
         self.history.append(
@@ -188,19 +190,19 @@ class Saver(lightning.Callback):
                 "epoch": epoch,
                 "train_loss": pl_module.train_loss(),
                 "val_loss": found["loss"],
-                "val_accuracy": found["accuracy"],
+                f"val_{self.metric}": found[self.metric],
                 "lr": trainer.optimizers[0].param_groups[0]["lr"],
                 "seconds": time.monotonic() - self._epoch_started,
             }
         )
-        highest = max(result["accuracy"] for result in results.values())
-        if highest > self.top["accuracy"]:
-            self.top = {"epoch": epoch, "accuracy": highest}
-        if found["accuracy"] >= least(self.top["accuracy"], self.val_images):
+        highest = max(result[self.metric] for result in results.values())
+        if highest > self.top[self.metric]:
+            self.top = {"epoch": epoch, self.metric: highest}
+        if found[self.metric] >= least(self.top[self.metric], self.val_images):
             self.best = pl_module.kept = {"epoch": epoch, "weights": name, **found}
             trainer.save_checkpoint(self.best_path, weights_only=True)
         if trainer.is_global_zero:
-            atomic_write(self.folder / "history.csv", history_csv(self.history))
+            atomic_write(self.folder / "history.csv", history_csv(self.history, self.metric))
         if trainer.logger is not None:
             values = {f"epoch/{name}": value for name, value in self.history[-1].items() if name != "epoch"}
             trainer.logger.log_metrics(values, trainer.global_step)
@@ -230,20 +232,21 @@ def least(accuracy: float, images: int) -> float:
     return accuracy - 2 * math.sqrt(wrong * (1 - wrong) / images)
 
 
-def preferred(results: dict[str, dict[str, float]], images: int) -> str:
+def preferred(results: dict[str, dict[str, float]], images: int, metric: str = "accuracy") -> str:
     """ "ema" unless the averaged weights are significantly less accurate than the raw ones."""
-    if "ema" in results and results["ema"]["accuracy"] >= least(results["raw"]["accuracy"], images):
+    if "ema" in results and results["ema"][metric] >= least(results["raw"][metric], images):
         return "ema"
     return "raw"
 
 
-def history_csv(rows: list[dict[str, float]]) -> bytes:
+def history_csv(rows: list[dict[str, float]], metric: str = "accuracy") -> bytes:
     """history.csv: one line per epoch."""
+    columns = ("epoch", "train_loss", "val_loss", f"val_{metric}", "lr", "seconds")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(HISTORY)
+    writer.writerow(columns)
     for row in rows:
-        writer.writerow(row[name] if name == "epoch" else f"{row[name]:.6g}" for name in HISTORY)
+        writer.writerow(row[name] if name == "epoch" else f"{row[name]:.6g}" for name in columns)
     return text.getvalue().encode()
 
 
@@ -282,21 +285,22 @@ class Progress(lightning.Callback):
             self.bar.update()
         if trainer.logger is not None and trainer.global_step % self.EVERY == 0:
             rate = trainer.optimizers[0].param_groups[0]["lr"]
-            trainer.logger.log_metrics({"step/loss": float(outputs["loss"]), "step/lr": rate}, trainer.global_step)
+            values = {"step/loss": float(pl_module.step_loss), "step/lr": rate}
+            trainer.logger.log_metrics(values, trainer.global_step)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        row = self.saver.history[-1]
+        row, metric = self.saver.history[-1], self.saver.metric
         skipped = int(pl_module.skipped)
         remark = f", {skipped} steps skipped" if skipped else ""
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {row['train_loss']:.3f}, val {row['val_accuracy']:.2%}{remark}")
+            self.bar.set_postfix_str(f"loss {row['train_loss']:.3f}, val {row[f'val_{metric}']:.2%}{remark}")
         if self.bar is not None or not trainer.is_global_zero:
             return
         rate = (trainer.global_step - self._first) / max(time.monotonic() - self._started, 1e-9)
         left = (self.epochs * pl_module.steps_per_epoch - trainer.global_step) / max(rate, 1e-9)
         print(
             f"epoch {row['epoch']:>3}/{self.epochs}  train loss {row['train_loss']:.3f}  "
-            f"val loss {row['val_loss']:.3f}  val accuracy {row['val_accuracy']:.2%}  "
+            f"val loss {row['val_loss']:.3f}  val {TITLES[metric]} {row[f'val_{metric}']:.2%}  "
             f"{rate:.1f} steps/s  {duration(left)} left{remark}",
             flush=True,
         )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchvision.transforms import v2
 
 from muntin.data.device import Erase, Prepare
@@ -27,6 +27,8 @@ class Classification(Task):
     `results` holds the last validation: {"raw" | "ema": {"accuracy", "loss"}}.
     """
 
+    metric = "accuracy"  # that the best epoch is chosen by
+
     def __init__(
         self,
         model: nn.Module,
@@ -37,6 +39,7 @@ class Classification(Task):
         teacher: Teacher | None = None,
     ) -> None:
         super().__init__(model, settings, steps_per_epoch)
+        self.num_classes = num_classes
         self.teacher = teacher  # no module: neither saved nor trained
         self.prepare = prepare or Prepare(IMAGENET_MEAN, IMAGENET_STD)
         self.erase = Erase(settings.erasing if settings.augment == "photographs" else 0.0)
@@ -46,7 +49,7 @@ class Classification(Task):
         if settings.cutmix:
             self.mixes.append(v2.CutMix(alpha=settings.cutmix, num_classes=num_classes))
         self.meters = nn.ModuleDict(
-            {f"{name}_{what}": MeanMetric() for name in self.candidates() for what in ("accuracy", "loss")}
+            {f"{name}_{what}": self.meter(what) for name in self.candidates() for what in (self.metric, "loss")}
         )
         self.results: dict[str, dict[str, float]] = {}
         if settings.channels_last:
@@ -70,10 +73,19 @@ class Classification(Task):
         if self.mixes:
             mix = self.mixes[int(torch.randint(len(self.mixes), ()))]
             images, targets = mix(images, targets)
-        outputs = self.model(images)
-        if self.teacher is not None:
-            return distillation_loss(outputs, self.teacher(images), targets, self.settings)
+        return self.loss(self.model(images), targets, None if self.teacher is None else self.teacher(images))
+
+    def loss(self, outputs: Any, targets: Tensor, taught: Tensor | None) -> Tensor:
+        """Of logits, or of those of two heads, with targets that may be mixed and, where there is one, a teacher's
+        logits.
+        """
+        if taught is not None:
+            return distillation_loss(outputs, taught, targets, self.settings)
         return F.cross_entropy(outputs.float(), targets, label_smoothing=self.settings.label_smoothing)
+
+    def meter(self, what: str) -> Metric:
+        """What gathers the metric, or the loss, over a validation."""
+        return MeanMetric()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
@@ -87,16 +99,20 @@ class Classification(Task):
                 "loss": F.cross_entropy(logits, labels, reduction="none"),
             }
             for what, values in found.items():
-                meter = self.meters[f"{name}_{what}"]
-                assert isinstance(meter, MeanMetric)
-                meter.update(values, counts)
+                self.gather(name, what, values, counts)
+
+    def gather(self, name: str, what: str, *values: Tensor) -> None:
+        """Add a batch to what the metric, or the loss, of the raw or averaged weights comes from."""
+        meter = self.meters[f"{name}_{what}"]
+        assert isinstance(meter, Metric)
+        meter.update(*values)
 
     def on_validation_epoch_end(self) -> None:
         found = {}
         for key, meter in self.meters.items():
-            assert isinstance(meter, MeanMetric)
+            assert isinstance(meter, Metric)
             found[key] = float(meter.compute())
             meter.reset()
         self.results = {
-            name: {"accuracy": found[f"{name}_accuracy"], "loss": found[f"{name}_loss"]} for name in self.candidates()
+            name: {what: found[f"{name}_{what}"] for what in (self.metric, "loss")} for name in self.candidates()
         }

@@ -76,7 +76,7 @@ def distillation_loss(
     outputs: logits Z (B, K), of which Z' are the same, or of two heads, Z and Z'; taught: the teacher's T (B, K);
     targets: y, (B,) classes or (B, K) probabilities, smoothed in the first term alone.
     """
-    logits, learning = outputs if isinstance(outputs, tuple) else (outputs, outputs)
+    logits, learning = two_heads(outputs)
     labelled = F.cross_entropy(logits.float(), targets, label_smoothing=settings.label_smoothing)
     if settings.distillation == "hard":
         taught_loss = F.cross_entropy(learning.float(), taught.argmax(1))
@@ -87,18 +87,30 @@ def distillation_loss(
     return (1 - settings.distill_alpha) * labelled + settings.distill_alpha * taught_loss
 
 
-def open_teacher(text: str, classes: list[str], preprocessing: Mapping[str, Any]) -> Teacher:
+def two_heads(outputs: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits that learn from the labels, and those that learn from the teacher: the same ones of a single head."""
+    return outputs if isinstance(outputs, tuple) else (outputs, outputs)
+
+
+def open_teacher(text: str, classes: list[str], preprocessing: Mapping[str, Any], multi_label: bool = False) -> Teacher:
     """The teacher that the setting names, for a student with these classes and this preprocessing.
 
+    multi_label: an image may have several of the classes; the teacher has to be a run that learned them so.
     Raises UserError where there is none, it cannot be read, or has other classes: in number, or, where they are known,
     in name.
     """
     student = preprocessing["mean"], preprocessing["std"]
     order = None
+    if multi_label and not os.path.exists(text):
+        raise UserError(f"teacher={text}: an image has several labels; give the folder of a run that learned such data")
     if text.startswith(TIMM):
         model, found = _from_timm(text, len(classes))
     elif os.path.exists(text):
         run = Run.open(text)
+        if run.multi_label != multi_label:
+            one, several = "one class an image", "several"
+            learned, given = (several, one) if run.multi_label else (one, several)
+            raise UserError(f"teacher={text} learned {learned} and the data give {given}; give a run on such data")
         order = _order(text, run.classes, classes)
         model, found = run.model(), run.preprocessing
     else:

@@ -30,6 +30,7 @@ from muntin.tasks.checkpoints import AtomicCheckpoints, read_checkpoint
 from muntin.tasks.classification import Classification
 from muntin.tasks.distillation import Teacher
 from muntin.tasks.memory import too_little
+from muntin.tasks.multi_label import MultiLabelClassification
 from muntin.tasks.ranks import Ranks
 from muntin.tasks.resuming import Start
 from muntin.tasks.settings import Settings
@@ -73,6 +74,7 @@ def fit(
     teacher, labels: what the settings `teacher` and `token_labels` name, opened.
     """
     workers = settings.workers or 0
+    kind = MultiLabelClassification if splits.multi_label else Classification
     saver = Saver(
         folder,
         settings.patience,
@@ -81,6 +83,7 @@ def fit(
         keep=settings.keep,
         replays=replays,
         report=report,
+        metric=kind.metric,
     )
     batches = EpochBatches(
         len(splits.train),
@@ -97,7 +100,7 @@ def fit(
     steps_per_epoch = len(batches) // settings.accumulate
     evaluated = max(2 * batches.batch_size // batches.pieces, 1)  # at once: without gradients they take less
     prepare = Prepare(preprocessing["mean"], preprocessing["std"])
-    task = Classification(model, settings, steps_per_epoch, len(splits.train.classes), prepare, teacher)
+    task = kind(model, settings, steps_per_epoch, len(splits.train.classes), prepare, teacher)
     bad_files = BadFiles(folder / "bad_files.csv") if settings.on_bad_image == "skip" else None
     augment = augmentation(settings, preprocessing)
     training = TrainingSet(splits.train, augment, settings.seed, bad_files)
@@ -126,7 +129,7 @@ def fit(
             f"cannot write {folder}: {error.strerror}; free some space, then: muntin train --out {folder} --resume"
         ) from error
     except torch.OutOfMemoryError as error:
-        raise UserError(too_little(task, settings, str(error), saver.last.exists())) from error
+        raise UserError(too_little(task, settings, str(error), saver.last.exists(), ranks.count)) from error
     return Fitted(saver.elapsed(), read_checkpoint(saver.best_path)["kept"], int(task.skipped))
 
 

@@ -16,17 +16,19 @@ from torch import Tensor
 from muntin.data.datasets import Images, image_files
 from muntin.data.decode import Picture, read_image
 from muntin.data.images import BadImage
-from muntin.data.loading import EvaluationSet, evaluation_loader
+from muntin.data.loading import EvaluationSet, evaluation_loader, target
 from muntin.data.sources import open_part, splits_from_json
 from muntin.data.transforms import CROP, IMAGENET_MEAN, IMAGENET_STD, Evaluate
 from muntin.errors import UserError, nearest
 from muntin.progress import progress
 from muntin.run import Run, atomic_write, read_json
+from muntin.tasks.multi_label_evaluation import THRESHOLD, MultiLabelEvaluation, summarise
 from muntin.tasks.recipes import read_config
 from muntin.tasks.trained import Trained, on_device, open_trained
 
 BINS = 15  # of the expected calibration error (Guo et al., arXiv 1706.04599)
 TOP5_FROM = 10  # classes from which top-5 says anything
+TOP = 5  # classes of a prediction, by default
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Evaluation:
     calibration_error: float
     classes: list[str]
     confusion: list[list[int]]
+
+    @property
+    def score(self) -> float:
+        """What runs are compared by."""
+        return self.top1
 
     def per_class(self) -> list[dict[str, Any]]:
         """Images, recall (correct among those of the class) and precision (among those taken for it)."""
@@ -110,14 +117,12 @@ def evaluate_images(
     data: str,
     split: str,
     batch_size: int = 64,
-) -> Evaluation:
-    """Run a classifier over labelled images.
+) -> Evaluation | MultiLabelEvaluation:
+    """Run a classifier over labelled images, which have one class each, or are multi-label.
 
     logits: from a batch of transformed images to (B, K), both on the CPU (see `on_device`).
     Raises `UserError` naming an image that cannot be read, and where there are other logits than classes.
     """
-    if images.multi_label:
-        raise UserError(f"{data} gives an image several labels or none; give data with one class each")
     workers = min(os.cpu_count() or 1, 8) if len(images) > 2000 else 0
     loader = evaluation_loader(EvaluationSet(images, transform), batch_size, workers)
     found = []
@@ -128,6 +133,9 @@ def evaluate_images(
                 f"the model has {found[0].shape[1]} classes and {data} has {len(images.classes)}; give the data that "
                 "it was made for, with every class"
             )
+    if images.multi_label:
+        wanted = torch.stack([torch.as_tensor(target(images, i)) for i in range(len(images))])
+        return summarise(torch.cat(found), wanted, images.classes, data, split)
     return _summarise(torch.cat(found), torch.tensor(images.labels), images.classes, data, split)
 
 
@@ -168,14 +176,15 @@ def evaluate(
     model: str | None = None,
     size: int | None = None,
     batch_size: int = 64,
-) -> Evaluation:
+) -> Evaluation | MultiLabelEvaluation:
     """Evaluate a run, its weights, an exported file in its own runtime, or a foreign checkpoint (with `model`, the
     name of what it holds).
 
     data: "digits", a folder (FOLDER/CLASS/*, or FOLDER/{test,val}/CLASS/* by `split`), or None for the run's own
     data, whose test split is taken, or val where there is no test split.
 
-    Raises `UserError` for classes that the model does not know and images that cannot be read.
+    Raises `UserError` for classes that the model does not know, images that cannot be read, and data of several labels
+    for a model that learned one class an image, or the other way round.
     """
     if split not in (None, "train", "val", "test"):
         raise UserError(f"split {split!r} is unknown; valid are train, val and test")
@@ -190,6 +199,7 @@ def evaluate(
     else:
         images, where, shown = _foreign_images(data, split)
         images = _in_classes_of(opened, images, where)
+    _refuse_other_kind(opened, images, where)
     return evaluate_images(opened.logits, images, opened.transform, where, shown, batch_size)
 
 
@@ -223,6 +233,19 @@ def _foreign_images(data: str | None, split: str | None) -> tuple[Images, str, s
         raise UserError("no data given; say what to evaluate on with --data FOLDER (FOLDER/CLASS/*) or --data digits")
     images, part = open_part(data, split)
     return images, data, part
+
+
+def _refuse_other_kind(run: Trained, images: Images, where: str) -> None:
+    if run.multi_label and not images.multi_label:
+        raise UserError(
+            f"{where} gives each image one class, and {run.path} says for each class by itself whether an image has "
+            "it; give multi-label data, such as a table with a semicolon after every label (cat; or cat;dog)"
+        )
+    if images.multi_label and not run.multi_label:
+        raise UserError(
+            f"{where} gives an image several labels or none, and {run.path} learned one class an image; give data with "
+            "one class each"
+        )
 
 
 def _in_classes_of(run: Trained, images: Images, where: str) -> Images:
@@ -261,7 +284,8 @@ def _foreign(
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image's most probable classes, best first; or `error`, why it could not be read.
+    """One image's most probable classes, best first, of a multi-label run those from the threshold on; or `error`, why
+    it could not be read.
 
     `label` is the name of the image's folder where that is one of the classes, otherwise "".
     """
@@ -300,26 +324,57 @@ def predict(
     run: Run | str | os.PathLike[str],
     inputs: Iterable[str | os.PathLike[str]],
     *,
-    top: int = 5,
+    top: int | None = None,
+    threshold: float | None = None,
     batch_size: int = 32,
 ) -> list[Prediction]:
     """Classify images by a run, its weights or an exported file: one row each, in order; a broken image has its
     `error` and the rest goes on.
+
+    top: classes of an image, 5 by default. threshold: of a multi-label run, whose rows hold every class with at least
+    this probability (0.5 by default), `top` of them at most where that is given.
     """
-    if top < 1:
-        raise UserError(f"top={top}: give a whole number of at least 1")
     opened = open_trained(run)
     if not opened.classes:
         raise UserError(f"{opened.path} does not name its classes; export it from a run, or with classes=...")
+    choice = chosen(str(opened.path), opened.classes, opened.multi_label, top, threshold)
     files = find_images(list(inputs))
     rows: list[Prediction] = []
     batches = [files[i : i + batch_size] for i in range(0, len(files), batch_size)]
     for batch, images in progress(_decoded(batches, opened.transform), len(batches), "predicting"):
         good = [image for image in images if isinstance(image, Tensor)]
-        found = opened.logits(torch.stack(good)).softmax(1) if good else torch.empty(0)
-        scores = iter(found)
-        rows += [_row(opened, file, image, scores, top) for file, image in zip(batch, images, strict=True)]
+        scores = iter(opened.probabilities(torch.stack(good)) if good else torch.empty(0))
+        rows += [_row(opened, file, image, scores, choice) for file, image in zip(batch, images, strict=True)]
     return rows
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which classes a prediction names: the `top` most probable ones, of these those from `threshold` on."""
+
+    top: int
+    threshold: float = 0.0
+
+    def __call__(self, probabilities: Tensor, classes: list[str]) -> tuple[list[str], list[float]]:
+        """(K,) probabilities -> names and probabilities, best first."""
+        best = probabilities.topk(self.top)
+        count = int((best.values >= self.threshold).sum())
+        return [classes[i] for i in best.indices[:count].tolist()], best.values[:count].tolist()
+
+
+def chosen(source: str, classes: list[str], multi_label: bool, top: int | None, threshold: float | None) -> Choice:
+    """The choice that the options ask for. Raises `UserError` for values out of range, and a threshold for a model
+    whose probabilities are of one class among all.
+    """
+    if top is not None and top < 1:
+        raise UserError(f"top={top}: give a whole number of at least 1")
+    if threshold is not None and not multi_label:
+        raise UserError(f"{source} gives each image one class, so it has no threshold; choose how many with --top")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise UserError(f"threshold={threshold}: give a probability, from 0 to 1")
+    if multi_label:
+        return Choice(min(top or len(classes), len(classes)), THRESHOLD if threshold is None else threshold)
+    return Choice(min(TOP if top is None else top, len(classes)))
 
 
 def _decoded(
@@ -336,12 +391,11 @@ def _decoded(
             yield batch, list(pool.map(decode, batch))
 
 
-def _row(run: Trained, file: Path, image: Tensor | BadImage, scores: Iterator[Tensor], top: int) -> Prediction:
+def _row(run: Trained, file: Path, image: Tensor | BadImage, scores: Iterator[Tensor], choice: Choice) -> Prediction:
     label = file.parent.name if file.parent.name in run.classes else ""
     if isinstance(image, BadImage):
         return Prediction(str(file), label, [], [], str(image))
-    best = next(scores).topk(min(top, len(run.classes)))
-    return Prediction(str(file), label, [run.classes[i] for i in best.indices.tolist()], best.values.tolist())
+    return Prediction(str(file), label, *choice(next(scores), run.classes))
 
 
 def predictions_csv(rows: Sequence[Prediction]) -> bytes:
@@ -354,7 +408,7 @@ def predictions_csv(rows: Sequence[Prediction]) -> bytes:
     for row in rows:
         pairs = list(zip(row.classes, row.probabilities, strict=True))
         cells = [cell for name, probability in pairs for cell in (name, f"{probability:.6f}")]
-        writer.writerow([row.image, row.label, *(cells or [""] * (2 * top)), row.error])
+        writer.writerow([row.image, row.label, *cells, *[""] * (2 * top - len(cells)), row.error])
     return text.getvalue().encode()
 
 

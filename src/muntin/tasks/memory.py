@@ -1,11 +1,11 @@
 """What to do where a step does not fit into the device's memory."""
 
-import math
 import re
 
 import torch
 from torch import nn
 
+from muntin.tasks.base import local
 from muntin.tasks.settings import Settings
 
 GIB = 2**30
@@ -13,39 +13,46 @@ USABLE = 0.9  # of a device's memory: the rest goes to fragments and to librarie
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
-def too_little(task: nn.Module, settings: Settings, error: str, saved: bool) -> str:
-    """A message for a step of `settings` that ended with the allocator's `error`; `saved`: a checkpoint exists."""
+def too_little(task: nn.Module, settings: Settings, error: str, saved: bool, processes: int = 1) -> str:
+    """A message for a step of `settings` that ended with the allocator's `error`; `saved`: a checkpoint exists;
+    `processes`: that share the images of each part.
+    """
     need = total = 0
     if torch.cuda.is_available():
         tried = re.search(r"Tried to allocate ([\d.]+) ([KMG]iB)", error)
         need = torch.cuda.max_memory_allocated() + (round(float(tried[1]) * _UNITS[tried[2]]) if tried else 0)
         total = torch.cuda.mem_get_info()[1]
-    parts = fitting_parts(settings, standing(task), need, total)
+    parts = fitting_parts(settings, standing(task), need, total, processes)
     figures = ""
     if need:
         figures = f" (it has {total / GIB:.1f} GiB, and a part of a step came to {need / GIB:.1f} GiB before its end)"
     message = (
         f"the device has too little memory for batch_size={settings.batch_size} at size={settings.size} "
-        f"in {settings.accumulate} {'part' if settings.accumulate == 1 else 'parts'}{figures}; "
+        f"in {settings.accumulate} {'part' if settings.accumulate == 1 else 'parts'}"
+        f"{'' if processes == 1 else f' over {processes} processes'}{figures}; "
     )
-    if parts > settings.batch_size:
+    if parts * processes > settings.batch_size:
         return f"{message}not even single images would fit: give a smaller model or --set size"
+    each = settings.batch_size // (parts * processes)  # images of a process at once
+    even = parts * processes * each
     again = "with --resume --force " if saved else ""
-    least = math.ceil(settings.batch_size / parts)
+    more = f"{again}--set accumulate={parts}"
+    if even != settings.batch_size:
+        more = f"in another run --set accumulate={parts} --set batch_size={even}"
     less = "" if settings.grad_checkpointing else ", keep less for the backward pass: --set grad_checkpointing=true"
     return (
-        f"{message}take the same step in more parts, of {least} images each: {again}--set accumulate={parts}"
-        f"{less}, or take fewer images, in another run: --set batch_size={least}"
+        f"{message}take the same step in more parts, of {each} images each: {more}{less}, or take fewer images, "
+        f"in another run: --set batch_size={each * processes * settings.accumulate}"
     )
 
 
 def standing(task: nn.Module) -> int:
     """Bytes that a step needs whatever its images: weights, their average, gradients and AdamW's two moments."""
-    held = sum(tensor.nbytes for tensor in (*task.parameters(), *task.buffers()))
-    return held + 3 * sum(parameter.nbytes for parameter in task.parameters() if parameter.requires_grad)
+    held = sum(local(tensor).nbytes for tensor in (*task.parameters(), *task.buffers()))
+    return held + 3 * sum(local(parameter).nbytes for parameter in task.parameters() if parameter.requires_grad)
 
 
-def fitting_parts(settings: Settings, fixed: int, need: int, total: int) -> int:
+def fitting_parts(settings: Settings, fixed: int, need: int, total: int, processes: int = 1) -> int:
     """The least power of two, above those tried, of parts that a step would fit in.
 
     `need` bytes were wanted when the memory of `total` bytes ran out, which is less than the step takes in all, so the
@@ -54,8 +61,8 @@ def fitting_parts(settings: Settings, fixed: int, need: int, total: int) -> int:
     parts = 2 * settings.accumulate
     if need <= fixed:
         return parts
-    images = settings.batch_size / settings.accumulate
-    each = (need - fixed) / images
-    while parts <= settings.batch_size and fixed + each * settings.batch_size / parts > USABLE * total:
+    shared = settings.batch_size / processes  # images of this process in a step
+    each = (need - fixed) / (shared / settings.accumulate)
+    while parts <= shared and fixed + each * shared / parts > USABLE * total:
         parts *= 2
     return parts

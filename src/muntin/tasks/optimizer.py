@@ -94,6 +94,16 @@ def clip_gradients(model: nn.Module, settings: Settings) -> Tensor:
     if settings.agc:
         from timm.utils.agc import adaptive_clip_grad
 
-        last = set(model.get_submodule("head").parameters()) if hasattr(model, "head") else set()
-        adaptive_clip_grad([p for p in parameters if p not in last], settings.agc)  # the last layer is left alone
+        last = {parameter for layer in classifiers(model) for parameter in layer.parameters()}
+        adaptive_clip_grad([p for p in parameters if p not in last], settings.agc)
     return norm
+
+
+def classifiers(model: nn.Module) -> list[nn.Linear]:
+    """The last linear layers, one for each kind of logits, which adaptive clipping leaves alone (Brock et al., 2021):
+    those that stand in the head itself, not in its norm or projection.
+    """
+    head = getattr(model, "head", None)
+    if head is None:
+        return []
+    return [layer for layer in (head, *head.children()) if isinstance(layer, nn.Linear)]

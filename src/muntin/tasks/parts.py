@@ -2,7 +2,8 @@
 
 ```
 parquet/
-  part-4e0c1d29a7...parquet  image, label, class1, probability1, class2, ..., error; named by its unit's digest
+  part-4e0c1d29a7...parquet  image, label, class1, probability1, class2, ..., error; named by its unit's digest.
+                             Of a multi-label model lists: image, label, classes, probabilities, error
   _predictions.json          written last: model, options, counts, versions. Readers of Parquet pass over names in _
 ```
 
@@ -36,13 +37,20 @@ except ImportError:  # not on Windows
 MANIFEST = "_predictions.json"
 
 
-def table_of(rows: Sequence[Prediction], top: int) -> pa.Table:
-    """Predictions as columns image, label, class1, probability1, ..., error; null is what there is not."""
+def table_of(rows: Sequence[Prediction], top: int, lists: bool = False) -> pa.Table:
+    """Predictions as columns image, label, class1, probability1, ..., error; null is what there is not.
+
+    lists: columns classes and probabilities instead, as long as each image has classes.
+    """
     columns: dict[str, pa.Array] = {
         "image": pa.array([row.image for row in rows], pa.string()),
         "label": pa.array([row.label or None for row in rows], pa.string()),
     }
-    for i in range(top):
+    if lists:
+        columns["classes"] = pa.array([None if row.error else row.classes for row in rows], pa.list_(pa.string()))
+        found = [None if row.error else row.probabilities for row in rows]
+        columns["probabilities"] = pa.array(found, pa.list_(pa.float32()))
+    for i in range(0 if lists else top):
         names = [None if row.error else row.classes[i] for row in rows]
         probabilities = [None if row.error else row.probabilities[i] for row in rows]
         columns[f"class{i + 1}"] = pa.array(names, pa.string())
@@ -54,7 +62,7 @@ def table_of(rows: Sequence[Prediction], top: int) -> pa.Table:
 @dataclass(frozen=True)
 class Part:
     """One file of the folder. `shard` is the path of the shard that it is from, "" of a block of files; `duplicates`
-    images of its unit are in other parts.
+    images of its unit are in other parts; `threshold` is that of a multi-label model.
     """
 
     model: str
@@ -63,6 +71,7 @@ class Part:
     images: int
     unreadable: int
     duplicates: int
+    threshold: float | None = None
 
 
 class Keys:
@@ -97,14 +106,22 @@ class Predictions:
 
     `parts` are its parts by name, `keys` the images in them.
 
-    model: digest of the model that predicts; top: classes per image. Raises `UserError` where the folder holds
-    predictions of another model or with another top, unless `overwrite`, which removes all; where it holds other
-    Parquet files, cannot be written, or another process is writing to it.
+    model: digest of the model that predicts; top: classes per image; threshold: of their probabilities, for a
+    multi-label model. Raises `UserError` where the folder holds predictions of another model or with another top or
+    threshold, unless `overwrite`, which removes all; where it holds other Parquet files, cannot be written, or another
+    process is writing to it.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], model: str, top: int, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        model: str,
+        top: int,
+        overwrite: bool = False,
+        threshold: float | None = None,
+    ) -> None:
         self.folder = Path(folder)
-        self.model, self.top = model, top
+        self.model, self.top, self.threshold = model, top, threshold
         self.overwrite = overwrite
         self.parts: dict[str, Part] = {}
         self.keys = Keys()
@@ -136,8 +153,11 @@ class Predictions:
                 path.unlink(missing_ok=True)
             return
         for path, part in parts.items():
-            if (part.model, part.top) != (self.model, self.top):
-                other = "by another model" if part.model != self.model else f"with --top {part.top}"
+            if (part.model, part.top, part.threshold) != (self.model, self.top, self.threshold):
+                options = f"with --top {part.top}" + (
+                    "" if part.threshold is None else f" --threshold {part.threshold}"
+                )
+                other = "by another model" if part.model != self.model else options
                 raise UserError(
                     f"{self.folder} holds predictions {other}; give another folder, or replace them with --overwrite"
                 )
@@ -159,7 +179,8 @@ class Predictions:
         self._path_of_manifest().unlink(missing_ok=True)  # until all is done again
         new = table.filter(pa.array(self.keys.add(table["image"].to_pylist()), pa.bool_()))
         unreadable = new.num_rows - pc.sum(pc.is_null(new["error"])).as_py() if new.num_rows else 0
-        part = Part(self.model, self.top, shard, new.num_rows, unreadable, table.num_rows - new.num_rows)
+        duplicates = table.num_rows - new.num_rows
+        part = Part(self.model, self.top, shard, new.num_rows, unreadable, duplicates, self.threshold)
         new = new.replace_schema_metadata({METADATA: json.dumps(asdict(part))})
         atomic_write(self._path(name), lambda partial: pq.write_table(new, partial))
         self.parts[name] = part

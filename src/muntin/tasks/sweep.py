@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from muntin.errors import UserError, nearest
-from muntin.run import Run, atomic_write, read_json, write_json
+from muntin.run import TITLES, Run, atomic_write, read_json, write_json
 from muntin.tasks.base import Diverged
 from muntin.tasks.ranks import Ranks
 from muntin.tasks.recipes import read_config
@@ -35,7 +35,8 @@ class Sweep:
 @dataclass
 class Row:
     """A row's outcome: `accuracies` (0 to 1, on the test split, or the validation split where there is none) by seed in
-    the order trained, `diverged` the seeds whose training failed, with the reason.
+    the order trained, `diverged` the seeds whose training failed, with the reason. On data of several labels they are
+    mean average precisions: `metric` is "map".
     """
 
     name: str
@@ -45,6 +46,7 @@ class Row:
     accuracies: dict[int, float] = field(default_factory=dict)
     diverged: dict[int, str] = field(default_factory=dict)
     seconds: float = 0.0
+    metric: str = "accuracy"
 
     def mean(self) -> float | None:
         return statistics.fmean(self.accuracies.values()) if self.accuracies else None
@@ -151,10 +153,11 @@ def _note(row: Row, seed: int, run: Run) -> None:
     if not row.gmacs:
         found = costs([str(run.path)], training=False)[str(run.path)]
         row.parameters, row.gmacs = found.parameters, found.gmacs
-    accuracy = run.metrics["test_accuracy"]
+    row.metric = run.metric
+    accuracy = run.metrics[f"test_{run.metric}"]
     if seed not in row.accuracies:
         row.seconds += run.metrics["seconds"]
-    row.accuracies[seed] = run.metrics["val_accuracy"] if accuracy is None else accuracy
+    row.accuracies[seed] = run.metrics[f"val_{run.metric}"] if accuracy is None else accuracy
 
 
 def _time(folder: Path, rows: Sequence[Row]) -> None:
@@ -191,7 +194,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     names = [f"{row.name}  ({row.gmacs:.3g} GMACs{', diverged' if row.diverged else ''})" for row in rows]
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("accuracy, % (points: seeds, lines: means)")
+    axes.set_xlabel(f"{_title(rows)}, % (points: seeds, lines: means)")
     axes.grid(axis="x", alpha=0.3)
     atomic_write(path, lambda partial: figure.savefig(partial, dpi=150, format="png"))
 
@@ -199,7 +202,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| row | test accuracy | seeds | diverged | parameters | GMACs | batch 1 |",
+        f"| row | test {_title(rows)} | seeds | diverged | parameters | GMACs | batch 1 |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
@@ -211,6 +214,10 @@ def table(rows: Sequence[Row]) -> str:
             f"{row.gmacs:.4f} | {latency} |"
         )
     return "\n".join(lines)
+
+
+def _title(rows: Sequence[Row]) -> str:
+    return TITLES[rows[0].metric]
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

@@ -62,8 +62,9 @@ def token_targets(target: TokenTarget, cells: tuple[int, int], num_classes: int)
     scores, classes, box, flipped = target
     batch, _, height, width = scores.shape
     dense = scores.new_zeros(batch, num_classes, height, width).scatter_(1, classes.long(), scores)
-    corners = box * box.new_tensor([width, height, width, height])
-    numbered = torch.cat([torch.arange(batch, device=box.device, dtype=box.dtype)[:, None], corners], 1)
+    left, top, right, bottom = box.unbind(1)
+    number = torch.arange(batch, device=box.device, dtype=box.dtype)
+    numbered = torch.stack([number, left * width, top * height, right * width, bottom * height], 1)
     shown = roi_align(dense, numbered, cells, aligned=True)  # B K h w
     shown = torch.where(flipped[:, None, None, None], shown.flip(3), shown)
     return shown.flatten(2).transpose(1, 2).softmax(2)

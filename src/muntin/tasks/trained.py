@@ -25,7 +25,8 @@ class Trained:
     """What evaluation and prediction need to know.
 
     `path` is what the user named, `folder` where a run's split would be. `classes` are in the order of the logits
-    (empty where an exported file does not name them). `transform` makes an image the input of `logits`, which
+    (empty where an exported file does not name them); with `multi_label` an image may have several or none.
+    `transform` makes an image the input of `logits`, which
     takes a batch of them and returns (B, K) on the CPU. `whole`: images are resized whole, not cropped.
     """
 
@@ -35,6 +36,12 @@ class Trained:
     transform: Callable[[Picture], Tensor]
     logits: Callable[[Tensor], Tensor]
     whole: bool
+    multi_label: bool = False
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """A batch of images -> (B, K): of all classes together 1, or, with `multi_label`, of each class by itself."""
+        logits = self.logits(images)
+        return logits.sigmoid() if self.multi_label else logits.softmax(1)
 
 
 def open_trained(source: Run | str | os.PathLike[str]) -> Trained:
@@ -45,10 +52,9 @@ def open_trained(source: Run | str | os.PathLike[str]) -> Trained:
     if not isinstance(source, Run) and Path(source).suffix in TARGETS:
         return _exported(Path(source))
     run = source if isinstance(source, Run) else Run.open(source)
-    preprocessing = run.preprocessing
-    return Trained(
-        run.weights, run.path, run.classes, run.transform(), on_device(run.model()), preprocessing["resize"] is None
-    )
+    whole = run.preprocessing["resize"] is None
+    logits = on_device(run.model())
+    return Trained(run.weights, run.path, run.classes, run.transform(), logits, whole, run.multi_label)
 
 
 def on_device(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -84,7 +90,8 @@ def _exported(path: Path) -> Trained:
         def prepare(image: Picture) -> Tensor:
             return torch.from_numpy(transform.pixels(image))  # H W 3, uint8
 
-    return Trained(path, path.parent, engine.classes, prepare, _in_batches(engine), known["resize"] is None)
+    whole = known["resize"] is None
+    return Trained(path, path.parent, engine.classes, prepare, _in_batches(engine), whole, engine.multi_label)
 
 
 def _in_batches(engine: Engine) -> Callable[[Tensor], Tensor]:

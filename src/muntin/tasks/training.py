@@ -18,14 +18,16 @@ from muntin.data.token_labels import DenseLabels
 from muntin.data.transforms import CROP, IMAGENET_MEAN, IMAGENET_STD
 from muntin.errors import UserError
 from muntin.models import published
-from muntin.run import Run, atomic_write, read_json, save_model, write_json
+from muntin.run import TITLES, Run, atomic_write, read_json, save_model, write_json
 from muntin.tasks.asked import ask, model_name, refuse_other_processes, stored_settings
 from muntin.tasks.base import freeze
 from muntin.tasks.callbacks import duration
 from muntin.tasks.checkpoints import read_checkpoint, remove_partial_files
 from muntin.tasks.distillation import open_teacher
+from muntin.tasks.expense import long_epochs
 from muntin.tasks.fitting import Fitted, fit, threads
 from muntin.tasks.inference import evaluate_images
+from muntin.tasks.multi_label import refuse_single_label_settings
 from muntin.tasks.precision import choose_precision
 from muntin.tasks.ranks import Ranks
 from muntin.tasks.recipes import to_yaml
@@ -34,6 +36,8 @@ from muntin.tasks.settings import MODEL_PREFIX, Settings, settings_from
 from muntin.tasks.trained import on_device
 from muntin.weights.download import Checkpoint, local_file, resolve
 from muntin.weights.load import preview
+
+RESULTS = ("test_accuracy", "test_map")  # one of them in metrics.json says that a run is finished
 
 
 def train(
@@ -100,7 +104,7 @@ def _resume(folder: Path, told: Mapping[str, Any], force: bool, report: Callable
     if wanted.precision == "auto":  # decided when the run began
         wanted = replace(wanted, precision=stored.precision)
     changes = changed(stored, wanted)
-    finished = ranks.agree(lambda: "test_accuracy" in _metrics(folder))
+    finished = ranks.agree(lambda: any(name in _metrics(folder) for name in RESULTS))
     if finished and not (changes and wanted.epochs > stored.epochs):
         refuse_changes(changes, folder, stored.epochs, force)
         report(f"{folder} is finished; nothing to resume. See it with: muntin report {folder}")
@@ -138,11 +142,14 @@ def _train(
     _writable(folder)
     splits, preprocessing = _data(folder, settings, keep_split, ranks)
     shared_batch(len(splits.train), settings.batch_size, settings.accumulate, ranks.count)
+    if splits.multi_label:
+        refuse_single_label_settings(settings, splits)
     model = _build(settings, num_classes=len(splits.train.classes))
     if settings.weights and not start:  # a checkpoint holds all weights
         _load_weights(model, settings, report)
     model.set_grad_checkpointing(settings.grad_checkpointing)
-    teacher = open_teacher(settings.teacher, splits.train.classes, preprocessing) if settings.teacher else None
+    classes, several = splits.train.classes, splits.multi_label
+    teacher = open_teacher(settings.teacher, classes, preprocessing, several) if settings.teacher else None
     labels = DenseLabels(settings.token_labels, splits.train) if settings.token_labels else None
     if settings.precision == "auto":
         precision, why = ranks.agree(choose_precision)
@@ -171,6 +178,8 @@ def _train(
         f"{name} with {sum(p.numel() for p in model.parameters()):,} parameters on {settings.data}: "
         f"{len(splits.train)} train, {len(splits.val)} val, {test} test images in {len(splits.train.classes)} classes"
     )
+    if costly := long_epochs(model, name, settings, len(splits.train), ranks.count):
+        report(costly)
     # The test split goes no further than this: training and selection are handed the other two.
     with threads(settings.threads):
         learned = replace(splits, test=None)
@@ -196,9 +205,9 @@ def _train(
 def _unfinish(folder: Path) -> None:
     """A run that goes on after its end has no result until it is there again."""
     metrics = _metrics(folder)
-    if "test_accuracy" in metrics:
-        del metrics["test_accuracy"]
-        write_json(folder / "metrics.json", metrics)
+    unfinished = {name: value for name, value in metrics.items() if name not in RESULTS}
+    if unfinished != metrics:
+        write_json(folder / "metrics.json", unfinished)
 
 
 def _writable(folder: Path) -> None:
@@ -236,7 +245,7 @@ def _refuse_misfits(settings: Settings, model: Any) -> None:
     if "fc_distilled" in heads and not settings.teacher:
         raise UserError(
             f"{model.name} with a second head (fc_distilled) learns it from a teacher: give one, as in --set "
-            "teacher=timm:regnety_160, or leave out the setting that adds the head"
+            "teacher=timm:regnety_160.deit_in1k, or leave out the setting that adds the head"
         )
     if "fc_tokens" in heads and not settings.token_labels:
         raise UserError(
@@ -306,11 +315,6 @@ def _new_data(folder: Path, settings: Settings) -> tuple[Splits, dict[str, Any]]
     assert settings.size is not None
     bad_files = BadFiles(folder / "bad_files.csv")
     splits = open_splits(settings.data, settings.seed, settings.size, settings.on_bad_image, bad_files)
-    if splits.multi_label:
-        raise UserError(
-            f"{settings.data} gives an image several labels or none, and these losses take one class each: give each "
-            "image one label, or train on muntin.data.sources.open_splits in your own loop"
-        )
     preprocessing = {
         "size": [settings.size, settings.size],
         "resize": None if splits.plain_resize else round(settings.size / CROP),
@@ -336,8 +340,15 @@ def _finish(
     state = read_checkpoint(folder / "checkpoints" / "best.ckpt")["state_dict"]
     prefix = {"raw": "model.", "ema": "average."}[best["weights"]]
     model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-    save_model(folder / "model.safetensors", model, classes=splits.train.classes, preprocessing=preprocessing)
+    save_model(
+        folder / "model.safetensors",
+        model,
+        classes=splits.train.classes,
+        preprocessing=preprocessing,
+        multi_label=splits.multi_label,
+    )
     run = Run.open(folder)
+    metric, title = run.metric, TITLES[run.metric]
     if settings.data == "digits" and splits.test is not None:
         write_held_out(splits.test, folder / "held_out")
     from muntin.measure.machine import machine, versions
@@ -345,8 +356,8 @@ def _finish(
     metrics = {
         "model": run.name,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "test_accuracy": None,
-        "val_accuracy": best["accuracy"],
+        f"test_{metric}": None,
+        f"val_{metric}": best[metric],
         "best_epoch": best["epoch"],
         "weights": best["weights"],
         "epochs": settings.epochs,
@@ -362,12 +373,12 @@ def _finish(
     if splits.test is not None:
         found = evaluate_images(on_device(run.model()), splits.test, run.transform(), settings.data, "test")
         write_json(folder / "evaluation.json", found.json())
-        metrics["test_accuracy"] = found.top1
+        metrics[f"test_{metric}"] = found.score
     run.update_metrics(**metrics)
     measure_latency(run)
-    shown = f"test accuracy {metrics['test_accuracy']:.2%}" if splits.test is not None else "no test split"
+    shown = f"test {title} {metrics[f'test_{metric}']:.2%}" if splits.test is not None else "no test split"
     report(
-        f"{folder}: {shown}, val accuracy {best['accuracy']:.2%} ({best['weights']} weights of epoch "
+        f"{folder}: {shown}, val {title} {best[metric]:.2%} ({best['weights']} weights of epoch "
         f"{best['epoch']}), trained in {duration(fitted.seconds)}"
     )
 

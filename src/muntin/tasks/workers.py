@@ -20,7 +20,7 @@ from torch import Tensor
 
 from muntin.data.images import BadImage
 from muntin.errors import UserError
-from muntin.tasks.inference import Prediction
+from muntin.tasks.inference import Choice, Prediction
 from muntin.tasks.parts import table_of
 from muntin.tasks.trained import open_trained
 from muntin.tasks.units import BadShard, Sample, Unit
@@ -125,9 +125,9 @@ class Worker:
     why there are none.
     """
 
-    def __init__(self, source: str, top: int, batch_size: int, threads: int, attempts: Any) -> None:
+    def __init__(self, source: str, choice: Choice, batch_size: int, threads: int, attempts: Any) -> None:
         torch.set_num_threads(threads)
-        self.top, self.batch_size, self.threads = top, batch_size, threads
+        self.choice, self.batch_size, self.threads = choice, batch_size, threads
         self.attempts = attempts
         self.refusal = ""
         try:
@@ -150,21 +150,18 @@ class Worker:
             return done | {"failure": str(error)}
         except UserError as error:
             return done | {"refusal": str(error)}
-        return done | {"table": _to_bytes(table_of(rows, self.top))}
+        return done | {"table": _to_bytes(table_of(rows, self.choice.top, self.trained.multi_label))}
 
     def _predictions(self, samples: Iterator[Sample]) -> Iterator[Prediction]:
         for batch in self._decoded(samples):
             images = [image for _, image in batch if isinstance(image, Tensor)]
-            scores = self.trained.logits(torch.stack(images)).softmax(1) if images else torch.empty(0, self.top)
-            best = scores.topk(self.top)
-            ranked = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            scores = iter(self.trained.probabilities(torch.stack(images)) if images else ())
             for sample, image in batch:
                 label = class_of(sample.label, self.trained.classes)
                 if isinstance(image, BadImage):
                     yield Prediction(sample.key, label, [], [], str(image))
                 else:
-                    indices, values = next(ranked)
-                    yield Prediction(sample.key, label, [self.trained.classes[i] for i in indices], values)
+                    yield Prediction(sample.key, label, *self.choice(next(scores), self.trained.classes))
 
     def _decoded(self, samples: Iterator[Sample]) -> Iterator[list[tuple[Sample, Tensor | BadImage]]]:
         """Batches of images; with several threads, the next is decoded while the model works on one."""
