@@ -14,6 +14,7 @@ from sklearn.metrics import average_precision_score, f1_score
 from torchvision.transforms import v2
 
 import muntin
+import muntin.hub
 from muntin.cli import main
 from muntin.data.sources import open_part, open_splits, splits_from_json
 from muntin.errors import UserError
@@ -25,6 +26,7 @@ from muntin.tasks.inference import held_out, predictions_csv
 from muntin.tasks.multi_label import MeanAveragePrecision, MultiLabelClassification, multi_label_loss
 from muntin.tasks.multi_label_evaluation import average_precisions, summarise
 from muntin.tasks.settings import Settings
+from test_report import _read
 
 TINY = {
     "model": "swin_t",
@@ -315,6 +317,13 @@ def test_labels_of_another_kind_than_when_the_run_began_are_refused(run, place, 
 
 
 def test_the_report_shows_labels(run, place):
-    page = report(run).read_text()
+    page, checker = _read(report(run))  # well-formed
+    assert {"training", "confusion", "samples", "mistakes", "calibration"} <= checker.ids
     assert "mean average precision" in page and "Validation mAP" in page and "blue" in page
     assert "test mAP" in summary(run)
+
+
+def test_a_folder_for_the_hub_knows(run, tmp_path):
+    folder = muntin.hub.save_pretrained(run, tmp_path / "shared")
+    assert muntin.hub.fetch(folder).multi_label
+    assert "mean average precision on the test split | 1 |" in (folder / "README.md").read_text()
