@@ -239,12 +239,13 @@ def _train(args: Any) -> int:
         print(to_yaml(resolved(args.recipe, args.config, **settings)), end="")
         return 0
 
-    from muntin.tasks import train
     from muntin.tasks.asked import ask
 
     asked = ask(args.out, args.recipe, args.config, settings)
     if (code := _in_processes(asked, args.resume)) is not None:
         return code
+
+    from muntin.tasks import train
 
     train(args.out, resume=args.resume, force=args.force, recipe=args.recipe, config=args.config, **settings)
     return 0
