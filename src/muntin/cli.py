@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             traceback.print_exc()
         code, message = _explain(error)
+        if isinstance(error, KeyboardInterrupt) and os.environ.get("RANK", "0") != "0":
+            return code  # the first of several processes says it
         print(f"muntin: {' '.join(message.split())}", file=sys.stderr)
         return code
 
