@@ -63,7 +63,9 @@ bench: .venv/ready  ## what benchmarks/results holds: parity, peers, profiles, c
 	@$(BIN)/python benchmarks/exports.py
 	@$(BIN)/python benchmarks/rmt_memory.py
 	@$(BIN)/python benchmarks/startup.py
+	@$(BIN)/python benchmarks/digits.py --search
 	@$(BIN)/python benchmarks/digits.py
+	@$(BIN)/python benchmarks/digits_windows.py
 
 docs: .venv/ready  ## the generated tables and pictures
 	@$(BIN)/python docs/generate.py

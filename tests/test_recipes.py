@@ -99,6 +99,16 @@ def test_recipes_are_what_the_papers_state(name: str) -> None:
         assert of_recipe(f"in1k/{name}", batch_size=batch).peak() == pytest.approx(peak)
 
 
+def test_the_families_are_compared_on_the_digits_under_the_same_settings() -> None:
+    """But for the learning rate, each its best, and the size: EfficientViT's stem alone halves the image four times."""
+    found = {name: resolved(name) for name in recipes() if name.startswith("digits/")}
+    assert {family_of(row["model"]) for row in found.values()} == {"swin", "efficientvit", "rmt"}
+    own = {"model", "lr", "size"}
+    common = [{k: v for k, v in row.items() if k not in own and not k.startswith("model.")} for row in found.values()]
+    assert len(common) == 6 and all(row == common[0] for row in common)
+    assert {name for name, row in found.items() if row["size"] != 32} == {"digits/efficientvit"}
+
+
 @pytest.mark.parametrize(("name", "drop_path"), [("rmt_t", 0.1), ("rmt_s", 0.15), ("rmt_b", 0.4), ("rmt_l", 0.5)])
 def test_the_average_of_rmt_and_its_drop_path(name: str, drop_path: float) -> None:
     assert resolved(f"in1k/{name}")["drop_path"] == drop_path

@@ -77,6 +77,15 @@ def test_the_ablations_of_swin_free_are_its_tables() -> None:
     assert {"7-7-7-7", "7-14-14-7", "14-14-14-7"} < set(windows)
 
 
+def test_the_sweep_on_digits_is_table_5_with_maps_and_windows_of_two_sevenths() -> None:
+    plan, table5 = read_sweep("digits_windows"), read_sweep("swin_free_table5")
+    windows = [row["model.window"] for row in plan.runs.values() if row.get("model.shift") is False]
+    assert windows == [[side * 2 // 7 for side in row["model.window"]] for row in table5.runs.values()]
+    chosen = training._with_defaults(settings_from(read_recipe("digits"), plan.settings))
+    assert chosen.size is not None
+    assert chosen.size // chosen.model_config["patch"] == 56 * 2 // 7
+
+
 def test_wrong_sweeps_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no sweep 'swin_free_table6' \(did you mean 'swin_free_table5'"):
         read_sweep("swin_free_table6")
