@@ -107,6 +107,7 @@ def test_the_families_are_compared_on_the_digits_under_the_same_settings() -> No
     common = [{k: v for k, v in row.items() if k not in own and not k.startswith("model.")} for row in found.values()]
     assert len(common) == 6 and all(row == common[0] for row in common)
     assert {name for name, row in found.items() if row["size"] != 32} == {"digits/efficientvit"}
+    assert all(set(read_recipe("digits")) <= set(read_recipe(name)) for name in found)
 
 
 @pytest.mark.parametrize(("name", "drop_path"), [("rmt_t", 0.1), ("rmt_s", 0.15), ("rmt_b", 0.4), ("rmt_l", 0.5)])
