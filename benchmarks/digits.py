@@ -120,15 +120,20 @@ def table(models: dict[str, dict[str, Any]]) -> str:
         cells.append(str(entry["settings"]["epochs"]))
         cells.append(f"{statistics.fmean(row['seconds'] for row in entry['rows']):.0f} s")
         lines.append("| " + " | ".join(cells) + " |")
-    places = sorted(
-        {
-            f"{row['machine']['cpu']}, {row['machine']['cores']} cores, precision {row['precision']}, "
-            f"torch {row['versions']['torch']}"
-            for entry in models.values()
-            for row in entry["rows"]
-        }
-    )
-    return "\n".join([*lines, "", f"{'; '.join(places)}."])
+    return "\n".join([*lines, "", *places(models)])
+
+
+def places(models: dict[str, dict[str, Any]]) -> list[str]:
+    """Where the rows were measured, a line for each place."""
+    found: dict[str, list[str]] = {}
+    for name, entry in models.items():
+        for row in entry["rows"]:
+            wide = max((flag for flag in row["machine"]["flags"] if flag.startswith("avx")), key=len)
+            place = f"{row['machine']['cpu']}, {row['machine']['cores']} cores, {wide}, precision {row['precision']}"
+            listed = found.setdefault(f"{place}, torch {row['versions']['torch']}", [])
+            if name not in listed:
+                listed.append(name)
+    return [f"{place}: {', '.join(names)}.  " for place, names in found.items()]
 
 
 def write(content: dict[str, Any]) -> str:
