@@ -49,7 +49,11 @@ def table(rows: list[Row]) -> str:
         cells += [f"{row.accuracies[seed]:.2%}" if seed in row.accuracies else "-" for seed in seeds]
         cells.append("-" if row is plain else f"{100 * difference:+.2f} ± {100 * error:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
-    said = f"A run's standard deviation over seeds, pooled over the rows, is {100 * noise(rows):.2f} points."
+    by_chance = 100 * noise(rows) * math.sqrt(2 / len(seeds))
+    said = (
+        f"A run's standard deviation over seeds, pooled over the rows, is {100 * noise(rows):.2f} points; the means of two "
+        f"rows that are equally good differ by {by_chance:.2f} (standard error)."
+    )
     return "\n".join([*lines, "", said])
 
 
