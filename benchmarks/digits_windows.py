@@ -51,8 +51,8 @@ def table(rows: list[Row]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     by_chance = 100 * noise(rows) * math.sqrt(2 / len(seeds))
     said = (
-        f"A run's standard deviation over seeds, pooled over the rows, is {100 * noise(rows):.2f} points; the means of two "
-        f"rows that are equally good differ by {by_chance:.2f} (standard error)."
+        f"A run's standard deviation over seeds, pooled over the rows, is {100 * noise(rows):.2f} points; the means of "
+        f"two rows that are equally good differ by {by_chance:.2f} (standard error)."
     )
     return "\n".join([*lines, "", said])
 
