@@ -478,6 +478,35 @@ def test_results_are_said_of_the_weights_that_are_there(reference, tmp_path):
     assert (run.metrics["best_epoch"], run.metrics["val_accuracy"]) == (2, 0.25)
 
 
+def test_a_wrong_setting_leaves_the_run_as_it_was(crashed, reference):
+    config = (crashed / "config.yaml").read_text()
+    for told in ({"augment": "photographs", "randaugment": "zzz"}, {"freeze": 9}):
+        with pytest.raises(
+            UserError, match=r"randaugment='zzz' is no policy that timm knows|freeze=9: the model has 2"
+        ):
+            train(crashed, resume=True, force=True, report=silent, **told)
+    assert (crashed / "config.yaml").read_text() == config
+
+
+def test_another_model_is_refused_by_its_name(crashed):
+    with pytest.raises(UserError) as error:
+        train(crashed, resume=True, force=True, report=silent, model="efficientvit_m0")
+    message = str(error.value)
+    assert "model: swin_free_t then, efficientvit_m0 now" in message and "model.dim" not in message
+
+
+def test_a_run_that_patience_stopped_goes_on_with_more(reference, tmp_path):
+    """Three epochs are done, whatever number the settings have."""
+    folder = shutil.copytree(reference.path, tmp_path / "run")
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("epochs: 3\n", "epochs: 12\n"))
+    lines = []
+    train(folder, resume=True, force=True, report=lines.append, lr=0.01, epochs=3)
+    assert "nothing to resume (epochs, lr: only more epochs go on with a finished run)" in lines[-1]
+    run = train(folder, resume=True, force=True, report=silent, epochs=4)
+    assert len(history(folder)) == 4 and run.metrics["epochs"] == 4
+
+
 def test_a_finished_run_is_lengthened_with_force(reference, tmp_path):
     folder = shutil.copytree(reference.path, tmp_path / "run")
     with pytest.raises(UserError, match="epochs: 3 then, 4 now"):
@@ -524,7 +553,7 @@ def without_update_of(monkeypatch, number):
         with torch.no_grad():
             for value, old in zip(held, before, strict=True):
                 value.copy_(old)
-        self.update_average()
+        self.update_average(number)
 
     monkeypatch.setattr(Task, "optimizer_step", optimizer_step)
 
@@ -609,9 +638,16 @@ def test_float16_survives_an_overflow_and_resumes_with_its_scale(data, tmp_path,
 # Memory
 
 
-def test_out_of_memory_says_what_would_fit(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "raised",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_out_of_memory_says_what_would_fit(data, tmp_path, monkeypatch, raised):
     def training_step(self, batch, batch_idx):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise raised
 
     monkeypatch.setattr(Task, "training_step", training_step)
     with pytest.raises(UserError) as error:

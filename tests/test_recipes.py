@@ -52,9 +52,9 @@ FAMILY: dict[str, dict[str, Any]] = {
     "swin": MIXED | {"epochs": 300, "weight_decay": 0.05, "warmup": 20.0, "clip": 5.0, "agc": 0.0, "repeats": 1}
     | {"ema_decay": 0.0, "warmup_lr": 5e-7, "floor_lr": 5e-6},
     "efficientvit": MIXED | {"epochs": 300, "weight_decay": 0.025, "warmup": 5.0, "clip": 0.0, "agc": 0.02}
-    | {"repeats": 3, "ema_decay": 0.99996, "ema_batch": 0, "warmup_lr": 1e-6, "floor_lr": 1e-5},
+    | {"repeats": 3, "ema_decay": 0.99996, "ema_batch": 0, "ema_warmup": False, "warmup_lr": 1e-6, "floor_lr": 1e-5},
     "rmt": MIXED | {"epochs": 300, "weight_decay": 0.05, "warmup": 5.0, "clip": 0.0, "agc": 0.0, "repeats": 3}
-    | {"ema_decay": 0.99996, "ema_batch": 512, "warmup_lr": 1e-6, "floor_lr": 1e-5},
+    | {"ema_decay": 0.99996, "ema_batch": 512, "ema_warmup": False, "warmup_lr": 1e-6, "floor_lr": 1e-5},
 }  # fmt: skip
 PEAKS = {  # at batch 512, 1024, 2048
     "swin": (5e-4, 1e-3, 2e-3),
@@ -113,7 +113,7 @@ def test_the_families_are_compared_on_the_digits_under_the_same_settings() -> No
 @pytest.mark.parametrize(("name", "drop_path"), [("rmt_t", 0.1), ("rmt_s", 0.15), ("rmt_b", 0.4), ("rmt_l", 0.5)])
 def test_the_average_of_rmt_and_its_drop_path(name: str, drop_path: float) -> None:
     assert resolved(f"in1k/{name}")["drop_path"] == drop_path
-    assert of_recipe(f"in1k/{name}").average_decay() == pytest.approx(0.99984, abs=1e-8)
+    assert of_recipe(f"in1k/{name}").average_decay(10**6) == pytest.approx(0.99984, abs=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_transfer_takes_steps_enough_for_its_average(name: str, images: int, bat
     settings = of_recipe(f"transfer/{name}")
     assert settings.batch_size == batch
     steps = settings.epochs * (images // batch)
-    half_life = math.log(0.5) / math.log(settings.average_decay())
+    half_life = math.log(0.5) / math.log(settings.average_decay(10**6))
     assert steps >= 4000 and half_life < 0.1 * steps
     assert settings.peak() == pytest.approx(1e-3 * batch / 512)
     header = recipes()[f"transfer/{name}"].read_text()

@@ -55,7 +55,15 @@ def test_a_sweep_trains_each_row_once_and_says_what_diverged(
     assert main(command) == 0
     again = capsys.readouterr().out
     assert "is finished; nothing to resume" in again and "diverged before" in again
+    assert "| broken | - | 0 | 2 | - | - | - |" in again
     assert (tmp_path / "out" / "small" / "seed-3" / "model.safetensors").stat().st_mtime_ns == trained.st_mtime_ns
+
+
+def test_a_wrong_row_is_refused_before_the_first_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.yaml").write_text(SWEEP.replace("lr: 1.0e+30", "lrr: 0.1"))
+    assert main(["sweep", str(tmp_path / "rows.yaml"), "--out", str(tmp_path / "out")]) == 2
+    assert "rows, row broken: there is no setting 'lrr' (did you mean 'lr'?)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", sorted(sweeps()))

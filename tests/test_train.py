@@ -319,17 +319,25 @@ def test_the_learning_rate_warms_up_and_falls_to_a_hundredth():
 
 def test_an_average_follows_the_weights():
     task = small_task(ema_decay=0.5)
-    for value in (1.0, 3.0):
+    for step, value in ((100, 1.0), (101, 3.0)):
         with torch.no_grad():
             task.model.head.fc.bias.fill_(value)
-        task.update_average()
+        task.update_average(step)
     torch.testing.assert_close(task.average.head.fc.bias, torch.full((3,), 0.5 * 0.5 + 0.5 * 3.0))
+
+
+def test_the_average_of_a_short_training_forgets_its_beginning():
+    settings = Settings(ema_decay=0.999)
+    decays = [settings.average_decay(step) for step in (0, 40, 8990, 10**6)]
+    assert decays == pytest.approx([0.1, 0.82, 0.999, 0.999])
+    assert np.prod([settings.average_decay(step) for step in range(48)]) < 1e-6  # what is left of the random start
+    assert Settings(ema_decay=0.999, ema_warmup=False).average_decay(0) == 0.999
 
 
 def test_an_average_follows_the_statistics_of_batch_norm():
     task = small_task(norm="batch", ema_decay=0.5)
     task.model(torch.randn(2, 3, 16, 16) + 5)
-    task.update_average()
+    task.update_average(100)
     ours, theirs = task.average.state_dict(), task.model.state_dict()
     means = [name for name in ours if name.endswith("running_mean")]
     for name in means:

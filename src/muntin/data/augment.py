@@ -19,6 +19,7 @@ from torch import Tensor
 from muntin.data.decode import Box, Picture, cut
 from muntin.data.shear import shear_x, shear_y, translate_x, translate_y
 from muntin.data.transforms import to_bytes
+from muntin.errors import UserError
 
 Seed = tuple[int, int, int]  # of the run, epoch, index
 
@@ -114,15 +115,21 @@ class Photographs:
 
         self.size = size
         self.flip = flip
-        _, self.colours, _ = create_transform(
-            size,
-            is_training=True,
-            auto_augment=strength or None,
-            color_jitter=color_jitter,
-            interpolation="bicubic",
-            mean=mean,
-            separate=True,
-        )
+        try:
+            _, self.colours, _ = create_transform(
+                size,
+                is_training=True,
+                auto_augment=strength or None,
+                color_jitter=color_jitter,
+                interpolation="bicubic",
+                mean=mean,
+                separate=True,
+            )
+        except (AssertionError, ValueError) as error:
+            raise UserError(
+                f"randaugment={strength!r} is no policy that timm knows ({error}); give one such as "
+                'rand-m9-mstd0.5-inc1, or "" for none'
+            ) from error
         instead: dict[Callable[..., Any], Callable[..., Any]] = {
             auto_augment.posterize: posterize,
             auto_augment.shear_x: shear_x,

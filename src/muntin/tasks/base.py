@@ -192,21 +192,23 @@ class Task(lightning.LightningModule):
         """Raises `Diverged` where so many steps in a row, or half of an epoch, were skipped: that is no accident."""
         row, bad = int(self.in_a_row), self.steps_per_epoch - int(self.loss_count)
         if row >= self.settings.max_skips or (epoch_done and 2 * bad > self.steps_per_epoch):
+            full = "" if self.settings.precision == "32" else " train in full precision (--set precision=32),"
             many = f"{bad} of the {self.steps_per_epoch} training steps of an epoch"
             raise Diverged(
                 f"{f'{row} training steps in a row' if row >= self.settings.max_skips else many} "
                 "had a loss or a gradient that is not finite, or a loss "
                 f"of more than {self.settings.spike:g} times the usual {float(self.typical):.3g}, and were skipped; "
                 f"lower the learning rate (--set lr={self.settings.lr / 4:g}), lengthen the warm-up (--set "
-                "warmup=...), train in full precision (--set precision=32), or allow more (--set max_skips=...)"
+                f"warmup=...),{full} or allow more (--set max_skips=...)"
             )
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        step = self.trainer.global_step  # which the next line counts up
         optimizer.step(closure=optimizer_closure)
-        self.update_average()
+        self.update_average(step)
 
     @torch.no_grad()
-    def update_average(self) -> None:
+    def update_average(self, step: int) -> None:
         """average = decay * average + (1 - decay) * weights; statistics of BatchNorm too, counters are copied."""
         if self.average is None:
             return
@@ -214,7 +216,7 @@ class Task(lightning.LightningModule):
             for ours, theirs in zip(self.average.state_dict().values(), self.model.state_dict().values(), strict=True):
                 self._averaged[theirs.is_floating_point()].append((local(ours), local(theirs)))
         ours, theirs = zip(*self._averaged[True], strict=True)
-        torch._foreach_lerp_(ours, theirs, 1 - self.settings.average_decay())  # as in torch.optim.swa_utils
+        torch._foreach_lerp_(ours, theirs, 1 - self.settings.average_decay(step))  # as in torch.optim.swa_utils
         for counter, value in self._averaged[False]:
             counter.copy_(value)
 

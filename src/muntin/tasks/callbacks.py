@@ -250,6 +250,12 @@ def history_csv(rows: list[dict[str, float]], metric: str = "accuracy") -> bytes
     return text.getvalue().encode()
 
 
+def epochs_done(folder: Path) -> int:
+    """How many epochs the history of a run has."""
+    path = folder / "history.csv"
+    return len(path.read_text().splitlines()) - 1 if path.exists() else 0
+
+
 class Progress(lightning.Callback):
     """In a terminal one bar over the whole training, with rate and time left; elsewhere a line per epoch.
 

@@ -29,7 +29,7 @@ from muntin.tasks.callbacks import Progress, Saver, Stopped
 from muntin.tasks.checkpoints import AtomicCheckpoints, read_checkpoint
 from muntin.tasks.classification import Classification
 from muntin.tasks.distillation import Teacher
-from muntin.tasks.memory import too_little
+from muntin.tasks.memory import out_of_memory, too_little
 from muntin.tasks.multi_label import MultiLabelClassification
 from muntin.tasks.ranks import Ranks
 from muntin.tasks.resuming import Start
@@ -128,7 +128,9 @@ def fit(
         raise UserError(
             f"cannot write {folder}: {error.strerror}; free some space, then: muntin train --out {folder} --resume"
         ) from error
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         raise UserError(too_little(task, settings, str(error), saver.last.exists(), ranks.count)) from error
     return Fitted(saver.elapsed(), read_checkpoint(saver.best_path)["kept"], int(task.skipped))
 
@@ -208,13 +210,14 @@ def threads(count: int | None) -> Iterator[None]:
 @contextlib.contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Without Lightning's remarks on the hardware, on its own use of torch, and on loaders that cannot resume: ours
-    is told where to start.
+    is told where to start; and without DDP's on the layout of gradients.
     """
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         remarks = ("does not have many workers", "dataloader is not resumable", "LeafSpec", "in eval mode at the start")
+        remarks += ("broadcast_buffers", "Grad strides do not match")  # of channels-last convolutions: one copy
         for message in (f".*{remark}.*" for remark in remarks):
             warnings.filterwarnings("ignore", message=message)
         try:

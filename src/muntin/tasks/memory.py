@@ -13,6 +13,11 @@ USABLE = 0.9  # of a device's memory: the rest goes to fragments and to librarie
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is an allocator's, that of a GPU or of the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def too_little(task: nn.Module, settings: Settings, error: str, saved: bool, processes: int = 1) -> str:
     """A message for a step of `settings` that ended with the allocator's `error`; `saved`: a checkpoint exists;
     `processes`: that share the images of each part.
@@ -53,7 +58,7 @@ def standing(task: nn.Module) -> int:
 
 
 def fitting_parts(settings: Settings, fixed: int, need: int, total: int, processes: int = 1) -> int:
-    """The least power of two, above those tried, of parts that a step would fit in.
+    """How many parts a step would fit in: those tried, doubled until it would.
 
     `need` bytes were wanted when the memory of `total` bytes ran out, which is less than the step takes in all, so the
     true number may be higher. Without these figures it is twice the parts that were tried.

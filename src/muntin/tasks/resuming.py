@@ -71,6 +71,8 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, t
 
 def refuse_changes(changes: Mapping[str, tuple[Any, Any]], folder: Path, epochs_done: int, force: bool) -> None:
     """Raises `UserError` with the whole difference, unless `force` is given and the checkpoint can go on with it."""
+    if "model" in changes:  # its configuration differs with it
+        changes = {name: values for name, values in changes.items() if not name.startswith(MODEL_PREFIX)}
     shown = ", ".join(f"{name}: {then} then, {now} now" for name, (then, now) in changes.items())
     reasons = {name: why for name in changes if (why := _why_fixed(name, changes[name], epochs_done))}
     if not changes or (force and not reasons):
@@ -81,7 +83,8 @@ def refuse_changes(changes: Mapping[str, tuple[Any, Any]], folder: Path, epochs_
             (folder / name for name in ("model.safetensors", "checkpoints/best.ckpt") if (folder / name).exists()),
             folder / "checkpoints" / "last.ckpt",
         )
-        given = " and ".join(f"{name} ({why})" for name, why in reasons.items())
+        alike = {why: [name for name in reasons if reasons[name] == why] for why in reasons.values()}
+        given = " and ".join(f"{', '.join(names)} ({why})" for why, names in alike.items())
         raise UserError(
             f"{message}; not even --force can change {given}: start another run from these weights with: "
             f"--set weights={weights} --out ANOTHER"

@@ -36,7 +36,8 @@ class Settings:
     alone, is stated for: another one scales it in proportion (0: lr is taken as it is); layer_decay: factor of the rate
     per layer from the head down; clip: largest norm of all gradients, agc: largest ratio of a gradient's norm to its
     weights' (adaptive gradient clipping, Brock et al., 2021), 0 for none; ema_decay: of the average of the weights per
-    step, 0 for none, for batches of ema_batch images (0: of any): another batch_size takes its power; the average is
+    step, 0 for none, for batches of ema_batch images (0: of any): another batch_size takes its power, and with
+    ema_warmup of at most (1 + step) / (10 + step), so that short trainings forget what they began with; the average is
     what is saved unless it is significantly worse.
 
     **Regularisation.** mixup, cutmix: their Beta parameter, 0 for none; where both are set, each takes half of the
@@ -89,6 +90,7 @@ class Settings:
     agc: float = 0.0
     ema_decay: float = 0.999
     ema_batch: int = 0
+    ema_warmup: bool = True
 
     label_smoothing: float = 0.1
     mixup: float = 0.8
@@ -153,9 +155,10 @@ class Settings:
         """The peak learning rate at this batch size."""
         return self.lr * self.batch_size / self.lr_batch if self.lr_batch else self.lr
 
-    def average_decay(self) -> float:
-        """The decay of the average of the weights per step at this batch size."""
-        return self.ema_decay ** (self.batch_size / self.ema_batch) if self.ema_batch else self.ema_decay
+    def average_decay(self, step: int) -> float:
+        """The decay of the average of the weights in a step, counted from 0, at this batch size."""
+        decay = self.ema_decay ** (self.batch_size / self.ema_batch) if self.ema_batch else self.ema_decay
+        return min(decay, (1 + step) / (10 + step)) if self.ema_warmup else decay
 
     def flat(self) -> dict[str, Any]:
         """Plain values under the names that `--set` takes: what config.yaml holds."""

@@ -7,7 +7,7 @@ finished stays when the sweep is called again, and what was stopped goes on.
 
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -15,9 +15,12 @@ from typing import Any
 
 from muntin.errors import UserError, nearest
 from muntin.run import TITLES, Run, atomic_write, read_json, write_json
+from muntin.tasks.asked import ask, stored_settings
 from muntin.tasks.base import Diverged
 from muntin.tasks.ranks import Ranks
 from muntin.tasks.recipes import read_config
+from muntin.tasks.resuming import changed
+from muntin.tasks.settings import settings_from
 
 SHARED = ("recipe", "runs")
 
@@ -104,14 +107,15 @@ def sweep(
     folder = Path(out) if out is not None else Path("runs") / plan.name
     stored = ranks.agree(lambda: _stored(folder))
     rows = [stored.get(name, Row(name)) for name in plan.runs]
+    _refuse_wrong_rows(plan, settings)
     total = len(rows) * len(seeds)
     for number, (row, seed) in enumerate(((row, seed) for seed in seeds for row in rows), start=1):
         place = folder / row.name / f"seed-{seed}"
-        if seed in row.diverged:
+        told = plan.settings | plan.runs[row.name] | settings | {"seed": seed}
+        if seed in row.diverged and not _told_otherwise(place, plan.recipe, told):
             report(f"[{number}/{total}] {place}: diverged before ({row.diverged[seed]})")
             continue
         report(f"[{number}/{total}] {place}")
-        told = plan.settings | plan.runs[row.name] | settings | {"seed": seed}
         try:
             run = train(place, resume=True, recipe=plan.recipe, report=report, **told)
         except Diverged as error:
@@ -131,6 +135,25 @@ def sweep(
 
 def _nothing(_line: str) -> None:
     """What processes but the first report."""
+
+
+def _refuse_wrong_rows(plan: Sweep, settings: Mapping[str, Any]) -> None:
+    """Raises `UserError` before the first training for what is wrong with the last."""
+    from muntin.tasks.training import resolved
+
+    for name, departures in plan.runs.items():
+        try:
+            resolved(plan.recipe, None, **(plan.settings | departures | dict(settings)))
+        except UserError as error:
+            raise UserError(f"{plan.name}, row {name}: {error}") from error
+
+
+def _told_otherwise(place: Path, recipe: str | None, told: Mapping[str, Any]) -> bool:
+    """Whether a run that was begun had other settings: `train` then says which."""
+    if not (place / "config.yaml").exists():
+        return True
+    stored = stored_settings(place)
+    return bool(changed(stored, settings_from(stored.flat(), ask(None, recipe, None, told).told)))
 
 
 def _stored(folder: Path) -> dict[str, Row]:
@@ -210,8 +233,8 @@ def table(rows: Sequence[Row]) -> str:
         accuracy = "-" if mean is None else f"{mean:.2%}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")
         latency = "-" if row.latency_ms is None else f"{row.latency_ms:.2f} ms"
         lines.append(
-            f"| {row.name} | {accuracy} | {len(row.accuracies)} | {len(row.diverged)} | {row.parameters:,} | "
-            f"{row.gmacs:.4f} | {latency} |"
+            f"| {row.name} | {accuracy} | {len(row.accuracies)} | {len(row.diverged)} | "
+            f"{f'{row.parameters:,} | {row.gmacs:.4f}' if row.parameters else '- | -'} | {latency} |"
         )
     return "\n".join(lines)
 

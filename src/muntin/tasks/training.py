@@ -20,12 +20,12 @@ from muntin.errors import UserError
 from muntin.models import published
 from muntin.run import TITLES, Run, atomic_write, read_json, save_model, write_json
 from muntin.tasks.asked import ask, model_name, refuse_other_processes, stored_settings
-from muntin.tasks.base import freeze
-from muntin.tasks.callbacks import duration
+from muntin.tasks.base import freeze, frozen
+from muntin.tasks.callbacks import duration, epochs_done
 from muntin.tasks.checkpoints import read_checkpoint, remove_partial_files
 from muntin.tasks.distillation import open_teacher
 from muntin.tasks.expense import long_epochs
-from muntin.tasks.fitting import Fitted, fit, threads
+from muntin.tasks.fitting import Fitted, augmentation, fit, threads
 from muntin.tasks.inference import evaluate_images
 from muntin.tasks.multi_label import refuse_single_label_settings
 from muntin.tasks.precision import choose_precision
@@ -105,9 +105,11 @@ def _resume(folder: Path, told: Mapping[str, Any], force: bool, report: Callable
         wanted = replace(wanted, precision=stored.precision)
     changes = changed(stored, wanted)
     finished = ranks.agree(lambda: any(name in _metrics(folder) for name in RESULTS))
-    if finished and not (changes and wanted.epochs > stored.epochs):
-        refuse_changes(changes, folder, stored.epochs, force)
-        report(f"{folder} is finished; nothing to resume. See it with: muntin report {folder}")
+    done = ranks.agree(lambda: epochs_done(folder))
+    if finished and not (changes and wanted.epochs > done):
+        refuse_changes(changes, folder, done, force)
+        left = f" ({', '.join(changes)}: only more epochs go on with a finished run)" if changes else ""
+        report(f"{folder} is finished; nothing to resume{left}. See it with: muntin report {folder}")
         return Run.open(folder)
     start = ranks.agree(lambda: find_start(folder, report))
     if start is None:
@@ -141,6 +143,7 @@ def _train(
     _refuse_misfits(settings, _build(settings, num_classes=2, meta=True))
     _writable(folder)
     splits, preprocessing = _data(folder, settings, keep_split, ranks)
+    augmentation(settings, preprocessing)  # which refuses a policy that timm does not know
     shared_batch(len(splits.train), settings.batch_size, settings.accumulate, ranks.count)
     if splits.multi_label:
         refuse_single_label_settings(settings, splits)
@@ -240,7 +243,10 @@ def _build(settings: Settings, num_classes: int, meta: bool = False) -> Any:
 
 
 def _refuse_misfits(settings: Settings, model: Any) -> None:
-    """Raises UserError where a second head has nothing to learn from, or token labels no head or images to suit."""
+    """Raises UserError where there are fewer stages than are to be frozen, a second head has nothing to learn from, or
+    token labels no head or images to suit.
+    """
+    frozen(model, settings.freeze)
     heads = [name for name, _ in model.head.named_children()]
     if "fc_distilled" in heads and not settings.teacher:
         raise UserError(
