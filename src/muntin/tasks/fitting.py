@@ -216,8 +216,8 @@ def quiet_lightning() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        remarks = ("does not have many workers", "dataloader is not resumable", "LeafSpec", "in eval mode at the start")
-        remarks += ("broadcast_buffers", "Grad strides do not match")  # of channels-last convolutions: one copy
+        remarks = ["does not have many workers", "dataloader is not resumable", "LeafSpec", "in eval mode at the start"]
+        remarks += ["broadcast_buffers", "Grad strides do not match"]  # of channels-last convolutions: one copy
         for message in (f".*{remark}.*" for remark in remarks):
             warnings.filterwarnings("ignore", message=message)
         try:
