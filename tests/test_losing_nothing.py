@@ -488,6 +488,15 @@ def test_a_wrong_setting_leaves_the_run_as_it_was(crashed, reference):
     assert (crashed / "config.yaml").read_text() == config
 
 
+def test_a_checkpoint_of_an_earlier_version_is_refused(crashed):
+    for path in saves(crashed):
+        checkpoint = read_checkpoint(path)
+        del checkpoint["settings"]
+        AtomicCheckpoints().save_checkpoint(checkpoint, path)
+    with pytest.raises(UserError, match=r"last.ckpt is of an earlier version of Muntin; .* --set weights="):
+        train(crashed, resume=True, report=silent)
+
+
 def test_another_model_is_refused_by_its_name(crashed):
     with pytest.raises(UserError) as error:
         train(crashed, resume=True, force=True, report=silent, model="efficientvit_m0")

@@ -48,6 +48,10 @@ def find_start(folder: Path, report: Callable[[str], None]) -> Start | None:
     if found is None:
         return None
     path, checkpoint = found
+    if "settings" not in checkpoint:
+        raise UserError(
+            f"{path} is of an earlier version of Muntin; start another run from its weights with: --set weights={path}"
+        )
     names = [group["names"] for group in checkpoint["optimizer_states"][0]["param_groups"]]
     epochs = len(checkpoint["callbacks"]["Saver"]["history"])
     return Start(path, checkpoint["global_step"], epochs, names, checkpoint["settings"])
