@@ -3,6 +3,8 @@
 import http.server
 import io
 import json
+import os
+import re
 import tarfile
 import threading
 import time
@@ -18,13 +20,15 @@ from muntin.cli import main
 from muntin.data import remote
 from muntin.data.augment import Plain
 from muntin.data.images import BadImage
+from muntin.data.indexing import index_shard
 from muntin.data.loading import EpochBatches, TrainingSet, training_loader
 from muntin.data.pack import write_shards
 from muntin.data.remote import Cache
-from muntin.data.shards import expand, index_shard, local_shards, part_of
+from muntin.data.shards import expand, local_shards, part_of
 from muntin.data.sources import open_parts, open_splits, splits_from_json
 from muntin.data.transforms import Evaluate
 from muntin.errors import UserError
+from muntin.tasks.units import BadShard, shard_unit
 
 
 def encoded(number, kind="JPEG", side=12):
@@ -119,6 +123,8 @@ def test_patterns():
     assert expand("{train,val}-{0..1}.tar") == ["train-0.tar", "train-1.tar", "val-0.tar", "val-1.tar"]
     with pytest.raises(UserError, match=r"\{a\} is no range"):
         expand("{a}.tar")
+    with pytest.raises(UserError, match=r"all-\{5..2\}.tar: the range \{5..2\} is empty"):
+        open_parts("tars/all-{5..2}.tar")
     names = (
         "train-0.tar",
         "a/validation/00.tar",
@@ -153,6 +159,113 @@ def test_a_shard_that_was_cut_short_is_named(tmp_path, keep, where):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match=rf"train-0.tar is no readable shard .* after {where}"):
         index_shard(path, "train-0.tar")
+
+
+def second_member(path):
+    with tarfile.open(path) as tar:
+        return tar.getmembers()[1].offset
+
+
+def harmed(path, harm):
+    """The shard with a harm at its second member; where that begins."""
+    content, start = bytearray(path.read_bytes()), second_member(path)
+    if harm == "a flipped byte in a header":
+        content[start + 10] ^= 1
+    elif harm == "a header of zeros":
+        content[start : start + 512] = bytes(512)
+    else:
+        del content[start + {"cut in a header": 100, "cut between members": 0}[harm] :]
+    path.write_bytes(content)
+    return start
+
+
+HARMS = ["a flipped byte in a header", "a header of zeros", "cut in a header", "cut between members"]
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_shard_is_read_to_its_end_or_refused(tmp_path, harm):
+    path = webdataset_shards(tmp_path, {"train-0.tar": 6}) / "train-0.tar"
+    start = harmed(path, harm)
+    told = rf"train-0.tar is no readable shard \(damaged or cut short at byte {start:,}, after sample0000"
+    with pytest.raises(UserError, match=told):
+        local_shards(str(tmp_path))
+    assert not (tmp_path / "index.json").exists()
+    with pytest.raises(BadShard, match=rf"train-0.tar cannot be read .*cut short at byte {start:,}"):
+        list(shard_unit(str(path)).samples())
+
+
+def test_two_blocks_of_zeros_end_a_shard(tmp_path):
+    path = webdataset_shards(tmp_path, {"train-0.tar": 2}) / "train-0.tar"
+    with tarfile.open(path) as tar:
+        tar.getmembers()
+        end = tar.offset
+    content = path.read_bytes()
+    path.write_bytes(content[: end + 1024])
+    assert len(local_shards(str(tmp_path))["train"]) == 2
+    path.write_bytes(content[: end + 512])
+    with pytest.raises(UserError, match=f"cut short at byte {end:,}"):
+        local_shards(str(tmp_path))
+
+
+def test_corrected_labels_in_a_shard_of_the_same_size_are_read(tmp_path):
+    def stamped(folder, label, time):
+        webdataset_shards(folder, {"train-0.tar": 3}, label=lambda i: {"cls": label})
+        os.utime(folder / "train-0.tar", ns=(time, time))
+
+    stamped(tmp_path / "data", 0, 10**18)
+    assert local_shards(str(tmp_path / "data"))["train"].labels == [0, 0, 0]
+    stamped(tmp_path / "corrected", 1, 10**18 - 10**9)  # made before the index
+    os.replace(tmp_path / "corrected/train-0.tar", tmp_path / "data/train-0.tar")
+    assert local_shards(str(tmp_path / "data"))["train"].labels == [1, 1, 1]
+
+
+def test_a_shard_that_was_changed_after_sharding_is_read(tmp_path):
+    write_shards(str(class_folder(tmp_path / "photos", {"a": 3, "b": 3})), str(tmp_path / "out"))
+    path, index = tmp_path / "out/all-000000.tar", tmp_path / "out/index.json"
+    before = index.read_bytes()
+    labels = local_shards(str(tmp_path / "out"))["all"].labels
+    assert index.read_bytes() == before  # it needs no times
+    path.write_bytes(turned(path))
+    later = index.stat().st_mtime_ns + 10**9
+    os.utime(path, ns=(later, later))
+    assert local_shards(str(tmp_path / "out"))["all"].labels == [1 - label for label in labels]
+
+
+def turned(path):
+    """A shard whose labels are 0 where they were 1, and the other way round."""
+    content = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        for member in tar:
+            if member.name.endswith(".cls"):
+                content[member.offset_data] ^= 1
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    "names, told",
+    [
+        (["a.jpg", "a.cls", "a.png"], "the sample 'a' has two images, a.jpg and a.png"),
+        (["a.jpg", "a.cls", "a.jpg"], "the sample 'a' has two images, a.jpg and a.jpg"),
+        (["x/a.jpg", "x/a.cls", "x/a.cls"], "the sample 'x/a' has two labels, x/a.cls and x/a.cls"),
+    ],
+)
+def test_a_sample_that_is_there_twice_is_named(tmp_path, names, told):
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for name in names:
+            content = b"1" if name.endswith("cls") else encoded(0)
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    with pytest.raises(UserError, match=f"train-0.tar: {told}"):
+        local_shards(str(tmp_path))
+
+
+@pytest.mark.parametrize("label", [{"a": 1}, 1.5, True, [[1]]])
+def test_a_label_of_no_use_is_named(tmp_path, label):
+    webdataset_shards(tmp_path, {"train-0.tar": 1}, label=lambda i: {"json": {"label": label}})
+    told = re.escape(f"train-0.tar/sample0000.json has the label {json.dumps(label)}; give a number, a name, or a list")
+    with pytest.raises(UserError, match=told):
+        local_shards(str(tmp_path))
 
 
 def test_labels_beyond_the_class_map_are_named(tmp_path):

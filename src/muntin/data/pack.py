@@ -14,7 +14,8 @@ from muntin.data.check import BadFiles
 from muntin.data.datasets import Images
 from muntin.data.decode import Encoded
 from muntin.data.images import BadImage, check_image
-from muntin.data.shards import CLASSES, index_shard, write_index
+from muntin.data.indexing import index_shard, write_index
+from muntin.data.shards import CLASSES
 from muntin.data.sources import open_parts
 from muntin.errors import UserError
 from muntin.progress import Bar

@@ -14,20 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from muntin.data.datasets import Images
+from muntin.data.indexing import INDEX, Shard, cache_home, index_json, index_shard, read_index
 from muntin.data.order import ShardsShuffled
-from muntin.data.shards import (
-    CLASSES,
-    INDEX,
-    Shard,
-    cache_home,
-    class_map,
-    expand,
-    index_json,
-    index_shard,
-    read_classes,
-    read_index,
-    shard_images,
-)
+from muntin.data.shards import CLASSES, class_map, expand, read_classes, shard_images
 from muntin.errors import UserError
 from muntin.progress import progress
 from muntin.run import atomic_write

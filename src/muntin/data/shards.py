@@ -5,13 +5,10 @@ name) or .json ("label", "cls", "class" or "labels": a number, a name, or a list
 kept as index.json beside the shards, or in a cache folder where those cannot be written.
 """
 
-import hashlib
 import json
 import os
 import re
-import tarfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,150 +16,14 @@ import numpy as np
 
 from muntin.data.datasets import Images, Key, Label
 from muntin.data.decode import Encoded
-from muntin.data.images import SUFFIXES, BadImage
+from muntin.data.images import BadImage
+from muntin.data.indexing import Raw, Shard, index_shards
 from muntin.data.order import Order
 from muntin.errors import UserError
-from muntin.progress import progress
-from muntin.run import atomic_write
 
-INDEX = "index.json"
 CLASSES = "classes.json"
-VERSION = 1
-LABELS = ("label", "cls", "class", "labels")  # of a sample's .json
 ATTEMPTS = 3  # to open a shard: another process may remove it from the cache after it was fetched
 _PART = re.compile(r"(?:^|[-_./])(train|val|validation|test)(?=[-_./0-9]|$)")
-
-Raw = int | str | list[int | str]  # a label as a shard has it
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What a shard holds: samples by key, where their images lie, and their labels as the shard has them."""
-
-    file: str  # relative to the folder, or the last part of an address
-    bytes: int
-    keys: list[str]
-    suffixes: list[str]
-    offsets: list[int]
-    sizes: list[int]
-    labels: list[Raw]
-
-
-def index_shard(path: Path, file: str) -> Shard:
-    """Read a tar's headers and labels. Raises `UserError` naming the shard and the sample at fault."""
-    images: dict[str, tuple[str, int, int]] = {}
-    labels: dict[str, Raw] = {}
-    size = _size(path)
-    seen: dict[str, None] = {}
-    last = "its beginning"
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if member.offset_data + member.size > size:
-                    raise tarfile.ReadError("unexpected end of data")
-                seen[key] = None
-                if f".{suffix}".lower() in SUFFIXES:
-                    images[key] = f".{suffix}", member.offset_data, member.size
-                elif suffix in ("cls", "json") and not (suffix == "json" and key in labels):
-                    content = tar.extractfile(member)
-                    assert content is not None
-                    label = _label(f"{file}/{member.name}", suffix, content.read())
-                    if label is not None:
-                        labels[key] = label
-                last = member.name
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(
-            f"{path} is no readable shard ({error}, after {last}); copy it again, or make it an uncompressed tar"
-        ) from error
-    for key in seen:
-        if key not in images or key not in labels:
-            what = (
-                "no image" if key not in images else "no label (.cls, or .json with one of " + ", ".join(LABELS) + ")"
-            )
-            raise UserError(f"{path}: the sample {key!r} has {what}; add it, or make the shards again")
-    if not seen:
-        raise UserError(f"{path} has no samples; remove it")
-    suffixes, offsets, sizes = (list(column) for column in zip(*(images[key] for key in seen), strict=True))
-    return Shard(file, size, list(seen), suffixes, offsets, sizes, [labels[key] for key in seen])
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise UserError(f"there is no shard at {path} ({error.strerror}); check the path") from error
-
-
-def _label(name: str, suffix: str, content: bytes) -> Raw | None:
-    """The label in a .cls or .json; None where a .json has none."""
-    try:
-        text = content.decode()
-        if suffix == "cls":
-            return int(text) if re.fullmatch(r"\s*\d+\s*", text) else text.strip()
-        found = json.loads(text)
-        if not isinstance(found, dict):
-            raise ValueError("no mapping")
-    except ValueError as error:
-        raise UserError(f"{name} is no label ({error}); write a number or a name, or JSON with a label") from error
-    return next((found[key] for key in LABELS if key in found), None)
-
-
-def index_shards(files: Sequence[tuple[str, Path]], folder: Path) -> list[Shard]:
-    """The shards of one folder, by name and path: from index.json, which is made or completed where that is needed."""
-    kept = {shard.file: shard for shard in _stored(folder)}
-    missing = [(file, path) for file, path in files if file not in kept or kept[file].bytes != _size(path)]
-    for file, path in progress(missing, len(missing), "indexing shards"):
-        kept[file] = index_shard(path, file)
-    if missing:
-        write_index(folder, kept.values())
-    return [kept[file] for file, _ in files]
-
-
-def _stored(folder: Path) -> list[Shard]:
-    for path in (folder / INDEX, _elsewhere(folder)):
-        if path.exists():
-            return read_index(path.read_bytes(), str(path))
-    return []
-
-
-def read_index(content: bytes, name: str) -> list[Shard]:
-    """The shards of an index.json. Raises `UserError` naming it where it is none."""
-    try:
-        found = json.loads(content)
-        if found["version"] != VERSION:
-            raise ValueError(f"version {found['version']}")
-        return [Shard(**shard) for shard in found["shards"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{name} is no index of shards ({error}); remove it to have it made again") from error
-
-
-def index_json(shards: Iterable[Shard]) -> bytes:
-    """index.json."""
-    rows = [asdict(shard) for shard in sorted(shards, key=lambda shard: shard.file)]
-    return json.dumps({"version": VERSION, "shards": rows}, separators=(",", ":")).encode()
-
-
-def write_index(folder: Path, shards: Iterable[Shard]) -> Path:
-    """Write index.json beside the shards, or into the cache folder."""
-    path = folder / INDEX if os.access(folder, os.W_OK) else _elsewhere(folder)
-    return atomic_write(path, index_json(shards))
-
-
-def cache_home() -> Path:
-    """$MUNTIN_HOME/data, or else $XDG_CACHE_HOME/muntin/data, or ~/.cache/muntin/data."""
-    if home := os.environ.get("MUNTIN_HOME"):
-        return Path(home) / "data"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "muntin" / "data"
-
-
-def _elsewhere(folder: Path) -> Path:
-    digest = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
-    return cache_home() / "indexes" / f"{digest}.json"
 
 
 def expand(pattern: str) -> list[str]:
@@ -172,11 +33,14 @@ def expand(pattern: str) -> list[str]:
         return [pattern]
     inner = match[1]
     span = re.fullmatch(r"(\d+)\.\.(\d+)", inner)
-    if span is None and "," not in inner:
-        raise UserError(f"{pattern}: {{{inner}}} is no range; write it as in {{000000..000127}} or {{train,val}}")
-    choices = inner.split(",")
     if span is not None:
         choices = [str(i).zfill(len(span[1])) for i in range(int(span[1]), int(span[2]) + 1)]
+        if not choices:
+            raise UserError(f"{pattern}: the range {{{inner}}} is empty; give the smaller number first")
+    elif "," in inner:
+        choices = inner.split(",")
+    else:
+        raise UserError(f"{pattern}: {{{inner}}} is no range; write it as in {{000000..000127}} or {{train,val}}")
     return [text for c in choices for text in expand(pattern[: match.start()] + c + pattern[match.end() :])]
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from muntin.data.datasets import image_files
 from muntin.data.images import SUFFIXES, BadImage, decode_image, open_image
+from muntin.data.indexing import refuse_early_end
 from muntin.errors import UserError
 from muntin.tasks.inference import find_images
 
@@ -146,7 +147,7 @@ def _shard_samples(path: str) -> Iterator[Sample]:
         with tarfile.open(path, "r:") as tar:
             for key, members in itertools.groupby(_members(tar), key=lambda member: member[0]):
                 yield _shard_sample(path, key, tar, [(ending, info) for _, ending, info in members])
-            _refuse_early_end(path, tar)
+            refuse_early_end(tar)
     except (tarfile.TarError, EOFError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise BadShard(f"{path} cannot be read as a tar file ({reason})") from error
@@ -183,11 +184,3 @@ def _shard_sample(path: str, key: str, tar: tarfile.TarFile, members: list[tuple
 def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(info)
     return file.read() if file is not None else b""
-
-
-def _refuse_early_end(path: str, tar: tarfile.TarFile) -> None:
-    """tarfile takes a damaged header, or a file cut off between two members, for the end."""
-    assert tar.fileobj is not None
-    tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-        raise BadShard(f"{path} is damaged or cut short at byte {tar.offset:,}")
