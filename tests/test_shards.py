@@ -9,6 +9,7 @@ import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -446,7 +447,7 @@ def test_shards_over_http_are_the_local_ones(server):
             assert remote["val"].read(position).data == local["val"].read(position).data
         assert remote["train"].keys == local["train"].keys and remote["train"].digest() == local["train"].digest()
         assert remote["train"].classes == ["a", "b"]
-    assert server.shards().count("val-000003.tar") == 2  # once for each name of the data
+    assert server.shards().count("val-000003.tar") == 1  # whatever the data are called
 
 
 def test_shards_without_an_index_are_read_once(server):
@@ -467,6 +468,46 @@ def test_broken_connections_are_continued_where_they_broke(server, monkeypatch):
     assert starts == [0, 1000, 2500]
 
 
+def cached_bytes(server):
+    return sum(path.stat().st_size for path in (server.folder.parent / "home/data/shards").rglob("*.tar"))
+
+
+def test_the_bound_of_the_cache_holds_for_all_data_together(server, monkeypatch):
+    served(server, count=30, per_shard=5)
+    size = max(path.stat().st_size for path in server.folder.glob("*.tar"))
+    monkeypatch.setenv("MUNTIN_SHARD_CACHE_GB", str(4.5 * size / 1e9))
+    for part in ("train", "val", "train"):
+        images = open_parts(f"{server.address}/{part}-{{000000..000005}}.tar")[part]
+        for position in range(0, 30, 5):
+            images.read(position)
+        assert cached_bytes(server) <= 4.5 * size
+
+
+def test_a_damaged_shard_at_an_address_is_named_and_fetched_again(server):
+    served(server, ("",))
+    (server.folder / "index.json").unlink()
+    path, data = server.folder / "all-000001.tar", f"{server.address}/all-{{000000..000003}}.tar"
+    whole = path.read_bytes()
+    start = harmed(path, "a header of zeros")
+    with pytest.raises(UserError, match=rf"{server.address}/all-000001.tar is no readable shard .*at byte {start:,}"):
+        open_parts(data)
+    path.write_bytes(whole)
+    assert len(open_parts(data)["all"]) == 12
+
+
+def test_a_server_that_does_not_answer(server, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(UserError, match="no answer that is of use from 127.0.0.1") as raised:
+        open_parts(f"{server.address}/all-{{0..1}}.tar")
+    path = Path(str(raised.value).rpartition(" put it at ")[2])  # what the message says helps
+    assert path.parent.is_dir()
+    path.write_text(json.dumps({"version": 1, "shards": []}))
+    with pytest.raises(UserError, match="all-0.tar where there is a network"):
+        open_parts(f"{server.address}/all-{{0..1}}.tar")
+
+
 def test_the_cache_is_bounded_and_an_epoch_fetches_every_shard_once(server, monkeypatch):
     local = served(server, ("",), count=60, per_shard=5)
     size = max(path.stat().st_size for path in server.folder.glob("*.tar"))
@@ -477,8 +518,7 @@ def test_the_cache_is_bounded_and_an_epoch_fetches_every_shard_once(server, monk
     order = images.order(0, 0)
     for position in order.tolist():
         assert images.read(position).data == local["all"].read(position).data
-        (folder,) = (server.folder.parent / "home/data/shards").iterdir()
-        assert sum(path.stat().st_size for path in folder.glob("*.tar")) <= 4.5 * size
+        assert cached_bytes(server) <= 4.5 * size
     assert sorted(server.shards()) == [f"all-{i:06}.tar" for i in range(12)]
 
 
@@ -531,7 +571,7 @@ def test_a_shard_that_another_process_has_just_fetched_stays(server, tmp_path, m
     served(server)
     name = "train-000000.tar"
     whole = (server.folder / name).read_bytes()
-    cache = Cache(tmp_path / "cache", [f"{server.address}/{name}"], [len(whole)], 10**9)
+    cache = Cache(tmp_path / "cache", [f"{server.address}/{name}"], [len(whole)], 10**9, tmp_path)
     looked = Cache._bytes
 
     def just_before(self, path):

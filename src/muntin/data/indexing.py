@@ -39,9 +39,11 @@ class Shard:
     modified: int | None = None  # st_mtime_ns, where an index of local files says it
 
 
-def index_shard(path: Path, file: str) -> Shard:
-    """Read a tar's headers and labels. Raises `UserError` naming the shard and the sample at fault."""
-    samples = _Samples(path, file)
+def index_shard(path: Path, file: str, name: str = "") -> Shard:
+    """Read a tar's headers and labels. Raises `UserError` naming the shard (its path, or `name`) and the sample at
+    fault."""
+    name = name or str(path)
+    samples = _Samples(name, file)
     size = _status(path).st_size
     last = "its beginning"
     try:
@@ -56,7 +58,7 @@ def index_shard(path: Path, file: str) -> Shard:
             refuse_early_end(tar)
     except (tarfile.TarError, OSError) as error:
         raise UserError(
-            f"{path} is no readable shard ({error}, after {last}); copy it again, or make it an uncompressed tar"
+            f"{name} is no readable shard ({error}, after {last}); copy it again, or make it an uncompressed tar"
         ) from error
     return samples.shard(size)
 
@@ -82,8 +84,8 @@ def refuse_early_end(tar: tarfile.TarFile) -> None:
 class _Samples:
     """The samples of a shard, made of its members one by one."""
 
-    def __init__(self, path: Path, file: str) -> None:
-        self.path = path
+    def __init__(self, name: str, file: str) -> None:
+        self.name = name
         self.file = file
         self.seen: dict[str, None] = {}
         self.images: dict[str, tarfile.TarInfo] = {}
@@ -111,7 +113,7 @@ class _Samples:
 
     def _twice(self, key: str, what: str, one: str, other: str) -> UserError:
         return UserError(
-            f"{self.path}: the sample {key!r} has two {what}, {one} and {other}; give each sample a name of its own"
+            f"{self.name}: the sample {key!r} has two {what}, {one} and {other}; give each sample a name of its own"
         )
 
     def shard(self, size: int) -> Shard:
@@ -123,9 +125,9 @@ class _Samples:
                 what = f"no label (.cls, or .json with one of {', '.join(LABELS)})"
             else:
                 continue
-            raise UserError(f"{self.path}: the sample {key!r} has {what}; add it, or make the shards again")
+            raise UserError(f"{self.name}: the sample {key!r} has {what}; add it, or make the shards again")
         if not self.seen:
-            raise UserError(f"{self.path} has no samples; remove it")
+            raise UserError(f"{self.name} has no samples; remove it")
         members = [self.images[key] for key in self.seen]
         return Shard(
             self.file,

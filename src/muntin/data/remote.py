@@ -27,14 +27,16 @@ TOGETHER = 8  # shards whose images are mixed
 
 
 class Cache:
-    """Shards on the disk, by address. The least recently used ones make room for others.
+    """Shards on the disk, by address, of all data together. The least recently used ones make room for others.
 
-    sizes: bytes of each shard where they are known: a file of another size is fetched again.
+    sizes: bytes of each shard where they are known, by the index kept in the folder `index`: a file of another size is
+    fetched again.
     Raises `UserError` where not even two shards would fit.
     """
 
-    def __init__(self, folder: Path, addresses: list[str], sizes: list[int] | None, limit: int) -> None:
+    def __init__(self, folder: Path, addresses: list[str], sizes: list[int] | None, limit: int, index: Path) -> None:
         self.folder = folder
+        self.index = index
         self.addresses = addresses
         self.sizes = sizes
         self.limit = limit
@@ -65,7 +67,7 @@ class Cache:
             if self._size(number) not in (None, self._bytes(path)):
                 raise UserError(
                     f"{address} has another size than the {self._size(number)} bytes in its index; was it replaced? "
-                    f"Remove {self.folder} to read the shards anew"
+                    f"Remove {self.index} to have it read anew"
                 )
         with contextlib.suppress(FileNotFoundError):  # another process needed the room
             os.utime(path)
@@ -117,10 +119,11 @@ def remote_shards(data: str) -> dict[str, Images]:
     """Images by part of the shards at an address with braces, or of an index.json that `muntin shard` wrote.
 
     Where there is no index.json beside the shards, all of them are fetched once to be indexed. The index and the class
-    map are kept with the cached shards.
+    map are kept in a folder of these data, the shards in the one above, once for all data that name them.
     """
-    folder = cache_home() / "shards" / hashlib.sha256(data.encode()).hexdigest()[:16]
-    stored = _kept(folder, INDEX, data if data.endswith(".json") else f"{_base(expand(data))}/{INDEX}")
+    folder = cache_home() / "shards"
+    kept = folder / hashlib.sha256(data.encode()).hexdigest()[:16]
+    stored = _kept(kept, INDEX, data if data.endswith(".json") else f"{_base(expand(data))}/{INDEX}")
     if data.endswith(".json"):
         if stored is None:
             raise UserError(f"there is nothing at {data}; give the address of an {INDEX} or of shards")
@@ -128,9 +131,9 @@ def remote_shards(data: str) -> dict[str, Images]:
         addresses = [f"{_base([data])}/{shard.file}" for shard in shards]
     else:
         addresses = expand(data)
-        shards = _indexed(addresses, stored, folder)
-    cache = Cache(folder, addresses, [shard.bytes for shard in shards], limit())
-    known = _kept(folder, CLASSES, f"{_base(addresses)}/{CLASSES}")
+        shards = _indexed(addresses, stored, folder, kept)
+    cache = Cache(folder, addresses, [shard.bytes for shard in shards], limit(), kept)
+    known = _kept(kept, CLASSES, f"{_base(addresses)}/{CLASSES}")
     classes = class_map(shards, None if known is None else read_classes(known, f"{_base(addresses)}/{CLASSES}"))
 
     def order(which: np.ndarray) -> ShardsShuffled:
@@ -144,17 +147,22 @@ def _base(addresses: list[str]) -> str:
     return os.path.commonprefix([address.rpartition("/")[0] + "/" for address in addresses]).rpartition("/")[0]
 
 
-def _indexed(addresses: list[str], stored: bytes | None, folder: Path) -> list[Shard]:
+def _indexed(addresses: list[str], stored: bytes | None, folder: Path, kept: Path) -> list[Shard]:
     """What each shard holds: from the index beside them, or by reading them all."""
     base = _base(addresses)
     files = [address.removeprefix(f"{base}/") for address in addresses]
     known = {shard.file: shard for shard in read_index(stored, f"{base}/{INDEX}")} if stored else {}
     missing = [number for number, file in enumerate(files) if file not in known]
-    cache = Cache(folder, addresses, None, limit())
+    cache = Cache(folder, addresses, None, limit(), kept)
     for number in progress(missing, len(missing), "indexing shards"):
-        known[files[number]] = index_shard(cache.path(number), files[number])
+        path = cache.path(number)
+        try:
+            known[files[number]] = index_shard(path, files[number], addresses[number])
+        except UserError:
+            path.unlink(missing_ok=True)  # to be fetched again when it has been mended
+            raise
     if missing:
-        atomic_write(folder / INDEX, index_json(known.values()))
+        atomic_write(kept / INDEX, index_json(known.values()))
     return [known[file] for file in files]
 
 
@@ -162,6 +170,7 @@ def _kept(folder: Path, name: str, address: str) -> bytes | None:
     """A small file beside the shards, kept in the cache folder; None where the server has none.
 
     Each process fetches it into a folder of its own, and gives it its name when it is whole.
+    Raises `UserError` where the server gives no answer, with the place where the file may be put.
     """
     path = folder / name
     if path.exists():
@@ -172,6 +181,8 @@ def _kept(folder: Path, name: str, address: str) -> bytes | None:
             content = fetch(address, folder=own, shown=False).read_bytes()
         except Absent:
             return None
+        except UserError as error:
+            raise UserError(str(error).replace(str(Path(own) / file_name(address)), str(path))) from error
     atomic_write(path, content)
     return content
 
