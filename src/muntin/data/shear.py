@@ -63,21 +63,17 @@ def moved_rows(pixels: np.ndarray, offsets: np.ndarray, fill: Any) -> np.ndarray
     wide = np.empty((height, width + 2 * edge, channels), np.uint8)
     wide[:, :edge], wide[:, edge : edge + width], wide[:, edge + width :] = pixels[:, :1], pixels, pixels[:, -1:]
     wide = wide.reshape(height, -1)
-    firsts = ((whole + edge - 1) * channels).tolist()
+    firsts = (whole + edge - 1) * channels
+    windows = np.lib.stride_tricks.sliding_window_view(wide, (width + TAPS - 1) * channels, axis=1)
     weights = _cubic_weights((offsets - np.floor(offsets)).astype(np.float32)[:, None])
-    cut = np.empty((min(ROWS, height), (width + TAPS - 1) * channels), np.uint8)
-    values, term = np.empty((2, len(cut), width * channels), np.float32)
     moved = np.empty((height, width * channels), np.uint8)
     for start in range(0, height, ROWS):
-        count = min(ROWS, height - start)
-        for row, first in enumerate(firsts[start : start + count]):
-            cut[row] = wide[start + row, first : first + cut.shape[1]]
-        taps = cut.astype(np.float32)
-        values.fill(ROUNDING)
+        rows = slice(start, start + ROWS)
+        taps = windows[np.arange(height)[rows], firsts[rows]].astype(np.float32)
+        values = np.full((len(taps), width * channels), ROUNDING, np.float32)
         for i, weight in enumerate(weights):
-            tap = taps[:count, i * channels : (i + width) * channels]
-            values[:count] += np.multiply(weight[start : start + count], tap, out=term[:count])
-        moved[start : start + count] = values[:count].clip(0, 255, out=values[:count])
+            values += weight[rows] * taps[:, i * channels : (i + width) * channels]
+        moved[rows] = values.clip(0, 255, out=values)
     moved = moved.reshape(pixels.shape)
     inside = offsets[:, None] + (np.arange(width) + 0.5)
     moved[(inside < 0) | (inside >= width)] = fill
