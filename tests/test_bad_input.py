@@ -321,6 +321,10 @@ def test_nothing_to_predict(refused, weights, tmp_path):
     refused("predict", weights, tmp_path, "--top", "0", words=["top=0", "at least 1"])
 
 
+def test_shards_need_an_engine(refused, weights, data):
+    refused("predict", weights, data, "a.tar", words=["a.tar is a shard", "--engine ray"])
+
+
 def test_predictions_to_an_unwritable_place(refused, weights, data, tmp_path):
     refused("predict", weights, data, "--out", data / "cat" / "0.png" / "x.csv", words=["cannot write", "x.csv"])
 

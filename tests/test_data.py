@@ -191,6 +191,22 @@ def test_a_class_may_be_called_test(tmp_path):
     assert splits_from_json(str(root), splits.json(), True).train.labels == splits.train.labels
 
 
+def test_labels_that_were_changed_are_refused_where_the_split_was_drawn(tmp_path):
+    folder_of(tmp_path, {"cat": 6, "dog": 6})
+    rows = [f"{path.relative_to(tmp_path)},{path.parent.name}" for path in sorted(tmp_path.rglob("*.png"))]
+    table = tmp_path / "labels.csv"
+    table.write_text("\n".join(["image,label", *rows]))
+    splits = open_splits(str(table), 0, 16)
+    stored = json.loads(json.dumps(splits.json()))
+    assert splits_from_json(str(table), stored, True).train.labels == splits.train.labels
+    table.write_text(table.read_text().replace(f"{splits.train.keys[0]},cat", f"{splits.train.keys[0]},dog"))
+    told = r"the train part is not that of the run's split.json \((\d+) images, \1 then, or other names or labels"
+    with pytest.raises(UserError, match=told):
+        splits_from_json(str(table), stored, True)
+    del stored["sha256"]  # of a run from before the digests
+    assert splits_from_json(str(table), stored, True).train.labels != splits.train.labels
+
+
 def test_an_image_that_has_gone_is_named(tmp_path):
     root = folder_of(tmp_path, {"cat": 6, "dog": 6})
     splits = open_splits(str(root), 0, 16)

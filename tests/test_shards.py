@@ -298,6 +298,8 @@ def test_sharding_keeps_splits_classes_and_bytes(tmp_path, capsys):
     folder = class_folder(tmp_path / "photos", {"cat": 4, "dog": 3}, ("train", "val"))
     assert main(["shard", str(folder), str(tmp_path / "out"), "--per-shard", "3"]) == 0
     assert "train: 7 images in 3 shards" in capsys.readouterr().out
+    assert main(["shard", str(folder), str(tmp_path / "one")]) == 0
+    assert "train: 7 images in 1 shard\n" in capsys.readouterr().out
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     tars = [f"{part}-{i:06}.tar" for part in ("train", "val") for i in range(3)]
     assert names == sorted(["classes.json", "index.json", *tars])
@@ -376,7 +378,11 @@ def test_train_shards_alone_give_a_tenth_to_val_by_seed(tmp_path):
 
 def test_a_class_without_training_images_is_named(tmp_path):
     webdataset_shards(tmp_path, {"train-0.tar": 2, "val-0.tar": 4})
-    with pytest.raises(UserError, match="the class '2' has no images"):
+    with pytest.raises(UserError, match="the class '2' has images in val and none in train"):
+        open_splits(str(tmp_path), 0, 16)
+    (tmp_path / "classes.json").write_text('["a", "b", "c", "d"]')
+    webdataset_shards(tmp_path, {"train-0.tar": 3, "val-0.tar": 3})
+    with pytest.raises(UserError, match="the class 'd' has no images; add some, or take its name from the list"):
         open_splits(str(tmp_path), 0, 16)
 
 

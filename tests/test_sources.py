@@ -132,6 +132,21 @@ def test_wrong_tables_are_named_with_their_line(tmp_path, text, words):
         open_parts(str(tmp_path / "labels.csv"))
 
 
+def test_a_table_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="there is no table at .*labels.csv; check the path"):
+        open_parts(str(tmp_path / "labels.csv"))
+
+
+def test_a_class_that_train_lacks_is_named(tmp_path):
+    class_folder(tmp_path, {"x": 6})
+    kinds = ["cat,train", "dog,train", "cow,val", "cat,val", "cow,test", "dog,test"]
+    lines = ["image,label,split", *(f"x/{i}.png,{kind}" for i, kind in enumerate(kinds))]
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    told = "labels.csv: the class 'cow' has images in val and test and none in train; add some there, or remove those"
+    with pytest.raises(UserError, match=told):
+        open_splits(str(tmp_path / "labels.csv"), 0, 8)
+
+
 # torchvision
 
 

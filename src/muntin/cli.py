@@ -198,8 +198,12 @@ def _shard(args: Any) -> int:
         args.data, args.out, args.per_shard, args.megabytes or MEGABYTES, args.seed, args.on_bad_image
     )
     for part, (images, shards) in counts.items():
-        print(f"{args.out}: {part}: {images} images in {shards} shards")
+        print(f"{args.out}: {part}: {_count(images, 'image')} in {_count(shards, 'shard')}")
     return 0
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _describe_train(parser: Any) -> None:

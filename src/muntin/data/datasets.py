@@ -66,7 +66,7 @@ class Splits:
     """Disjoint parts of one data set. `test` is None where a folder has train and val alone.
 
     `plain_resize` says that the images are no larger than the model's input: nothing is cropped then. `given`: the data
-    come with their parts, and split.json holds how many images those have and a digest of them instead of all keys.
+    come with their parts, and split.json holds how many images those have and a digest of them, not all keys beside it.
     `left_out`: keys of images that could not be used.
     """
 
@@ -96,7 +96,8 @@ class Splits:
         """What split.json holds."""
         described: dict[str, Any] = {"classes": self.train.classes, "multi_label": self.multi_label}
         if not self.given:
-            return described | {name: part.keys for name, part in self.parts().items()}
+            digests = {name: part.digest() for name, part in self.parts().items()}
+            return described | {name: part.keys for name, part in self.parts().items()} | {"sha256": digests}
         given = {name: {"images": len(part), "sha256": part.digest()} for name, part in self.parts().items()}
         return described | {"given": given, "left_out": list(self.left_out)}
 
@@ -251,13 +252,17 @@ def _given_parts(root: Path) -> dict[str, Images]:
 
 
 def refuse_empty_classes(data: str, images: Images) -> None:
-    """Raise `UserError` where a class has no images to learn it from."""
+    """Raise `UserError` where a class has no images in its folder."""
     if not len(images):
         raise UserError(f"{data} has no images ({', '.join(sorted(SUFFIXES))}) in its class folders; add some")
-    present = {one for label in images.labels for one in (label if isinstance(label, list) else [label])}
-    empty = [name for label, name in enumerate(images.classes) if label not in present]
-    if empty:
+    if empty := empty_classes(images):
         raise UserError(f"{data}: the class {empty[0]!r} has no images; add some or remove its folder")
+
+
+def empty_classes(images: Images) -> list[str]:
+    """The classes that no image is of."""
+    present = {one for label in images.labels for one in (label if isinstance(label, list) else [label])}
+    return [name for label, name in enumerate(images.classes) if label not in present]
 
 
 def write_held_out(images: Images, folder: Path) -> None:

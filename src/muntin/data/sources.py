@@ -21,11 +21,11 @@ from muntin.data.datasets import (
     PARTS,
     Images,
     Splits,
+    empty_classes,
     folder_part,
     folder_parts,
     load_digits,
     read_folder,
-    refuse_empty_classes,
     select,
     stratified,
 )
@@ -119,12 +119,27 @@ def open_splits(
     given = {"train", "val"} <= set(parts)
     parts = without(parts, checked.bad)
     if learned == "train" or data != "digits":
-        refuse_empty_classes(data, parts[learned])
+        _refuse_unlearned(data, parts, learned)
     parts = _divided(data, parts, seed)
     test = parts.get("test")
     left_out = tuple(checked.bad) if given else ()
     whole = median(checked.sides) <= size
     return Splits(parts["train"], parts["val"], test if test and len(test) else None, whole, given, left_out)
+
+
+def _refuse_unlearned(data: str, parts: Mapping[str, Images], learned: str) -> None:
+    """Raise `UserError` where a class has no images to learn it from."""
+    empty = empty_classes(parts[learned])
+    if not empty:
+        return
+    name = empty[0]
+    others = [part for part, images in parts.items() if name not in empty_classes(images)]
+    if others:
+        raise UserError(
+            f"{data}: the class {name!r} has images in {' and '.join(others)} and none in {learned}; add some there, "
+            f"or remove those in {' and '.join(others)}"
+        )
+    raise UserError(f"{data}: the class {name!r} has no images; add some, or take its name from the list of classes")
 
 
 def without(parts: Mapping[str, Images], left_out: Any) -> dict[str, Images]:
@@ -181,6 +196,8 @@ def splits_from_json(data: str, stored: Mapping[str, Any], plain_resize: bool) -
     if splits.multi_label != stored.get("multi_label", False):
         now, was = ("several labels", "one class") if splits.multi_label else ("one class", "several labels")
         raise UserError(f"{data} gives an image {now}, {was} when the run began; put the labels back as they were")
+    for name, digest in stored.get("sha256", {}).items():
+        _refuse_changed(data, name, splits.parts(), {"images": len(stored[name]), "sha256": digest})
     return splits
 
 

@@ -47,6 +47,8 @@ def _rows(path: Path) -> list[tuple[str, str, str]]:
                     f"{path} has no column {missing[0]!r}{nearest(missing[0], heads)}; begin it with image,label"
                 )
             rows = [(row["image"] or "", row["label"] or "", row.get("split") or "") for row in reader]
+    except FileNotFoundError as error:
+        raise UserError(f"there is no table at {path}; check the path") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path} ({error}); give a CSV in UTF-8 that begins with image,label") from error
     if not rows:

@@ -339,6 +339,9 @@ def predict(
         raise UserError(f"{opened.path} does not name its classes; export it from a run, or with classes=...")
     choice = chosen(str(opened.path), opened.classes, opened.multi_label, top, threshold)
     files = find_images(list(inputs))
+    shard = next((file for file in files if file.suffix == ".tar"), None)
+    if shard is not None:
+        raise UserError(f"{shard} is a shard of many images; predict shards with --engine ray and --out FOLDER")
     rows: list[Prediction] = []
     batches = [files[i : i + batch_size] for i in range(0, len(files), batch_size)]
     for batch, images in progress(_decoded(batches, opened.transform), len(batches), "predicting"):
