@@ -21,6 +21,7 @@ from muntin.data.device import Prepare
 from muntin.data.loading import EpochBatches, evaluation_loader, shared_batch, training_loader
 from muntin.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from muntin.errors import UserError
+from muntin.heads import HEADS
 from muntin.models import published
 from muntin.run import METRICS, TITLES, Run, read_json, save_model, write_json
 from muntin.tasks.asked import model_name
@@ -48,7 +49,7 @@ from muntin.tasks.settings import Settings
 
 SIZES = {"detect": 800, "instance": 800, "segment": 512}  # shorter side, where the settings name none
 LONGER = {"detect": 1333 / 800, "instance": 1333 / 800, "segment": 4.0}  # longest over shorter side, likewise
-HEADS = {"detect": "retinanet", "instance": "mask_rcnn", "segment": "semantic_fpn"}
+USUAL = {"detect": "retinanet", "instance": "mask_rcnn", "segment": "upernet"}  # heads
 
 
 def train_dense(
@@ -107,7 +108,7 @@ def with_dense_defaults(settings: Settings) -> Settings:
     workers = settings.workers if settings.workers is not None else min(os.cpu_count() or 1, 8)
     drop_path = settings.drop_path if settings.drop_path is not None else published(name).get("drop_path", 0.1)
     longer = settings.longer or round(size * LONGER[task])
-    head = settings.head or HEADS[task]
+    head = settings.head or USUAL[task]
     if settings.compile:
         raise UserError("compile=True: images of detection and segmentation have many sizes; leave it out")
     return replace(settings, size=size, longer=longer, workers=workers, drop_path=drop_path, head=head)
@@ -115,13 +116,12 @@ def with_dense_defaults(settings: Settings) -> Settings:
 
 def build(settings: Settings, num_classes: int, meta: bool = False) -> Any:
     """The model of the settings with random weights; on "meta" only its shapes."""
-    from muntin.heads import HEADS as KINDS
-
-    if settings.head in KINDS and KINDS[settings.head].task != settings.task:
-        fitting = ", ".join(name for name, kind in KINDS.items() if kind.task == settings.task)
+    task = HEADS.get(settings.head, settings.task)
+    if task != settings.task:
+        fitting = ", ".join(name for name in HEADS if HEADS[name] == settings.task)
         raise UserError(
-            f"head={settings.head} is for task={KINDS[settings.head].task}, not {settings.task}; for this one take "
-            f"{fitting}, or give --task {KINDS[settings.head].task}"
+            f"head={settings.head} is for task={task}, not {settings.task}; for this one take {fitting}, or give --task "
+            f"{task}"
         )
     config = dict(settings.model_config)
     if settings.weights:
