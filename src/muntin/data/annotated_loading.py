@@ -21,7 +21,7 @@ AnnotatedAugment = Callable[[Image.Image, dict[str, Any], Seed], tuple[Tensor, d
 
 
 class AnnotatedTrainingSet(TrainingSet):
-    """Augmented images, (3, H, W) uint8, with their targets, less the crowds: those are objects of evaluation alone."""
+    """Augmented images, (3, H, W) uint8, with their targets."""
 
     images: Annotated  # type: ignore[assignment]
     augment: AnnotatedAugment  # type: ignore[assignment]
@@ -30,11 +30,7 @@ class AnnotatedTrainingSet(TrainingSet):
         super().__init__(images, augment, seed, bad_files)  # type: ignore[arg-type]
 
     def sample(self, position: int, seed: Seed) -> tuple[Tensor, dict[str, Any]]:
-        target = self.images.target(position)
-        if "crowd" in target and target["crowd"].any():
-            single = ~target["crowd"]
-            target = {name: value[single] for name, value in target.items()}
-        return self.augment(self.images.picture(position), target, seed)
+        return self.augment(self.images.picture(position), self.images.target(position), seed)
 
 
 @dataclass(frozen=True)

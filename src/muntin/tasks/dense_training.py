@@ -49,6 +49,7 @@ from muntin.tasks.settings import Settings
 
 SIZES = {"detect": 800, "instance": 800, "segment": 512}  # shorter side, where the settings name none
 LONGER = {"detect": 1333 / 800, "instance": 1333 / 800, "segment": 4.0}  # longest over shorter side, likewise
+CROPPED = 0.5  # of the images, with `crop`
 USUAL = {"detect": "retinanet", "instance": "mask_rcnn", "segment": "upernet"}  # heads
 
 
@@ -65,8 +66,9 @@ def train_dense(
     settings = with_dense_defaults(settings)
     frozen(build(settings, num_classes=2, meta=True), settings.freeze)  # refuses what does not fit before reading images
     refuse_unwritable(folder)
-    splits = open_annotated(settings.data, settings.task, settings.seed)
-    _refuse_other_split(folder, splits, keep_split)
+    splits = open_annotated(settings.data, settings.task, settings.seed, settings.on_bad_image)
+    if keep_split and (folder / "split.json").exists():
+        splits.refuse_changed(settings.data, read_json(folder / "split.json"))
     shared_batch(len(splits.train), settings.batch_size, settings.accumulate, ranks.count)
     classes = splits.train.classes
     model = build(settings, num_classes=len(classes))
@@ -137,20 +139,6 @@ def build(settings: Settings, num_classes: int, meta: bool = False) -> Any:
         )
 
 
-def _refuse_other_split(folder: Path, splits: AnnotatedSplits, keep_split: bool) -> None:
-    """Raises `UserError` where a run goes on and its images or annotations are not what they were."""
-    path = folder / "split.json"
-    if not keep_split or not path.exists():
-        return
-    stored, now = read_json(path), splits.json()
-    other = [name for name, value in now.items() if stored.get(name) != value]
-    if other:
-        raise UserError(
-            f"the data have changed since {path} was written ({', '.join(other)}): put them back, or start another run "
-            "with --out"
-        )
-
-
 def _preprocessing(settings: Settings) -> dict[str, Any]:
     """How an image becomes the model's input. `size` is what a measurement takes."""
     return {
@@ -169,7 +157,7 @@ def _augmentation(settings: Settings) -> Any:
     if settings.task == "segment":
         return SegmentationAugment(settings.size, flip=settings.flip, distort=settings.photometric)
     smallest = settings.smallest or settings.size
-    return DetectionAugment(settings.size, settings.longer, smallest, settings.flip, settings.crop)
+    return DetectionAugment(settings.size, settings.longer, smallest, settings.flip, CROPPED if settings.crop else 0.0)
 
 
 def _fit(
