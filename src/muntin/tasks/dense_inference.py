@@ -24,7 +24,7 @@ from muntin.tasks.merging import View, merge
 from muntin.tasks.windows import LabelMap, windows
 
 CHUNK = 32  # images, at all scales together, among which those of one size are looked for
-LOGITS = 2**29  # bytes that the logits of one batch may take
+LOGITS = 2**28  # bytes that the logits of a batch may take, where it has several images or windows
 NMS, MOST = 0.5, 100  # of merged views, where a head does not say
 
 Item = TypeVar("Item")
@@ -136,11 +136,13 @@ def segment(
         maps = [LabelMap(size, views) for size, _ in chunk]
         for members in _alike(chunk):
             height, width = chunk[members[0][0]][1][members[0][1]].shape[1:]
-            logits = 4 * int(model.num_classes) * width * min(height, crop[0] if crop else height)  # type: ignore[arg-type]
-            for batch in batches(members, max(1, min(batch_size, LOGITS // logits))):
+            high, wide = (height, width) if crop is None else (min(crop[0], height), min(crop[1], width))
+            pixel = 4 * int(model.num_classes)  # type: ignore[arg-type]
+            most, limit = (max(1, min(batch_size, LOGITS // (pixel * high * side))) for side in (width, wide))
+            for batch in batches(members, most):
                 images = prepare(torch.stack([chunk[i][1][s] for i, s in batch]).to(device_of(model)))
                 for mirrored in mirrors:
-                    for top, bands in windows(model, images, crop, stride, mirrored, batch_size):
+                    for top, bands in windows(model, images, crop, stride, mirrored, limit):
                         for (i, _), band in zip(batch, bands, strict=True):
                             maps[i].add(band, top, height)
         for label_map in maps:

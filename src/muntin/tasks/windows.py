@@ -22,7 +22,7 @@ def windows(
     mirrored: bool = False,
     limit: int = 8,
 ) -> Iterator[tuple[int, Tensor]]:
-    """The first row and the logits (B, K, rows, w) of one band of rows after the other.
+    """The first row and the logits (B, K, rows, w) of one band of rows after the other, each valid until the next.
 
     images: (B, 3, h, w), normalised. crop, stride: of windows whose logits are averaged where they overlap, placed as
     mmsegmentation places them (the last ones end at the border); None for one look at the whole. mirrored: look at the
@@ -62,8 +62,9 @@ def _sliding(
                 band[..., left : left + wide] += logits
         done = following - top
         down = images.new_tensor(_cover(tops, high, top, done))
-        yield top, band[:, :, :done] / (down[:, None] * across)
-        band = F.pad(band[:, :, done:], (0, 0, 0, done))
+        yield top, band[:, :, :done].div_(down[:, None] * across)
+        band[:, :, : high - done] = band[:, :, done:].clone()
+        band[:, :, high - done :] = 0
 
 
 def _starts(side: int, crop: int, stride: int) -> list[int]:
@@ -86,34 +87,33 @@ class LabelMap:
         self.size, self.views = size, views
         self.map = torch.zeros(size, dtype=torch.uint8)
         self.total: Tensor | None = None
-        self.rows = torch.empty(0)  # of the view that is being added, from `first` on, as long as they are needed
+        self.rows = torch.empty(0)  # of the view that is being added: those from `first` on that are still needed
         self.first, self.next = 0, 0  # row of the view and of the picture
 
     def add(self, band: Tensor, top: int, height: int) -> None:
         """The rows from `top` on of a view that has `height` of them: (K, rows, w). Bands follow each other."""
         if top == 0:
-            self.rows, self.first, self.next = band, 0, 0
-        else:
-            self.rows = torch.cat([self.rows, band], 1)
-        known = self.first + self.rows.shape[1]
+            self.rows, self.first, self.next = band[:, :0], 0, 0
         places = ((torch.arange(self.size[0]) + 0.5) * (height / self.size[0]) - 0.5).clamp(0, height - 1)
+        step = max(1, STRIP // (band.shape[0] * max(self.size[1], band.shape[2])))
+        for part in band.split(step, 1):
+            self._add(part, places, height, step)
+
+    def _add(self, part: Tensor, places: Tensor, height: int, step: int) -> None:
+        """places: the row of the view, as a fraction, that each row of the picture lies at."""
+        rows = torch.cat([self.rows, part], 1)
         lower = places.floor().long()
         upper = (lower + 1).clamp(max=height - 1)
+        known = self.first + rows.shape[1]
         ready = int((upper < known).sum())
-        step = max(1, STRIP // (band.shape[0] * self.size[1]))
         for begin in range(self.next, ready, step):
             strip = slice(begin, min(begin + step, ready))
-            weight = (places - lower)[strip, None].to(band)
-            above = self.rows[:, (lower[strip] - self.first).to(band.device)]
-            below = self.rows[:, (upper[strip] - self.first).to(band.device)]
-            logits = above.lerp(below, weight)
+            above, below = (rows[:, (each[strip] - self.first).to(rows.device)] for each in (lower, upper))
+            logits = above.lerp(below, (places - lower)[strip, None].to(rows))
             self._put(strip, F.interpolate(logits[None], (logits.shape[1], self.size[1]), mode="bilinear")[0])
         self.next = ready
-        if ready < self.size[0]:
-            needed = int(lower[ready])
-            self.rows, self.first = self.rows[:, needed - self.first :], needed
-        else:
-            self.rows = torch.empty(0)
+        needed = min(int(lower[ready]), known) if ready < self.size[0] else known
+        self.rows, self.first = rows[:, needed - self.first :].clone(), needed
 
     def _put(self, strip: slice, logits: Tensor) -> None:
         """logits: (K, rows, W) of some rows of the picture."""
