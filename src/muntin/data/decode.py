@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from muntin.data.images import decode_image, decoding, read_bytes, refuse_bomb
+from muntin.data.images import ORIENTATION, decode_image, decoding, read_bytes, refuse_bomb
 
 Box = tuple[int, int, int, int]
 INTERPOLATIONS = {  # by name: torch's mode, and whether it averages when it makes smaller
@@ -26,7 +26,6 @@ INTERPOLATIONS = {  # by name: torch's mode, and whether it averages when it mak
     "nearest": ("nearest-exact", False),
 }
 EIGHTHS = 8  # of the full size, at any number of which libjpeg decodes
-ORIENTATION = 0x0112  # Exif's tag; 1 is upright
 HEADER = 65536  # bytes within which a file's Exif data begin
 
 

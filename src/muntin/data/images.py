@@ -16,6 +16,8 @@ from muntin.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 WHITE = (255, 255, 255)
+ORIENTATION = 0x0112  # Exif's tag; 1 is upright
+QUARTER_TURNS = 5  # the first of its values that exchange width and height
 
 
 class BadImage(UserError):
@@ -84,6 +86,14 @@ def check_image(data: bytes, name: str) -> tuple[int, int]:
         image.draft("RGB", (1, 1))  # a JPEG is then read at an eighth of its size, but still to its end
         image.load()
         return size
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Width and height when upright, from the file's header alone. Raises `BadImage` where it has none."""
+    with decoding(str(path)), Image.open(path) as image:
+        width, height = image.size
+        turned = image.getexif().get(ORIENTATION, 1) >= QUARTER_TURNS
+        return (height, width) if turned else (width, height)
 
 
 @contextlib.contextmanager
