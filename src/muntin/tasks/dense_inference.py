@@ -183,7 +183,7 @@ def ahead(function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[M
     with ThreadPoolExecutor(workers) as pool:
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * workers:
+            if len(waiting) > workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
