@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := .venv/bin
 RUN ?= runs/digits
 
-.PHONY: run test test-coreml test-executorch lint bench docs setup clean
+.PHONY: run run-detect run-segment after-training test test-coreml test-executorch lint bench docs setup clean
 .DEFAULT_GOAL := run
 
 setup: .venv/ready
@@ -27,6 +27,30 @@ run: .venv/ready  ## train, evaluate, export, predict, measure and report on han
 	@$(BIN)/muntin export $(RUN) --to onnx
 	@echo "== Predicting held-out images"
 	@$(BIN)/muntin predict $(RUN) $(RUN)/held_out --out $(RUN)/predictions.csv
+	@echo "== Measuring latency"
+	@$(BIN)/muntin bench $(RUN)
+	@echo "== Writing the report"
+	@$(BIN)/muntin report $(RUN)
+
+run-detect: RUN = runs/detect
+run-detect: .venv/ready  ## detection and instance segmentation on built-in scenes of digits, from nothing to an exported model
+	@echo "== Training Mask R-CNN on built-in scenes into $(RUN)"
+	@$(BIN)/muntin train --task instance --data scenes --out $(RUN) --resume
+	@$(MAKE) --no-print-directory after-training RUN=$(RUN)
+
+run-segment: RUN = runs/segment
+run-segment: .venv/ready  ## semantic segmentation on built-in scenes of digits, from nothing to an exported model
+	@echo "== Training a segmenter on built-in scenes into $(RUN)"
+	@$(BIN)/muntin train --task segment --data scenes --out $(RUN) --resume
+	@$(MAKE) --no-print-directory after-training RUN=$(RUN)
+
+after-training:
+	@echo "== Evaluating on the test split"
+	@$(BIN)/muntin eval $(RUN)
+	@echo "== Exporting to ONNX and comparing with PyTorch"
+	@$(BIN)/muntin export $(RUN) --to onnx
+	@echo "== Predicting held-out images"
+	@$(BIN)/muntin predict $(RUN) $(RUN)/held_out --out $(RUN)/predictions
 	@echo "== Measuring latency"
 	@$(BIN)/muntin bench $(RUN)
 	@echo "== Writing the report"

@@ -209,6 +209,8 @@ def _count(number: int, what: str) -> str:
 def _describe_train(parser: Any) -> None:
     parser.add_argument("--model", help="name of a model (see: muntin models); swin_free_digits for digits")
     parser.add_argument("--data", help="digits (default), FOLDER/CLASS/*, FOLDER/{train,val}/CLASS/*, or shards ...")
+    parser.add_argument("--task", help="classify (default), detect, instance or segment: --data is COCO JSON, VOC, masks")
+    parser.add_argument("--head", help="of a task but classify: retinanet, mask_rcnn, upernet ... (docs/detection.md)")
     parser.add_argument("--out", help="the run's folder (default: runs/DATA-MODEL)")
     parser.add_argument("--epochs", help="passes over the training images")
     parser.add_argument("--size", help="side of the model's input in pixels")
@@ -231,7 +233,7 @@ def _describe_train(parser: Any) -> None:
 def _train(args: Any) -> int:
     from muntin.tasks.settings import parse_sets
 
-    direct = {name: args[name] for name in ("model", "data", "epochs", "size", "seed") if args[name] is not None}
+    direct = {name: args[name] for name in ("model", "data", "task", "head", "epochs", "size", "seed") if args[name] is not None}
     settings = parse_sets(args.set) | direct | ({"deterministic": True} if args.deterministic else {})
     if args.recipe == "list":
         from muntin.tasks.recipes import describe_recipes

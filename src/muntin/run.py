@@ -33,7 +33,14 @@ if TYPE_CHECKING:
     from muntin.data.transforms import Evaluate
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk, a share of it or a file that can grow no more
-TITLES = {"accuracy": "accuracy", "map": "mAP"}  # of what a run is judged by
+TITLES = {  # of what a run is judged by
+    "accuracy": "accuracy",
+    "map": "mAP",
+    "box_ap": "box AP",
+    "mask_ap": "mask AP",
+    "miou": "mIoU",
+}
+METRICS = {"classify": "accuracy", "detect": "box_ap", "instance": "mask_ap", "segment": "miou"}  # by task
 METADATA = "muntin"  # the key of our JSON in a safetensors file's metadata
 
 
@@ -98,9 +105,9 @@ def save_model(
     preprocessing: dict[str, Any],
     multi_label: bool = False,
 ) -> Path:
-    """Write a classifier's weights with the metadata that rebuilds it (`Run.open`).
+    """Write the weights of a classifier, detector or segmenter with the metadata that rebuilds it (`Run.open`).
 
-    multi_label: its logits go through a sigmoid each, because an image may have several classes or none.
+    multi_label: a classifier's logits go through a sigmoid each, because an image may have several classes or none.
     """
     from dataclasses import asdict
 
@@ -114,6 +121,8 @@ def save_model(
         "multi_label": multi_label,
         **preprocessing,
     }
+    if hasattr(model, "head_name"):
+        described |= {"task": model.task, "head": model.head_name, "head_config": asdict(model.head_config)}  # type: ignore[call-overload]
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     return atomic_write(path, save(weights, {METADATA: json.dumps(described)}))
 
@@ -153,6 +162,9 @@ class Run:
     `preprocessing` holds plain values: `size` (H, W) of the model's input, `resize` the length of the shorter
     side before the centre crop (None: the whole image is resized to `size`), `mean` and `std` per channel for
     values in 0..1, `interpolation` ("bicubic"), `channels` ("RGB": every image is converted to it).
+    `task` is "classify", or "detect", "instance" or "segment"; of these `head` and `head_config` are what `create_dense`
+    takes, and `preprocessing["fit"]` has the sides that images are resized to: `shorter`, and `longer` at most.
+    `palette` are the colours of a segmentation's classes, where its data had some.
     """
 
     def __init__(self, path: Path, weights: Path, described: dict[str, Any], metrics: dict[str, Any]) -> None:
@@ -163,7 +175,13 @@ class Run:
         self.num_classes: int = described["num_classes"]
         self.classes: list[str] = described["classes"]
         self.multi_label = bool(described.get("multi_label", False))
-        self.preprocessing: dict[str, Any] = {key: described[key] for key in PREPROCESSING}
+        self.preprocessing: dict[str, Any] = {
+            key: described[key] for key in (*PREPROCESSING, "fit") if key in described or key != "fit"
+        }
+        self.task: str = described.get("task", "classify")
+        self.head: str = described.get("head", "")
+        self.head_config: dict[str, Any] = {k: _tuples(v) for k, v in described.get("head_config", {}).items()}
+        self.palette: list[tuple[int, int, int]] | None = _tuples(described["palette"]) if "palette" in described else None
         self.metrics = metrics
 
     @classmethod
@@ -189,11 +207,11 @@ class Run:
 
     @property
     def metric(self) -> str:
-        """What it is judged by, as in metrics.json: "accuracy", or with several labels "map"."""
-        return "map" if self.multi_label else "accuracy"
+        """What it is judged by, as in metrics.json: "accuracy", with several labels "map", otherwise by its task."""
+        return "map" if self.multi_label else METRICS[self.task]
 
     def model(self) -> torch.nn.Module:
-        """The classifier with its weights, in evaluation mode, on the CPU."""
+        """The model with its weights, in evaluation mode, on the CPU."""
         from safetensors.torch import load_file
 
         import muntin
@@ -204,7 +222,13 @@ class Run:
                 f"{self.weights} holds the model {self.name!r}, which is not part of Muntin; build it yourself "
                 f"and load the weights with muntin.load_checkpoint(model, {str(self.weights)!r})"
             )
-        model = muntin.create_model(self.name, num_classes=self.num_classes, **self.model_config)
+        model: torch.nn.Module
+        if self.head:
+            model = muntin.create_dense(
+                self.head, self.name, self.num_classes, head_config=self.head_config, **self.model_config
+            )
+        else:
+            model = muntin.create_model(self.name, num_classes=self.num_classes, **self.model_config)
         try:
             model.load_state_dict(load_file(self.weights))
         except RuntimeError as error:
@@ -220,7 +244,7 @@ class Run:
         return config.exists() and f"model: {self.name}" in config.read_text(encoding="utf-8").splitlines()
 
     def transform(self) -> "Evaluate":
-        """What turns an encoded image, or a PIL image of any mode, into the model's input, (3, H, W) float."""
+        """Of a classifier what turns an encoded image, or a PIL image of any mode, into the model's input, (3, H, W) float."""
         from muntin.data.transforms import Evaluate
 
         return Evaluate(**self.preprocessing)

@@ -58,8 +58,7 @@ class TrainingSet(Dataset[Sample]):
         others: np.ndarray | None = None
         for attempt in range(TRIES):
             try:
-                picture = self.images.read(position)
-                return self.augment(picture, seed), self.target(position, picture.size, seed)
+                return self.sample(position, seed)
             except BadImage as error:
                 if self.bad_files is None:
                     return error
@@ -70,6 +69,11 @@ class TrainingSet(Dataset[Sample]):
                 others = np.random.default_rng((*seed, 1)).integers(len(self.images), size=TRIES)
             position = int(others[attempt])
         return BadImage(f"{TRIES} images in a row cannot be used; see {self.bad_files.path if self.bad_files else ''}")
+
+    def sample(self, position: int, seed: Seed) -> Any:
+        """An image augmented with `seed`, and its target."""
+        picture = self.images.read(position)
+        return self.augment(picture, seed), self.target(position, picture.size, seed)
 
     def target(self, position: int, size: tuple[int, int], seed: Seed) -> Any:
         """What the model is to say of an image, of this width and height before it was augmented with `seed`."""
@@ -192,26 +196,30 @@ class Loader(DataLoader[Sample]):
             yield batch
 
 
-def training_loader(data: TrainingSet, batches: EpochBatches, workers: int) -> Loader:
-    """Batches of (B, 3, H, W) uint8 and targets, (B,) or (B, K)."""
+def training_loader(
+    data: Dataset[Any], batches: EpochBatches, workers: int, collate_fn: Callable[[list[Any]], Any] | None = None
+) -> Loader:
+    """Batches of (B, 3, H, W) uint8 and targets, (B,) or (B, K), or of what `collate_fn` makes of samples."""
     return Loader(
         data,
         batch_sampler=batches,  # of items, not integers
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=collate_fn or collate,
         persistent_workers=workers > 0,
         worker_init_fn=_quiet if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
 
 
-def evaluation_loader(data: EvaluationSet, batch_size: int, workers: int) -> Loader:
-    """All images in order, in batches of what `data` makes of them."""
+def evaluation_loader(
+    data: Dataset[Any], batch_size: int, workers: int, collate_fn: Callable[[list[Any]], Any] | None = None
+) -> Loader:
+    """All images in order, in batches of what `data`, and `collate_fn` where it is given, make of them."""
     return Loader(
         data,
         batch_size=batch_size,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=collate_fn or collate,
         persistent_workers=workers > 0,
         worker_init_fn=_quiet if workers else None,
         pin_memory=torch.cuda.is_available(),

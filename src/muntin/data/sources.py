@@ -33,11 +33,12 @@ from muntin.data.shards import local_shards
 from muntin.errors import UserError
 
 WHOLE = "all"  # the part of data that come in one
+SCENES = "scenes"  # the built-in set for detection and segmentation
 
 
 def is_address(data: str) -> bool:
     """Whether `--data` names something other than a path: it is the same from any folder."""
-    return data == "digits" or bool(re.match(r"https?://|torchvision:", data))
+    return data in ("digits", SCENES) or bool(re.match(r"https?://|torchvision:", data))
 
 
 def absolute(data: str) -> str:
@@ -70,6 +71,8 @@ def _reader(data: str) -> Callable[[str], dict[str, Images]]:
     """What reads this kind of source; what a kind needs is imported for it alone."""
     if data == "digits":
         return lambda _: {WHOLE: load_digits()}
+    if data == SCENES:
+        raise UserError(f"{SCENES} are for detection and segmentation: add --task detect, instance or segment")
     if data.startswith("torchvision:"):
         from muntin.data.builtin import builtin_parts
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from muntin.data.sources import absolute, short_name
+from muntin.data.sources import SCENES, absolute, short_name
 from muntin.errors import UserError
 from muntin.tasks.recipes import read_config, read_recipe
-from muntin.tasks.settings import Settings, settings_from
+from muntin.tasks.settings import TASKS, Settings, settings_from
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,34 @@ def ask(
 ) -> Asked:
     """Later layers win: the recipe, the file, the settings (None where nothing was said).
 
-    The recipe is that of the digits where these are the data and none is named. Raises `UserError` naming what is
-    wrong.
+    The recipe is that of the digits where these are the data and none is named; for detection and segmentation that of
+    the task, or for the built-in scenes theirs. Raises `UserError` naming what is wrong.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     from_recipe = read_recipe(recipe) if recipe is not None else {}
     told = _absolute(from_recipe | (read_config(os.fspath(config)) if config is not None else {}) | given)
-    usual = recipe is None and told.get("data", Settings.data) == "digits"
-    found = settings_from(read_recipe("digits") if usual else {}, told)
-    name = f"{short_name(found.data)}-{model_name(found)}"
+    task = told.get("task", Settings.task)
+    if from_recipe.get("task", task) != task:
+        raise UserError(
+            f"recipe {recipe} is for task={from_recipe['task']}, not {task}; leave out --task, or choose another recipe "
+            "(muntin train --recipe list)"
+        )
+    if recipe is not None and "task" not in from_recipe and task != Settings.task:
+        raise UserError(f"recipe {recipe} is for task={Settings.task}, not {task}; see muntin train --recipe list")
+    usual = read_recipe(default) if recipe is None and (default := _usual(task, told.get("data"))) else {}
+    found = settings_from(usual, told)
+    parts = [short_name(found.data), found.head, model_name(found)]
+    name = "-".join(part for part in parts if part)
     return Asked(told, found, Path(out) if out is not None else Path("runs") / name)
+
+
+def _usual(task: str, data: str | None) -> str:
+    """The recipe of a task and data where none is named, "" for none."""
+    if task == Settings.task:
+        return "digits" if data in (None, "digits") else ""
+    if task not in TASKS:
+        return ""  # which the settings refuse
+    return f"scenes/{task}" if data in (None, SCENES) else task
 
 
 def model_name(settings: Settings) -> str:

@@ -189,7 +189,7 @@ class Saver(lightning.Callback):
             {
                 "epoch": epoch,
                 "train_loss": pl_module.train_loss(),
-                "val_loss": found["loss"],
+                **({"val_loss": found["loss"]} if "loss" in found else {}),
                 f"val_{self.metric}": found[self.metric],
                 "lr": trainer.optimizers[0].param_groups[0]["lr"],
                 "seconds": time.monotonic() - self._epoch_started,
@@ -241,7 +241,9 @@ def preferred(results: dict[str, dict[str, float]], images: int, metric: str = "
 
 def history_csv(rows: list[dict[str, float]], metric: str = "accuracy") -> bytes:
     """history.csv: one line per epoch."""
-    columns = ("epoch", "train_loss", "val_loss", f"val_{metric}", "lr", "seconds")
+    columns = ["epoch", "train_loss", "val_loss", f"val_{metric}", "lr", "seconds"]
+    if rows and "val_loss" not in rows[0]:  # detectors have a loss in training alone
+        columns.remove("val_loss")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
@@ -306,7 +308,8 @@ class Progress(lightning.Callback):
         left = (self.epochs * pl_module.steps_per_epoch - trainer.global_step) / max(rate, 1e-9)
         print(
             f"epoch {row['epoch']:>3}/{self.epochs}  train loss {row['train_loss']:.3f}  "
-            f"val loss {row['val_loss']:.3f}  val {TITLES[metric]} {row[f'val_{metric}']:.2%}  "
+            + (f"val loss {row['val_loss']:.3f}  " if "val_loss" in row else "")
+            + f"val {TITLES[metric]} {row[f'val_{metric}']:.2%}  "
             f"{rate:.1f} steps/s  {duration(left)} left{remark}",
             flush=True,
         )

@@ -20,11 +20,19 @@ from muntin.data.augment import Augment, Distort, Photographs, Plain
 from muntin.data.check import BadFiles
 from muntin.data.datasets import Splits
 from muntin.data.device import Prepare
-from muntin.data.loading import EpochBatches, EvaluationSet, TrainingSet, evaluation_loader, training_loader
+from muntin.data.loading import (
+    EpochBatches,
+    EvaluationSet,
+    Loader,
+    TrainingSet,
+    evaluation_loader,
+    training_loader,
+)
 from muntin.data.token_labels import DenseLabels, TokenLabelledSet
 from muntin.data.transforms import Evaluate
 from muntin.errors import UserError
 from muntin.run import FULL
+from muntin.tasks.base import Task
 from muntin.tasks.callbacks import Progress, Saver, Stopped
 from muntin.tasks.checkpoints import AtomicCheckpoints, read_checkpoint
 from muntin.tasks.classification import Classification
@@ -108,16 +116,35 @@ def fit(
         assert isinstance(augment, Photographs)
         training = TokenLabelledSet(splits.train, augment, settings.seed, bad_files, labels)
     validation = EvaluationSet(splits.val, Evaluate(**preprocessing).bytes, (ranks.rank, ranks.count))
+    return train_task(
+        folder,
+        settings,
+        task,
+        training_loader(training, batches, workers),
+        evaluation_loader(validation, min(evaluated, len(validation)), workers),
+        saver,
+        ranks,
+        start,
+    )
+
+
+def train_task(
+    folder: Path,
+    settings: Settings,
+    task: Task,
+    training: Loader,
+    validation: Loader,
+    saver: Saver,
+    ranks: Ranks,
+    start: Start | None,
+) -> Fitted:
+    """Run Lightning's trainer to the end. Raises `Interrupted` when a signal stopped it, and `UserError` where the disk
+    or the memory is too small.
+    """
     trainer = _trainer(folder, settings, ranks, [saver, Progress(saver, settings.epochs)], start)
     try:
         with quiet_lightning():
-            trainer.fit(
-                task,
-                training_loader(training, batches, workers),
-                evaluation_loader(validation, min(evaluated, len(validation)), workers),
-                ckpt_path=start.path if start else None,
-                weights_only=True,
-            )
+            trainer.fit(task, training, validation, ckpt_path=start.path if start else None, weights_only=True)
     except Stopped as stop:
         raise Interrupted(
             f"stopped by {stop}; continue with: muntin train --out {folder} --resume", stop.number

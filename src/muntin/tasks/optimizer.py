@@ -9,6 +9,7 @@ from muntin.models.backbone import NO_DECAY
 from muntin.tasks.settings import Settings
 
 FLOOR = 0.01  # the last learning rate over the peak, where the settings name none
+DROP = 0.1  # of the rate at each of `drops`
 _BLOCK = re.compile(r"stages\.(\d+)\.(?:blocks\.(\d+)\.)?")
 
 
@@ -65,19 +66,28 @@ def groups(model: nn.Module, settings: Settings) -> list[dict[str, object]]:
 
 
 def rate(step: int, settings: Settings, steps_per_epoch: int) -> float:
-    """The learning rate at a step over its peak: linear warm-up, then a cosine down to the floor.
+    """The learning rate at a step over its peak: linear warm-up, then a cosine down to the floor, steps, or a power.
 
     The warm-up starts from `warmup_lr` at step 0 and reaches the peak at its end; without one it starts from a step's
-    worth. It takes half of the training at most.
+    worth. It takes half of the training at most. After it "steps" multiplies by a tenth at the end of each epoch of
+    `drops`; "poly" by (1 - step / all steps)^power from the first step on, as mmcv does.
     """
     peak = settings.peak()
-    total = settings.epochs * steps_per_epoch
-    warmup = min(settings.warmup * steps_per_epoch, total / 2)
+    total = settings.steps or settings.epochs * steps_per_epoch
+    warmup = min(settings.warmup_steps or settings.warmup * steps_per_epoch, total / 2)
+    left = 1.0
+    if settings.schedule == "poly":
+        floor = min((settings.floor_lr or 0.0) / peak, 1.0)
+        left = floor + (1 - floor) * (1 - min(step / total, 1.0)) ** settings.power
     if step < warmup:
         if settings.warmup_lr is None:
-            return (step + 1) / (warmup + 1)
+            return left * (step + 1) / (warmup + 1)
         start = settings.warmup_lr / peak
-        return start + (1 - start) * step / warmup
+        return left * (start + (1 - start) * step / warmup)
+    if settings.schedule == "steps":
+        return DROP ** sum(step >= drop * steps_per_epoch for drop in settings.drops)
+    if settings.schedule == "poly":
+        return left
     floor = FLOOR if settings.floor_lr is None else min(settings.floor_lr / peak, 1.0)
     done = (step - warmup) / max(total - warmup, 1)
     return floor + (1 - floor) * (1 + math.cos(math.pi * min(done, 1.0))) / 2

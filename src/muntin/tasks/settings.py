@@ -1,6 +1,7 @@
 """Training settings: one flat set of plain values, for the command line, YAML files and config.yaml alike.
 
-A field of the model's configuration is written `model.FIELD`, as in `--set model.window=[4,8,4,2]`.
+A field of the model's configuration is written `model.FIELD`, as in `--set model.window=[4,8,4,2]`, one of the head of
+a detector or segmenter `head.FIELD`.
 """
 
 import math
@@ -14,6 +15,13 @@ from muntin.errors import UserError, nearest
 
 AUGMENTS = ("photographs", "distort", "none")
 MODEL_PREFIX = "model."
+HEAD_PREFIX = "head."
+TASKS = ("classify", "detect", "instance", "segment")
+_CLASSIFY = (  # settings of classification alone, and of the other tasks alone
+    "repeats label_smoothing mixup cutmix augment randaugment color_jitter erasing distortion teacher distillation "
+    "distill_alpha distill_tau token_labels token_weight mix_token"
+).split()
+_DENSE = "head longer smallest crop flip photometric freeze_norms schedule drops power steps warmup_steps".split()
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,16 @@ class Settings:
     "hard" (the teacher's decision); distill_alpha: the share of its loss. token_labels: a folder of dense label files
     (docs/training.md), "" for none; token_weight: factor of their loss; mix_token: paste boxes of tokens; mixup and
     cutmix are off with token labels.
+
+    **Detection and segmentation.** task: "detect" (boxes), "instance" (boxes and masks) or "segment" (a class for each
+    pixel); head: a name in `muntin.heads.HEADS`, head_config: its fields, written head.FIELD; size: then of the shorter
+    side in pixels, of segmentation's square crops in training too; longer: what the longer side is at most (None: any),
+    the shorter is less where that is needed; smallest: the shorter side is drawn from here up to size (None: always
+    size); crop: half of the images are first cut to 384 to 600 pixels and resized (as DETR does); flip: the share of
+    images that are mirrored; photometric: brightness, contrast, saturation and hue are drawn; freeze_norms: statistics
+    and affine parts of the backbone's BatchNorms stay. schedule: "cosine", "steps" (a tenth of the rate from each epoch
+    of `drops` on) or "poly" (the rest of the training, to the power of `power`); steps: of the whole training, in place
+    of epochs; warmup_steps: in place of warmup.
 
     **Losing nothing.** spike: a step whose loss is so many times the running mean, and above 1, is skipped as one that
     is not finite (0: only the latter); max_skips: so many in a row end the training; patience: stop after so many
@@ -110,6 +128,19 @@ class Settings:
     token_weight: float = 0.5
     mix_token: bool = True
 
+    head: str = ""
+    longer: int | None = None
+    smallest: int | None = None
+    crop: bool = False
+    flip: float = 0.5
+    photometric: bool = False
+    freeze_norms: bool = False
+    schedule: str = "cosine"
+    drops: tuple[int, ...] = ()
+    power: float = 1.0
+    steps: int = 0
+    warmup_steps: int = 0
+
     spike: float = 10.0
     max_skips: int = 50
     patience: int = 0
@@ -129,6 +160,7 @@ class Settings:
     strategy: str = "auto"
 
     model_config: Mapping[str, Any] = field(default_factory=dict)
+    head_config: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for names, valid, remedy in _RANGES:
@@ -140,6 +172,7 @@ class Settings:
             value = getattr(self, name)
             if value not in words:
                 raise UserError(f"{name}={value!r} is unknown{nearest(value, words)}; valid are {', '.join(words)}")
+        self._refuse_other_tasks()
         if self.nodes > 1 and not self.rendezvous:
             raise UserError(f"nodes={self.nodes}: say where they meet, as in --set rendezvous=FIRST-MACHINE:29500")
         if self.strategy == "fsdp" and self.precision == "16":
@@ -150,6 +183,30 @@ class Settings:
             )
         if self.clip and self.agc:
             raise UserError(f"clip={self.clip} and agc={self.agc} both clip gradients; set one of them to 0")
+
+    @property
+    def dense(self) -> bool:
+        """Whether the task is detection or segmentation."""
+        return self.task != "classify"
+
+    def _refuse_other_tasks(self) -> None:
+        """Raises `UserError` for what only another task listens to."""
+        others = _CLASSIFY if self.dense else _DENSE
+        usual = {f.name: f.default for f in fields(self)}
+        wrong = [f"{name}={getattr(self, name)}" for name in others if getattr(self, name) != usual[name]]
+        if not self.dense:
+            wrong += [f"{HEAD_PREFIX}{name}={value}" for name, value in self.head_config.items()]
+        if wrong:
+            tasks = "classify" if self.dense else ", ".join(TASKS[1:])
+            raise UserError(
+                f"{', '.join(wrong)}: of no use to task={self.task}, only to {tasks}; leave it out, or give --task"
+            )
+        if self.longer is not None and self.size is not None and self.longer < self.size:
+            raise UserError(f"longer={self.longer} is less than size={self.size}, the shorter side; give more")
+        if self.smallest is not None and self.size is not None and self.smallest > self.size:
+            raise UserError(f"smallest={self.smallest} is more than size={self.size}; give a number up to that")
+        if self.schedule == "steps" and not self.drops:
+            raise UserError("schedule=steps: say after which epochs the rate drops, as in --set drops=[8,11]")
 
     def peak(self) -> float:
         """The peak learning rate at this batch size."""
@@ -162,22 +219,24 @@ class Settings:
 
     def flat(self) -> dict[str, Any]:
         """Plain values under the names that `--set` takes: what config.yaml holds."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "model_config"}
-        return values | {MODEL_PREFIX + name: _lists(value) for name, value in self.model_config.items()}
+        left_out = {"model_config", "head_config", *(_CLASSIFY if self.dense else _DENSE)}
+        values = {f.name: _lists(getattr(self, f.name)) for f in fields(self) if f.name not in left_out}
+        values |= {MODEL_PREFIX + name: _lists(value) for name, value in self.model_config.items()}
+        return values | {HEAD_PREFIX + name: _lists(value) for name, value in self.head_config.items()}
 
 
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
-        "epochs size batch_size accumulate repeats threads nodes keep max_skips",
+        "epochs size batch_size accumulate repeats threads nodes keep max_skips longer smallest",
         lambda value: value >= 1,
         "give a whole number of at least 1",
     ),
     (
-        "seed workers patience freeze lr_batch ema_batch devices",
+        "seed workers patience freeze lr_batch ema_batch devices steps warmup_steps",
         lambda value: value >= 0,
         "give a whole number of at least 0",
     ),
-    ("lr save_minutes distill_tau", lambda value: value > 0, "give a positive number"),
+    ("lr save_minutes distill_tau power", lambda value: value > 0, "give a positive number"),
     (
         "weight_decay warmup warmup_lr floor_lr clip agc mixup cutmix distortion color_jitter token_weight spike",
         lambda value: value >= 0,
@@ -189,10 +248,11 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "give a number from 0 up to, but not, 1",
     ),
     ("layer_decay", lambda value: 0 < value <= 1, "give a number above 0 and up to 1"),
-    ("distill_alpha", lambda value: 0 <= value <= 1, "give a number from 0 to 1"),
+    ("distill_alpha flip", lambda value: 0 <= value <= 1, "give a number from 0 to 1"),
 )
 _WORDS = {
-    "task": ("classify",),
+    "task": TASKS,
+    "schedule": ("cosine", "steps", "poly"),
     "augment": AUGMENTS,
     "precision": ("auto", "bf16", "16", "32"),
     "on_bad_image": ("error", "skip"),
@@ -209,17 +269,20 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, (tuple, list)) else value
 
 
-TYPES = {name: hint for name, hint in typing.get_type_hints(Settings).items() if name != "model_config"}
+TYPES = {name: hint for name, hint in typing.get_type_hints(Settings).items() if not name.endswith("_config")}
 
 
 def settings_from(*layers: Mapping[str, Any]) -> Settings:
     """Settings from flat mappings, later ones winning. Raises `UserError` naming an unknown or wrong entry."""
     values: dict[str, Any] = {}
     model_config: dict[str, Any] = {}
+    head_config: dict[str, Any] = {}
     for layer in layers:
         for name, value in layer.items():
             if name.startswith(MODEL_PREFIX):
                 model_config[name.removeprefix(MODEL_PREFIX)] = _tuples(value)
+            elif name.startswith(HEAD_PREFIX):
+                head_config[name.removeprefix(HEAD_PREFIX)] = _tuples(value)
             elif name in TYPES:
                 values[name] = _convert(name, value)
             else:
@@ -227,12 +290,16 @@ def settings_from(*layers: Mapping[str, Any]) -> Settings:
                     f"there is no setting {name!r}{nearest(name, TYPES)}; valid are {', '.join(TYPES)}, and "
                     f"{MODEL_PREFIX}FIELD for a field of the model's configuration"
                 )
-    return Settings(**values, model_config=model_config)
+    return Settings(**values, model_config=model_config, head_config=head_config)
 
 
 def _convert(name: str, value: Any) -> Any:
     """The value as the setting's type: YAML reads 1e-3 as text, and 1 where 1.0 is meant."""
     hint = TYPES[name]
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)) or not all(type(item) is int and item > 0 for item in value):
+            raise UserError(f"{name}={value!r}: give whole numbers, as in {name}=[8,11]")
+        return tuple(value)
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in kinds:
         return None

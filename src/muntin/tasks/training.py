@@ -18,7 +18,7 @@ from muntin.data.token_labels import DenseLabels
 from muntin.data.transforms import CROP, IMAGENET_MEAN, IMAGENET_STD
 from muntin.errors import UserError
 from muntin.models import published
-from muntin.run import TITLES, Run, atomic_write, read_json, save_model, write_json
+from muntin.run import TITLES, Run, read_json, save_model, write_json
 from muntin.tasks.asked import ask, model_name, refuse_other_processes, stored_settings
 from muntin.tasks.base import freeze, frozen
 from muntin.tasks.callbacks import duration, epochs_done
@@ -28,16 +28,21 @@ from muntin.tasks.expense import long_epochs
 from muntin.tasks.fitting import Fitted, augmentation, fit, threads
 from muntin.tasks.inference import evaluate_images
 from muntin.tasks.multi_label import refuse_single_label_settings
-from muntin.tasks.precision import choose_precision
 from muntin.tasks.ranks import Ranks
-from muntin.tasks.recipes import to_yaml
+from muntin.tasks.recording import (
+    all_images,
+    described,
+    is_finished,
+    load_weights,
+    measure_latency,
+    record,
+    refuse_unwritable,
+    starting_weights,
+    with_precision,
+)
 from muntin.tasks.resuming import Start, changed, find_start, refuse_changes, refuse_other_groups
 from muntin.tasks.settings import MODEL_PREFIX, Settings, settings_from
 from muntin.tasks.trained import on_device
-from muntin.weights.download import Checkpoint, local_file, resolve
-from muntin.weights.load import preview
-
-RESULTS = ("test_accuracy", "test_map")  # one of them in metrics.json says that a run is finished
 
 
 def train(
@@ -89,11 +94,6 @@ def resolved(
     return replace(chosen, model=model.name, model_config=asdict(model.config)).flat()
 
 
-def _metrics(folder: Path) -> dict[str, Any]:
-    path = folder / "metrics.json"
-    return read_json(path) if path.exists() else {}
-
-
 def _resume(folder: Path, told: Mapping[str, Any], force: bool, report: Callable[[str], None], ranks: Ranks) -> Run:
     """Go on with a run from its last checkpoint that can be read."""
     stored = stored_settings(folder)
@@ -104,7 +104,7 @@ def _resume(folder: Path, told: Mapping[str, Any], force: bool, report: Callable
     if wanted.precision == "auto":  # decided when the run began
         wanted = replace(wanted, precision=stored.precision)
     changes = changed(stored, wanted)
-    finished = ranks.agree(lambda: any(name in _metrics(folder) for name in RESULTS))
+    finished = ranks.agree(lambda: is_finished(folder))
     done = ranks.agree(lambda: epochs_done(folder))
     if finished and not (changes and wanted.epochs > done):
         refuse_changes(changes, folder, done, force)
@@ -133,15 +133,31 @@ def _train(
     keep_split: bool = False,
 ) -> Run:
     """From a checkpoint, or from the beginning."""
-    settings = _with_defaults(settings)
     refuse_other_processes(settings, ranks.count)
     if settings.devices == 0 and ranks.count == 1 and torch.cuda.device_count() > 1:
         report(f"on one of {torch.cuda.device_count()} GPUs; the command muntin train takes all")
     torch.manual_seed(settings.seed)
+    if settings.dense:
+        from muntin.tasks.dense_training import train_dense
+
+        return train_dense(folder, settings, report, ranks, start, keep_split=keep_split)
+    return _train_classifier(folder, settings, report, ranks, start, keep_split=keep_split)
+
+
+def _train_classifier(
+    folder: Path,
+    settings: Settings,
+    report: Callable[[str], None],
+    ranks: Ranks,
+    start: Start | None,
+    *,
+    keep_split: bool,
+) -> Run:
+    settings = _with_defaults(settings)
     name = model_name(settings)
     # Refuses a wrong configuration before reading any image.
     _refuse_misfits(settings, _build(settings, num_classes=2, meta=True))
-    _writable(folder)
+    refuse_unwritable(folder)
     splits, preprocessing = _data(folder, settings, keep_split, ranks)
     augmentation(settings, preprocessing)  # which refuses a policy that timm does not know
     shared_batch(len(splits.train), settings.batch_size, settings.accumulate, ranks.count)
@@ -149,33 +165,19 @@ def _train(
         refuse_single_label_settings(settings, splits)
     model = _build(settings, num_classes=len(splits.train.classes))
     if settings.weights and not start:  # a checkpoint holds all weights
-        _load_weights(model, settings, report)
+        load_weights(model, settings, report)
     model.set_grad_checkpointing(settings.grad_checkpointing)
     classes, several = splits.train.classes, splits.multi_label
     teacher = open_teacher(settings.teacher, classes, preprocessing, several) if settings.teacher else None
     labels = DenseLabels(settings.token_labels, splits.train) if settings.token_labels else None
-    if settings.precision == "auto":
-        precision, why = ranks.agree(choose_precision)
-        settings = replace(settings, precision=precision)
-        report(f"precision {precision}: {why}")
+    settings = with_precision(settings, report, ranks)
     if start:
         freeze(model, settings.freeze)
         refuse_other_groups(start, model, settings)
-    recorded = settings = replace(settings, model=name, model_config=asdict(model.config))
-    if settings.batch_size > len(splits.train):
-        settings = replace(settings, batch_size=len(splits.train))
-        report(f"a step takes all {len(splits.train)} training images: batch_size is larger")
-    changes = start.changes(settings) if start else {}
-    for key, (before, now) in changes.items():
-        report(f"{key}: {before} until step {start.step if start else 0}, {now} from there on")
-    if ranks.first:
-        if start:
-            _unfinish(folder)
-        if not keep_split:
-            write_json(folder / "split.json", splits.json() | {"preprocessing": preprocessing})
-        if changes or not start:
-            atomic_write(folder / "config.yaml", to_yaml(recorded.flat()).encode())  # last: it makes the folder a run
-    ranks.wait()
+    recorded = replace(settings, model=name, model_config=asdict(model.config))
+    settings = all_images(recorded, len(splits.train), report)
+    split = splits.json() | {"preprocessing": preprocessing}
+    replays = record(folder, settings, recorded, None if keep_split else split, start, report, ranks)
     test = len(splits.test) if splits.test else 0
     report(
         f"{name} with {sum(p.numel() for p in model.parameters()):,} parameters on {settings.data}: "
@@ -195,7 +197,7 @@ def _train(
             report,
             ranks,
             start,
-            not changes,
+            replays,
             teacher=teacher,
             labels=labels,
         )
@@ -203,22 +205,6 @@ def _train(
         _finish(folder, settings, splits, preprocessing, fitted, report)
     ranks.wait()
     return Run.open(folder)
-
-
-def _unfinish(folder: Path) -> None:
-    """A run that goes on after its end has no result until it is there again."""
-    metrics = _metrics(folder)
-    unfinished = {name: value for name, value in metrics.items() if name not in RESULTS}
-    if unfinished != metrics:
-        write_json(folder / "metrics.json", unfinished)
-
-
-def _writable(folder: Path) -> None:
-    """Refuse at once what would otherwise fail after all images have been read."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        what = "is a file" if existing.is_file() else "cannot be written"
-        raise UserError(f"cannot write {folder}: {existing} {what}; choose a folder that you may write to (--out)")
 
 
 def _with_defaults(settings: Settings) -> Settings:
@@ -236,7 +222,7 @@ def _build(settings: Settings, num_classes: int, meta: bool = False) -> Any:
     """The model with what it starts from; on "meta" only its shapes."""
     name, config = model_name(settings), dict(settings.model_config)
     if settings.weights:
-        config = dict(getattr(_weights(settings), "config", {})) | config
+        config = dict(getattr(starting_weights(settings), "config", {})) | config
     with torch.device("meta") if meta else contextlib.nullcontext():
         model = muntin.create_model(name, num_classes, False, settings.drop_path or 0.0, **config)
     return model
@@ -274,22 +260,6 @@ def _refuse_misfits(settings: Settings, model: Any) -> None:
         raise UserError(f"size={settings.size}: token labels need whole tokens; give a multiple of {stride}")
     if settings.augment != "photographs":
         raise UserError(f"augment={settings.augment}: token labels follow crops and flips; give augment=photographs")
-
-
-def _weights(settings: Settings) -> Checkpoint | str:
-    return resolve(model_name(settings), settings.weights == "pretrained" or settings.weights)
-
-
-def _load_weights(model: torch.nn.Module, settings: Settings, report: Callable[[str], None]) -> None:
-    """What the settings start from, and what of it was made to fit."""
-    found = _weights(settings)
-    loaded = muntin.load_checkpoint(model, local_file(found) if isinstance(found, str) else found.fetch())
-    said = [f"{len(loaded.loaded)} weights from {settings.weights}"]
-    if loaded.resized:
-        said.append(f"{len(loaded.resized)} bias tables resized from other windows ({preview(loaded.resized)})")
-    if loaded.replaced:
-        said.append(f"new: {preview(loaded.replaced)}")
-    report("; ".join(said))
 
 
 def _data(folder: Path, settings: Settings, keep_split: bool, ranks: Ranks) -> tuple[Splits, dict[str, Any]]:
@@ -357,24 +327,9 @@ def _finish(
     metric, title = run.metric, TITLES[run.metric]
     if settings.data == "digits" and splits.test is not None:
         write_held_out(splits.test, folder / "held_out")
-    from muntin.measure.machine import machine, versions
-
-    metrics = {
-        "model": run.name,
-        "parameters": sum(p.numel() for p in model.parameters()),
+    metrics = described(settings, fitted, model, run) | {
         f"test_{metric}": None,
         f"val_{metric}": best[metric],
-        "best_epoch": best["epoch"],
-        "weights": best["weights"],
-        "epochs": settings.epochs,
-        "seconds": round(fitted.seconds, 2),
-        "skipped_steps": fitted.skipped,
-        "precision": settings.precision,
-        "seed": settings.seed,
-        "data": settings.data,
-        "versions": versions(),
-        "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        "latency_ms": None,
     }
     if splits.test is not None:
         found = evaluate_images(on_device(run.model()), splits.test, run.transform(), settings.data, "test")
@@ -387,11 +342,3 @@ def _finish(
         f"{folder}: {shown}, val {title} {best[metric]:.2%} ({best['weights']} weights of epoch "
         f"{best['epoch']}), trained in {duration(fitted.seconds)}"
     )
-
-
-def measure_latency(run: Run) -> None:
-    """A first `latency_ms` for metrics.json; `muntin bench RUN` measures at length."""
-    from muntin.measure import bench
-
-    bench([str(run.path)], batch_sizes=(1,), rounds=2, seconds=0.5, progress=False)
-    run.metrics = Run.open(run.path).metrics

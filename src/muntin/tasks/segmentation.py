@@ -1,0 +1,53 @@
+"""Semantic segmentation: the head's losses, and mean intersection over union at the images' own size."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from muntin.data.annotated_loading import Resized
+from muntin.data.device import Prepare
+from muntin.measure.pixels import PixelCounts
+from muntin.tasks.dense import Dense
+from muntin.tasks.settings import Settings
+
+IGNORED = 255
+
+
+class Segmentation(Dense):
+    """The sum of a segmenter's losses on square crops; mIoU of raw and averaged weights."""
+
+    metric = "miou"
+
+    def __init__(
+        self, model: nn.Module, settings: Settings, steps_per_epoch: int, prepare: Prepare, num_classes: int
+    ) -> None:
+        super().__init__(model, settings, steps_per_epoch, prepare)
+        self.num_classes = num_classes
+
+    def training_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        losses = self.model(self.prepared(images), targets=labels)
+        return torch.stack([loss.float() for loss in losses.values()]).sum()
+
+    def observe(self, model: nn.Module, images: Tensor, group: list[Resized]) -> list[Any]:
+        """For each image the counts of its pixels and the sum and number of their losses."""
+        rows: list[Any] = []
+        for logits, item in zip(model(images).float(), group, strict=True):
+            assert item.labels is not None
+            labels = item.labels.to(logits.device).long()
+            if logits.shape[1:] != labels.shape:
+                logits = F.interpolate(logits[None], labels.shape, mode="bilinear", align_corners=False)[0]
+            counts = PixelCounts(self.num_classes, IGNORED)
+            counts.add(logits.argmax(0), labels)
+            loss = F.cross_entropy(logits[None], labels[None], ignore_index=IGNORED, reduction="sum")
+            rows.append((counts.tensor.cpu(), float(loss), int((labels != IGNORED).sum())))
+        return rows
+
+    def summarise(self, gathered: list[Any]) -> dict[str, float]:
+        counts = PixelCounts(self.num_classes, IGNORED)
+        for tensor, _, _ in gathered:
+            counts.tensor += tensor
+        pixels = sum(number for _, _, number in gathered)
+        return {"miou": counts.results()["miou"], "loss": sum(loss for _, loss, _ in gathered) / max(pixels, 1)}
