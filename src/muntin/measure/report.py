@@ -5,7 +5,6 @@ The page asks for nothing from elsewhere: styles, charts (svg.py) and images are
 """
 
 import argparse
-import csv
 import json
 import os
 import random
@@ -14,10 +13,8 @@ import shlex
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,9 +23,19 @@ from muntin.errors import UserError
 from muntin.measure import labels_page, svg
 from muntin.measure.bench import MODELS
 from muntin.measure.labels_page import SeenLabels
-from muntin.measure.machine import commit, machine, versions
 from muntin.measure.page import data_uri, document, figure, key, meter, missing, section, table
 from muntin.measure.profile import KINDS, Profile, profile
+from muntin.measure.run_page import (
+    RunPage,
+    configuration,
+    curves,
+    duration,
+    headline,
+    latency,
+    millions,
+    reproduce,
+    several,
+)
 from muntin.measure.seen import BINS, Seen, calibration, look, wilson
 from muntin.measure.statistics import rounded
 from muntin.run import TITLES, Run, atomic_write
@@ -39,26 +46,15 @@ NUMBERED = 40  # classes up to which a confusion matrix is drawn
 
 
 @dataclass(frozen=True)
-class _Page:
+class _Page(RunPage):
     """What the sections draw from. `seen` is None, with `why` not, where the held-out images are not there."""
 
-    run: Run
-    path: str
     model: nn.Module
     seen: Seen | SeenLabels | None
     why: str
 
-    def command(self, name: str, rest: str = "") -> str:
-        return f"muntin {name} {shlex.quote(self.path)}{rest}"
-
 
 # ---------------------------------------------------------------------------------------------------- the parts
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _headline(page: _Page) -> str:
@@ -89,47 +85,10 @@ def _headline(page: _Page) -> str:
                 "median, PyTorch",
             )
         )
-    cards.append((_millions(found.parameters), "parameters", f"{found.gmacs:.3g} GMACs at {height} × {width} pixels"))
+    cards.append((millions(found.parameters), "parameters", f"{found.gmacs:.3g} GMACs at {height} × {width} pixels"))
     if metrics.get("seconds"):
-        cards.append((_duration(metrics["seconds"]), "training", f"{metrics.get('epochs', '?')} epochs"))
-    tiles = "".join(
-        f"<div><dd>{value}</dd><dt>{label}</dt><p>{escape(detail)}</p></div>" for value, label, detail in cards
-    )
-    return f'<dl class="cards">{tiles}</dl>'
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
-
-
-def _curves(page: _Page) -> str:
-    path = page.run.path / "history.csv"
-    rows = []
-    if path.exists():
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    if not rows:
-        body = missing("There is no history of this run's training.", "muntin train --out " + shlex.quote(page.path))
-        return section("training", "Training", "", body)
-    columns = {key: [row[key] for row in rows] for key in rows[0]}
-    title = TITLES[page.run.metric]
-    epochs, accuracy = columns["epoch"], columns[f"val_{page.run.metric}"]
-    kept = int(page.run.metrics.get("best_epoch") or len(rows))
-    loss = {"training": columns["train_loss"], "validation": columns["val_loss"]}
-    body = '<div class="three">'
-    body += figure(svg.lines("loss", epochs, loss, mark=kept), "Loss", key(list(loss)))
-    body += figure(
-        svg.lines(f"validation {title}", epochs, {"validation": accuracy}, percent=True, mark=kept),
-        f"Validation {title}",
-    )
-    body += figure(svg.lines("learning rate", epochs, {"rate": columns["lr"]}, from_zero=True), "Learning rate")
-    lead = (
-        f"The weights after epoch {kept} of {len(rows)} are kept (dashed), with a validation {title} of "
-        f"<b>{accuracy[kept - 1]:.2%}</b>; {_duration(sum(columns['seconds']))} in all."
-    )
-    if page.run.metrics.get("weights") == "ema":
-        lead += " They are the moving average. Training loss is of augmented, smoothed targets."
-    return section("training", "Training", lead, body + "</div>")
+        cards.append((duration(metrics["seconds"]), "training", f"{metrics.get('epochs', '?')} epochs"))
+    return headline(cards)
 
 
 def _confusions(seen: Seen) -> list[tuple[int, str, str]]:
@@ -251,52 +210,6 @@ def _calibrated(page: _Page) -> str:
     return section("calibration", "Calibration", lead, body + "</div>" + note)
 
 
-def _latency(page: _Page) -> str:
-    path = page.run.path / "bench.json"
-    if not path.exists():
-        body = missing("This run has not been measured yet.", page.command("bench"))
-        return section("latency", "Latency", "", body)
-    bench = json.loads(path.read_text(encoding="utf-8"))
-    most = {batch: max(r["median_ms"] for r in bench["rows"] if r["batch"] == batch) for batch in
-            {row["batch"] for row in bench["rows"]}}  # fmt: skip
-    rows = []
-    for row in bench["rows"]:
-        low, high = row["interval_ms"]
-        half = (high - low) / 2
-        bar = f'<span class="meter" style="--v:{100 * row["median_ms"] / most[row["batch"]]:.1f}%">'
-        rows.append(
-            [
-                escape(_short(row["target"], page.path)),
-                str(row["batch"]),
-                f"{bar}{rounded(row['median_ms'], half)} ± {rounded(half, half)}</span>",
-                rounded(row["p90_ms"], half),
-                rounded(row["p99_ms"], half),
-                rounded(row["throughput"], row["throughput"] * half / row["median_ms"]),
-            ]
-        )
-    m, p = bench["machine"], bench["protocol"]
-    where = m.get("gpu") or f"{m['cpu']}, {m['cores']} cores, {m.get('memory_gb', '?')} GB"
-    lead = f"{escape(where)}; {p['dtype']}, {_several(p['threads'], 'thread')}, {p['rounds']} interleaved rounds."
-    body = table(("model", "batch", "median, ms", "p90", "p99", "images/s"), rows)
-    note = f"± holds the median with 95% confidence. {_date(bench['created'])}, torch {bench['versions']['torch']}"
-    flags = ", ".join(m.get("flags", []))
-    note += f"; processor features {escape(flags)}." if flags else "."
-    return section("latency", "Latency", lead, body + f'<p class="note">{note}</p>')
-
-
-def _date(iso: str) -> str:
-    when = datetime.fromisoformat(iso)
-    return f"{when.day} {when:%B %Y, %H:%M} UTC"
-
-
-def _several(count: int, what: str) -> str:
-    return f"{count} {what}" + ("s" if count != 1 else "")
-
-
-def _short(target: str, path: str) -> str:
-    return target.replace(path, "this run", 1) if target.startswith(path) else target
-
-
 def _time(page: _Page) -> str:
     height, width = page.run.preprocessing["size"]
     profiles: list[Profile] = []
@@ -318,7 +231,7 @@ def _time(page: _Page) -> str:
     head = ("kind of operation", "ms, batch 1", "share", "ms, batch 8", "share")
     lead = f"At batch 8, <b>{order[0]}</b> takes {profiles[-1].share(order[0]):.0%} of the time."
     note = (
-        f"PyTorch, {_several(profiles[0].threads, 'thread')}, measured while this page was made with the profiler on; "
+        f"PyTorch, {several(profiles[0].threads, 'thread')}, measured while this page was made with the profiler on; "
         f"without it {profiles[0].plain_ms:.2f} ms and {profiles[1].plain_ms:.2f} ms. Unattributed is Python and "
         "launching; window shifting counts every roll and gather."
     )
@@ -358,63 +271,29 @@ def _export(page: _Page) -> str:
     return section("export", "Export check", lead, body + f'<p class="note">{note}</p>')
 
 
-def _configuration(page: _Page) -> str:
-    run = page.run
-    names = ", ".join(run.classes[:30]) + (", …" if len(run.classes) > 30 else "")
-    about = {"model": run.name, "classes": f"{len(run.classes)}: {names}"}
-    about |= {f"input {key}": _plain(value) for key, value in run.preprocessing.items()}
-    architecture = {key: _plain(value) for key, value in run.model_config.items()}
-    tables = [
-        table((), [[escape(key), escape(value)] for key, value in fields.items()], "plain")
-        for fields in (about, architecture)
-    ]
-    body = f'<div class="two">{"".join(tables)}</div>'
-    config = run.path / "config.yaml"
-    if config.exists():
-        text = escape(config.read_text(encoding="utf-8"))
-        body += f"<details><summary>Training settings (config.yaml)</summary><pre><code>{text}</code></pre></details>"
-    return section("configuration", "Configuration", "", body)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_plain, value))
-    return "none" if value is None else str(value)
-
-
 def _commands(page: _Page) -> str:
     where = shlex.quote(page.path)
-    lines = []
-    if (page.run.path / "config.yaml").exists():
-        lines.append(f"muntin train --config {where}/config.yaml --out {where}-again")
     held = f"{where}/held_out" if (page.run.path / "held_out").is_dir() else "IMAGES"
-    lines += [
+    lines = [
         page.command("eval"),
         page.command("export", " --to onnx"),
         page.command("predict", f" {held} --out {where}/predictions.csv"),
         page.command("bench"),
         page.command("report"),
     ]
-    text = escape("\n".join(lines))
-    found = versions()
-    told = ", ".join(f"{name} {version}" for name, version in found.items())
-    here = machine(torch.device("cpu"))
-    source = commit()
-    note = f"{escape(told)}; on {escape(here['cpu'])}, {here['cores']} cores"
-    note += f"; source {escape(source[:12] + ('-dirty' if source.endswith('-dirty') else ''))}." if source else "."
-    return section("reproduce", "Reproduce", "", f'<pre><code>{text}</code></pre><p class="note">{note}</p>')
+    return reproduce(page, lines)
 
 
 SECTIONS: tuple[tuple[str, Callable[[_Page], str]], ...] = (
-    ("training curves", _curves),
+    ("training curves", curves),
     ("confusion", _confusion),
     ("samples", _samples),
     ("mistakes", _mistakes),
     ("calibration", _calibrated),
-    ("latency", _latency),
+    ("latency", latency),
     ("profile", _time),
     ("export check", _export),
-    ("configuration", _configuration),
+    ("configuration", configuration),
     ("commands", _commands),
 )
 
@@ -430,7 +309,8 @@ def _assemble(page: _Page, body: str) -> str:
 
 
 def report(run: Run | str | os.PathLike[str]) -> Path:
-    """Write `<run>/report.html`, one self-contained page, and return its path.
+    """Write `<run>/report.html`, one self-contained page, and return its path. Of a detector or a segmenter see
+    `muntin.measure.dense_report`.
 
     run: a finished run or its folder. Held-out images are evaluated, the model is profiled and an exported file
     compared while the page is made; `muntin bench` and `muntin export` add their parts when they have run.
@@ -439,6 +319,10 @@ def report(run: Run | str | os.PathLike[str]) -> Path:
     from muntin.progress import progress
 
     opened = run if isinstance(run, Run) else Run.open(run)
+    if opened.task != "classify":
+        from muntin.measure.dense_report import dense_report
+
+        return dense_report(opened)
     path = opened.path
     model = opened.model()
     seen, why = None, ""
@@ -454,12 +338,17 @@ def report(run: Run | str | os.PathLike[str]) -> Path:
 def summary(run: Run) -> str:
     """What a run has come to, as a short table of names and values."""
     metrics, path = run.metrics, run.path
-    rows = [("model", f"{run.name}, {metrics.get('parameters', 0):,} parameters")]
+    name = f"{run.head} on {run.name}" if run.head else run.name
+    rows = [("model", f"{name}, {metrics.get('parameters', 0):,} parameters")]
+    if run.head:
+        split = metrics.get("split", "test")
+        told = [(kind, metrics.get(kind)) for kind in ("box_ap", "mask_ap", "miou")]
+        rows += [(f"{split} {TITLES[kind]}", f"{value:.2%}") for kind, value in told if value is not None]
     for split in ("test", "val"):
         if (value := metrics.get(f"{split}_{run.metric}")) is not None:
             rows.append((f"{split} {TITLES[run.metric]}", f"{value:.2%}"))
     if metrics.get("seconds") is not None:
-        rows.append(("trained", f"{metrics.get('epochs')} epochs in {_duration(metrics['seconds'])}"))
+        rows.append(("trained", f"{metrics.get('epochs')} epochs in {duration(metrics['seconds'])}"))
     if metrics.get("latency_ms") is not None:
         rows.append(("latency", f"{metrics['latency_ms']:.3g} ms for one image"))
     for name, what in (("model.onnx", "exported"), ("predictions.csv", "predictions"), ("report.html", "report")):

@@ -191,6 +191,23 @@ def reliability(
     return _svg(WIDTH, 300, "calibration: accuracy over confidence", "".join(parts))
 
 
+def precision_recall(curves: Mapping[str, Sequence[float]]) -> str:
+    """Precision over recall, each curve at recalls of equal distances from 0 to 1."""
+    axes = _Axes((0, 1), (0, 1), (WIDTH, 300))
+    quarters = (0, 0.25, 0.5, 0.75, 1)
+    parts = [axes.grid("recall", quarters, quarters, percent=True)]
+    for number, (name, values) in enumerate(curves.items()):
+        recalls = [i / (len(values) - 1) for i in range(len(values))]
+        points = [axes.at(x, y) for x, y in zip(recalls, values, strict=True)]
+        parts.append(f'<path class="line s{number}" d="{_path(points)}"/>')
+        for x, y in list(zip(recalls, values, strict=True))[:: max(1, len(values) // 20)]:
+            cx, cy = axes.at(x, y)
+            tip = f"{name}: precision {y:.1%} at a recall of {x:.0%}"
+            parts.append(f'<circle class="dot s{number}" cx="{cx:.1f}" cy="{cy:.1f}" r="2.4">'
+                         f"<title>{escape(tip)}</title></circle>")  # fmt: skip
+    return _svg(WIDTH, 300, "precision over recall", "".join(parts))
+
+
 def histogram(bins: Sequence[tuple[float, float, int, int]]) -> str:
     """Confidence of right and wrong predictions: (from, to, right, wrong) for each bin."""
     most = max((right + wrong for _, _, right, wrong in bins), default=1)

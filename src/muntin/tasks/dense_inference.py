@@ -94,13 +94,13 @@ def detect(
                     with torch.inference_mode():
                         found = model(images.flip(-1) if mirrored else images)
                     for (i, _), each in zip(batch, found, strict=True):
-                        views[i].append(_in_picture(each, tuple(images.shape[2:]), chunk[i][0], mirrored))
+                        views[i].append(_in_picture(each, images.shape[2:], chunk[i][0], mirrored))
         for (size, _), seen in zip(chunk, views, strict=True):
             yield _objects(merge(seen, *rule), size, threshold)
 
 
 def coco_results(
-    found: Mapping[str, Tensor], resized: tuple[int, int], original: tuple[int, int], image_id: int
+    found: Mapping[str, Tensor], resized: Sequence[int], original: tuple[int, int], image_id: int
 ) -> list[dict[str, Any]]:
     """What a detector found on an image of `resized` height and width, in COCO's format and `original`'s pixels."""
     return _objects(_in_picture(found, resized, original, False), original, 0.0).coco(image_id)
@@ -183,7 +183,7 @@ def ahead(function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[M
     with ThreadPoolExecutor(workers) as pool:
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * workers:
+            if len(waiting) > workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -219,9 +219,7 @@ def _alike(chunk: Sequence[tuple[tuple[int, int], list[Tensor]]]) -> list[list[t
 # ------------------------------------------------------------------------------------------------------------ objects
 
 
-def _in_picture(
-    found: Mapping[str, Tensor], resized: tuple[int, ...], original: tuple[int, int], mirrored: bool
-) -> View:
+def _in_picture(found: Mapping[str, Tensor], resized: Sequence[int], original: tuple[int, int], mirrored: bool) -> View:
     """A model's detections on the CPU, mirrored back, with boxes in the picture's pixels and within it."""
     view = {key: values.detach().cpu() for key, values in found.items()}
     (h, w), (height, width) = resized, original

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from muntin.data.annotated import Annotated
 from muntin.data.images import BadImage, open_image
-from muntin.data.rle import run_lengths
+from muntin.data.rle import decode_rle, run_lengths
 from muntin.errors import UserError
 from muntin.measure.colours import Colour, class_colours
 from muntin.measure.drawing import contact_sheet, draw
@@ -76,18 +76,18 @@ def predict_dense(
     files = find_images(inputs)
     folder, names = Path(out), _names(files)
     rows: list[dict[str, Any]] = [{"id": i, "file_name": str(file)} for i, file in enumerate(files, start=1)]
-    opened: deque[tuple[int, Image.Image]] = deque()
+    read: deque[int] = deque()
     segmenting = getattr(model, "task", "detect") == "segment"
     categories: list[dict[str, Any]] = [{"id": i, "name": name} for i, name in enumerate(classes, start=1)]
     annotations: list[dict[str, Any]] = []
-    readable = _readable(files, rows, opened)
+    readable = _readable(files, rows, read)
     found: Iterator[Any] = (
         segment(model, readable, preprocessing, **views)
         if segmenting
         else detect(model, readable, preprocessing, threshold=threshold or 0.0, **views)
     )
     for each in progress(found, len(files), "predicting"):
-        i, picture = opened.popleft()
+        i = read.popleft()
         if segmenting:
             path = folder / "labels" / f"{names[i]}.png"
             write_label_map(path, each, palette)
@@ -96,7 +96,10 @@ def predict_dense(
             annotations += _annotations(each, i + 1, len(annotations) + 1)
         if pictures:
             least = SHOWN if threshold is None else threshold
-            _write_picture(folder / "pictures" / f"{names[i]}.png", drawn(picture, each, classes, palette, least))
+            picture = drawn(
+                open_image(files[i]), each, classes, palette, least
+            )  # holding all that wait takes gigabytes
+            _write_picture(folder / "pictures" / f"{names[i]}.png", picture)
     errors = [row["error"] for row in rows if "error" in row]
     if len(errors) == len(files):
         raise UserError(f"none of the {len(files)} images could be read, as {errors[0]}; give PNG or JPEG files")
@@ -124,9 +127,9 @@ def write_samples(
     names = _names([Path(annotated.name(position)) for position in positions])
     some = annotated.select(positions)
     images = [some.picture(i) for i in range(len(some))]
-    method = segment if getattr(model, "task", "detect") == "segment" else detect
+    method: Any = segment if getattr(model, "task", "detect") == "segment" else detect
     paths = []
-    for i, found in enumerate(method(model, images, preprocessing, **views)):  # type: ignore[operator]
+    for i, found in enumerate(method(model, images, preprocessing, **views)):
         target = some.target(i)
         if "boxes" in target:
             masks = target["masks"] if some.masks else None
@@ -145,8 +148,6 @@ def drawn(
     """The picture with what was found on it: objects of at least this score, or the label of every pixel."""
     if isinstance(found, Tensor):
         return draw(picture, label_map=found, classes=classes, palette=palette, ignore=-1)
-    from muntin.data.rle import decode_rle
-
     kept = found.above(threshold)
     masks = None if kept.masks is None else [decode_rle(mask) for mask in kept.masks]
     return draw(picture, kept.boxes, kept.labels, kept.scores, masks or None, classes, palette=palette)
@@ -165,23 +166,21 @@ def write_label_map(path: Path, labels: Tensor, palette: Palette | None = None) 
     atomic_write(path, lambda partial: image.save(partial, "PNG"))
 
 
-def _readable(
-    files: Sequence[Path], rows: list[dict[str, Any]], opened: deque[tuple[int, Image.Image]]
-) -> Iterator[Image.Image]:
-    """The images that can be read, each entered in `opened`; of the others the error in their rows."""
+def _readable(files: Sequence[Path], rows: list[dict[str, Any]], read: deque[int]) -> Iterator[Image.Image]:
+    """The images that can be read, their positions entered in `read`; of the others the error in their rows."""
 
-    def read(file: Path) -> Image.Image | BadImage:
+    def opened(file: Path) -> Image.Image | BadImage:
         try:
             return open_image(file)
         except BadImage as error:
             return error
 
-    for i, picture in enumerate(ahead(read, files)):
+    for i, picture in enumerate(ahead(opened, files)):
         if isinstance(picture, BadImage):
             rows[i]["error"] = str(picture)
         else:
             rows[i] |= {"width": picture.width, "height": picture.height}
-            opened.append((i, picture))
+            read.append(i)
             yield picture
 
 
