@@ -13,6 +13,7 @@ H W image, n objects
 
 import hashlib
 import json
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -181,7 +182,9 @@ def read_parts(data: str, task: str, problems: Problems) -> dict[str, Annotated]
 def _parts(data: str, task: str, problems: Problems) -> dict[str, Annotated]:
     """What reads this kind of data is imported for it alone."""
     root = _root(data)
-    if (root / "Annotations").is_dir() or (root / "JPEGImages").is_dir():
+    if root.is_dir() and {"Annotations", "JPEGImages"} & set(
+        os.listdir(root)
+    ):  # by case, which disks may not tell apart
         from muntin.data.voc import voc_parts
 
         return voc_parts(root, task, problems)
