@@ -28,10 +28,11 @@ def encode_rle(mask: np.ndarray, at: tuple[int, int] = (0, 0), size: tuple[int, 
     high, wide = mask.shape
     if top < 0 or left < 0 or top + high > height or left + wide > width:
         raise UserError(f"a mask of {high}x{wide} at row {top}, column {left} does not lie in {height}x{width}")
-    columns = np.zeros((wide, high + 2), np.int8)  # each with a pixel outside before and after it
-    columns[:, 1:-1] = mask.T != 0
-    edges = np.diff(columns, axis=1)
-    starts, ends = (_positions(edges == step, top, left, height) for step in (1, -1))
+    columns = np.zeros((wide, high + 2), bool)  # each with a pixel outside before and after it
+    np.not_equal(mask.T, 0, out=columns[:, 1:-1])
+    column, row = np.divmod(np.flatnonzero(columns[:, 1:] != columns[:, :-1]), high + 1)
+    edges = (left + column) * height + top + row  # in the whole image
+    starts, ends = edges[::2], edges[1::2]
     joined = ends[:-1] == starts[1:]  # a run that reaches the lower border goes on at the upper one
     starts = starts[np.concatenate([[True], ~joined])] if len(starts) else starts
     ends = ends[np.concatenate([~joined, [True]])] if len(ends) else ends
@@ -40,12 +41,6 @@ def encode_rle(mask: np.ndarray, at: tuple[int, int] = (0, 0), size: tuple[int, 
     if not len(borders) or borders[-1] < height * width:
         counts = np.append(counts, height * width - (borders[-1] if len(borders) else 0))
     return {"size": [int(height), int(width)], "counts": _to_text(counts)}
-
-
-def _positions(found: np.ndarray, top: int, left: int, height: int) -> np.ndarray:
-    """Positions in the whole image, column by column, of what was found in the cut-out's columns."""
-    column, row = np.nonzero(found)
-    return (left + column) * height + top + row
 
 
 def decode_rle(rle: dict[str, Any]) -> np.ndarray:
