@@ -29,10 +29,11 @@ class Rows:
     labels: np.ndarray  # (M,) int64, indices into classes
     crowd: np.ndarray  # (M,) bool: a group, or what is too hard to be asked for
     area: np.ndarray  # (M,) float64, in pixels
+    ids: np.ndarray  # (M,) whole numbers or text: what the files call them
 
     def select(self, rows: np.ndarray) -> "Rows":
         """Some of them, in this order."""
-        return Rows(self.boxes[rows], self.labels[rows], self.crowd[rows], self.area[rows])
+        return Rows(self.boxes[rows], self.labels[rows], self.crowd[rows], self.area[rows], self.ids[rows])
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class Found:
     boxes: list[np.ndarray]
     crowd: list[bool]
     area: list[float]
+    ids: list[int]  # numbers in XML, values in SegmentationObject
     shapes: list[np.ndarray]  # as `Outlines` has them; none for boxes alone
 
 
@@ -125,7 +126,7 @@ def _boxes(root: Path, names: list[str], problems: Problems, stem: str, file: st
     except (ElementTree.ParseError, OSError, BadImage) as error:
         problems.add(path, "", f"cannot be read ({error})")
         return None
-    found = Found(size, [], [], [], [], [])
+    found = Found(size, [], [], [], [], [], [])
     for number, element in enumerate(tree.iterfind("object"), start=1):
         name = (element.findtext("name") or "").strip()
         item = f"object {number} ({name})" if name else f"object {number}"
@@ -141,6 +142,7 @@ def _boxes(root: Path, names: list[str], problems: Problems, stem: str, file: st
             problems.add(path, item, what)
             continue
         found.names.append(name)
+        found.ids.append(number)
         found.boxes.append(box)
         found.crowd.append(element.findtext("difficult", "0").strip() == "1")
         found.area.append(float((box[2:] - box[:2]).prod()))
@@ -165,7 +167,7 @@ def _instances(root: Path, names: list[str], problems: Problems, stem: str, file
         problems.add(path, "", f"is of another size than {root / 'SegmentationClass' / path.name}")
         return None
     height, width = objects.shape
-    found = Found((width, height), [], [], [], [], [])
+    found = Found((width, height), [], [], [], [], [], [])
     for value in np.unique(objects[(objects != 0) & (objects != IGNORE)]).tolist():
         mask = objects == value
         box = mask_box(mask)
@@ -176,6 +178,7 @@ def _instances(root: Path, names: list[str], problems: Problems, stem: str, file
                          f"{len(names) - 1}")  # fmt: skip
             continue
         found.names.append(names[number])
+        found.ids.append(value)
         found.boxes.append(box)
         found.crowd.append(False)
         found.area.append(float(mask.sum()))
@@ -192,6 +195,7 @@ def _objects(root: Path, found: dict[str, Found], files: dict[str, str], classes
         np.array([numbers[name] for one in found.values() for name in one.names], np.int64),
         np.array([crowd for one in found.values() for crowd in one.crowd], bool),
         np.array([area for one in found.values() for area in one.area], np.float64),
+        np.array([number for one in found.values() for number in one.ids], np.int64),
     )
     return Objects(
         classes,
