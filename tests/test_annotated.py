@@ -1,5 +1,6 @@
 """Annotated images: readers, splits, the built-in scenes, and what is refused."""
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from muntin.cli import main
 from muntin.data.annotated import open_annotated, open_annotated_part
 from muntin.data.polygons import polygon_mask
 from muntin.data.scenes import write_scenes
@@ -377,7 +379,8 @@ def test_palettes_are_kept_and_grey_may_be_stored_as_colours(tmp_path):
     part, _ = open_annotated_part(str(tmp_path), "segment", "train")
     assert part.palette is None and part.classes == ["0", "1", "2"]
     path = tmp_path / "masks/train/a.png"
-    mask = Image.open(path).convert("L")
+    with Image.open(path) as stored:
+        mask = stored.convert("L")
     mask.putpalette([9, 8, 7, 1, 2, 3, 4, 5, 6])
     mask.save(path)
     again, _ = open_annotated_part(str(tmp_path), "segment", "train")
@@ -464,3 +467,99 @@ def test_a_selection_has_what_its_images_had(task, scenes):
         assert some.picture(i) == part.picture(position)
     assert some.digest() != part.digest() == part.select(range(len(part))).digest()
     assert len(part.select([])) == 0
+
+
+def faulty_coco(root: Path) -> list[str]:
+    """A file with everything wrong at once, and what has to be found."""
+    document = coco_document(24)
+    document["annotations"] = document["annotations"][:23]  # the last image is a negative
+    expected = []
+    for number, (what, values) in enumerate(ANNOTATION.items()):
+        document["annotations"][number] |= values
+        expected.append(f"annotation {number}: {what}")
+    document["annotations"][20]["id"] = 21
+    document["annotations"][19]["segmentation"] = [[30, 30, 40, 30, 40, 40]]
+    document["images"][22] |= {"file_name": "none.png"}
+    document["images"].append(document["images"][0])
+    document["categories"].append(document["categories"][0])
+    write_coco(root / "train.json", document, root / "images")
+    (root / "images" / "none.png").unlink()
+    Image.new("RGB", (10, 20)).save(root / "images" / "17.png")
+    (root / "images" / "16.png").write_bytes((root / "images" / "15.png").read_bytes()[:45])
+    return [
+        *expected,
+        "annotation 21: is there twice",
+        "19.png: annotation 19: its mask has no pixels in the image",
+        "none.png does not exist",
+        "image 7: is there twice",
+        "category 90: is there twice",
+        "17.png is 10x20 when upright, and its annotations say 20x10",
+        "16.png is damaged",
+    ]
+
+
+def test_all_that_is_wrong_is_listed(tmp_path, capsys):
+    expected = faulty_coco(tmp_path)
+    code = main(["data", "check", str(tmp_path), "--task", "instance", "--out", str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    assert code == 2 and f"{len(expected)} problems" in text
+    assert [message for message in expected if message not in text] == []
+    assert "the 2 category ids have gaps (3 to 90)" in text and "images have no objects; they are kept" in text
+    with open(tmp_path / "out" / "problems-instance.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(expected) and {"annotation 1", "image 7"} <= {row["item"] for row in rows}
+    with Image.open(tmp_path / "out" / "samples-instance-train.png") as sheet:
+        assert sheet.width > 4 * 100
+    part, _ = open_annotated_part(str(tmp_path), "instance", "train", on_bad="skip")
+    assert len(part) == 23 and sum(len(part.target(i)["labels"]) for i in range(23)) == 11
+
+
+def test_label_maps_are_checked(tmp_path, capsys):
+    write_maps(tmp_path, [f"train/{i}" for i in range(5)] + ["val/a"], (0, 1, 255))
+    (tmp_path / "classes.txt").write_text("road\ncar\nsky\n")
+    assert main(["data", "check", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "segment, 3 classes" in text and "nothing is wrong" in text and "train has nothing of sky" in text
+    masks = tmp_path / "masks" / "train"
+    Image.new("L", (8, 6), 9).save(masks / "0.png")
+    Image.new("L", (9, 6)).save(masks / "1.png")
+    (masks / "2.png").write_bytes(b"no PNG")
+    (masks / "3.png").unlink()
+    Image.new("L", (8, 6)).save(masks / "7.png")
+    assert main(["data", "check", str(tmp_path)]) == 2
+    text = capsys.readouterr().out
+    for message in (
+        "0.png has the labels 9", "1.png is 9x6", "2.png is not a readable image", "3.jpg: has no mask",
+        "7.png: has no image", "5 problems",
+    ):  # fmt: skip
+        assert message in text
+
+
+def test_voc_folders_are_checked_for_each_task_they_are_for(voc, capsys):
+    assert main(["data", "check", str(voc)]) == 0
+    text = capsys.readouterr().out
+    assert all(f"{voc}: {task}, " in text for task in ("detect", "instance", "segment"))
+    path = voc / "SegmentationObject" / "a.png"
+    Image.new("L", (20, 10), 1).save(path)  # one object, mostly background
+    assert main(["data", "check", str(voc), "--task", "instance"]) == 2
+    assert f"{path}: object 1: most of its pixels have the class 0; valid are 1 to 20" in capsys.readouterr().out
+
+
+def test_boxes_that_do_not_fit_their_masks_are_noted(tmp_path, capsys):
+    write_coco(tmp_path / "train.json", coco_document(4), tmp_path / "images")
+    document = spoiled(set_("annotations", 2, bbox=[12, 1, 4, 4]))
+    document["images"], document["annotations"] = document["images"][:4], document["annotations"][:4]
+    (tmp_path / "train.json").write_text(json.dumps(document))
+    assert main(["data", "check", str(tmp_path)]) == 0
+    assert "1 boxes do not fit their masks, the first: 2.png: annotation 2" in capsys.readouterr().out
+
+
+def test_the_check_refuses_what_it_does_not_know(tmp_path, capsys):
+    for arguments, message in (
+        (["check", str(tmp_path / "none")], "there is no data at"),
+        (["check", str(tmp_path)], "has no annotations that Muntin knows"),
+        (["check", "scenes", "--task", "box"], "task 'box' is unknown"),
+        (["mend", "scenes"], "there is no such action; valid is check"),
+    ):
+        assert main(["data", *arguments]) == 2
+        assert message in capsys.readouterr().err

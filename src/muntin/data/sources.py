@@ -37,7 +37,7 @@ WHOLE = "all"  # the part of data that come in one
 
 def is_address(data: str) -> bool:
     """Whether `--data` names something other than a path: it is the same from any folder."""
-    return data == "digits" or bool(re.match(r"https?://|torchvision:", data))
+    return data in ("digits", "scenes") or bool(re.match(r"https?://|torchvision:", data))
 
 
 def absolute(data: str) -> str:
