@@ -207,6 +207,28 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
+def _describe_data(parser: Any) -> None:
+    parser.add_argument("action", metavar="check", help="list all that is wrong with images and annotations")
+    parser.add_argument("data", metavar="PATH", help="scenes, a COCO or Pascal VOC folder, a .json file, index masks")
+    parser.add_argument("--task", help="detect, instance or segment (default: each that the data are for)")
+    parser.add_argument("--out", metavar="FOLDER", help="write sheets of samples and a table of the problems there")
+
+
+def _data(args: Any) -> int:
+    from pathlib import Path
+
+    from muntin.data.survey import surveys
+
+    if args.action != "check":
+        raise UserError(f"muntin data {args.action}: there is no such action; valid is check")
+    found = surveys(args.data, args.task)
+    for survey in found:
+        print(survey)
+        for path in survey.write(Path(args.out)) if args.out else ():
+            print(f"  written: {path}")
+    return 2 if any(survey.problems for survey in found) else 0
+
+
 def _describe_train(parser: Any) -> None:
     parser.add_argument("--model", help="name of a model (see: muntin models); swin_free_digits for digits")
     parser.add_argument("--data", help="digits (default), FOLDER/CLASS/*, FOLDER/{train,val}/CLASS/*, or shards ...")
@@ -663,6 +685,12 @@ COMMANDS: dict[str, tuple[Any, str, str, Any]] = {
         _convert,
     ),
     "shard": (_describe_shard, "write images as tar shards", "muntin shard photos shards --megabytes 256", _shard),
+    "data": (
+        _describe_data,
+        "look for mistakes in annotated images before training on them",
+        "muntin data check coco --task instance --out checked",
+        _data,
+    ),
     "train": (
         _describe_train,
         "train a classifier, detector or segmenter",

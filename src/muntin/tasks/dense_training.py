@@ -174,6 +174,7 @@ def _fit(
     replays: bool,
 ) -> Fitted:
     """Train to the end, from a checkpoint if one is given."""
+    assert settings.size is not None
     segmenting = settings.task == "segment"
     saver = Saver(
         folder,
