@@ -596,7 +596,7 @@ def _choose(args: Any) -> int:
 
 
 def _describe_cost(parser: Any) -> None:
-    parser.add_argument("targets", nargs="+", help="model names, run folders, timm:NAME, torchvision:NAME")
+    parser.add_argument("targets", nargs="+", help="model names, run folders, HEAD:MODEL, timm:NAME, torchvision:NAME")
     parser.add_argument("--size", help="side in pixels, or HEIGHTxWIDTH (default: each model's own)")
     parser.add_argument("--batch", type=int, default=1, help="images (default: 1)")
     parser.add_argument("--nodes", action="store_true", help="also nodes of norms and activations in exported graphs")
