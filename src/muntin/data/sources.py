@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from muntin.data.annotated import SCENES
 from muntin.data.check import BadFiles, check_parts, refuse_or_report
 from muntin.data.datasets import (
     PARTS,
@@ -33,7 +34,6 @@ from muntin.data.shards import local_shards
 from muntin.errors import UserError
 
 WHOLE = "all"  # the part of data that come in one
-SCENES = "scenes"  # the built-in set for detection and segmentation
 
 
 def is_address(data: str) -> bool:
