@@ -1,12 +1,24 @@
 """Settings and recipes of detection and segmentation against what the papers and their configurations state."""
 
-import pytest
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+
+from muntin.data.annotated import AnnotatedSplits, open_annotated
+from muntin.data.scenes import write_scenes
 from muntin.errors import UserError
+from muntin.models import FAMILIES
+from muntin.tasks import dense_training
 from muntin.tasks.asked import ask
+from muntin.tasks.base import Task
 from muntin.tasks.optimizer import rate
+from muntin.tasks.ranks import Ranks
 from muntin.tasks.recipes import read_recipe, recipes
 from muntin.tasks.settings import Settings, settings_from
+from muntin.tasks.training import resolved
 
 DENSE = [name for name in recipes() if read_recipe(name).get("task", "classify") != "classify"]
 
@@ -96,3 +108,58 @@ def test_a_task_without_a_recipe_takes_its_own() -> None:
     assert ask(None, None, None, {"task": "instance", "data": "coco"}).settings.head == "mask_rcnn"
     found = ask(None, None, None, {"task": "segment", "data": "coco", "model": "swin_s"})
     assert (found.settings.schedule, found.folder.name) == ("poly", "coco-upernet-swin_s")
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, AnnotatedSplits]:
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    write_scenes(folder, {"train": 4, "val": 1}, seed=1)
+    return {task: open_annotated(str(folder), task) for task in ("detect", "instance", "segment")}
+
+
+SMALL = {
+    "channels": 8,
+    "fc": 8,
+    "mask_channels": 8,
+    "box_channels": 8,
+    "samples": 16,
+    "width": 8,
+    "proposals": (50, 50),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_every_recipe_takes_two_steps(
+    name: str, splits: dict[str, AnnotatedSplits], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the family's tiny configuration and a small head."""
+    settings = dense_training.with_dense_defaults(of_recipe(name))
+    label = settings.model or "swin_t"
+    tiny = next(asdict(family.TINY) for family in FAMILIES if label in family.VARIANTS)
+    settings = replace(settings, weights="", model_config=tiny)
+    whole = dense_training.build(settings, 10, meta=True).head_config
+    head = {name: value for name, value in SMALL.items() if hasattr(whole, name)} | dict(settings.head_config)
+    sizes = {"size": 64, "longer": 64, "smallest": settings.smallest and 48, "batch_size": 2, "steps": 0, "epochs": 1}
+    settings = replace(settings, head_config=head, workers=0, precision="32", **sizes)
+    part = splits[settings.task]
+    model = dense_training.build(settings, len(part.train.classes))
+    steps: list[float] = []
+    taken = Task.optimizer_step
+
+    def optimizer_step(self: Task, *args: Any, **kwargs: Any) -> None:
+        taken(self, *args, **kwargs)
+        steps.append(float(self.loss_sum))
+
+    monkeypatch.setattr(Task, "optimizer_step", optimizer_step)
+    before = [parameter.clone() for parameter in model.parameters()]
+    dense_training.fit_dense(
+        tmp_path, settings, model, part, dense_training.preprocessing_of(settings), lambda _: None, Ranks()
+    )
+    assert len(steps) == 2 and steps[1] > steps[0] > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_print_config_shows_the_head_and_the_model() -> None:
+    found = resolved("coco/mask_rcnn_3x", model="swin_free_t", weights="")
+    assert (found["head.channels"], found["model.window"], found["drop_path"]) == (256, [7, 14, 14, 7], 0.2)
+    assert (found["size"], found["longer"], found["head"]) == (800, 1333, "mask_rcnn")

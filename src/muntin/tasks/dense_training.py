@@ -83,12 +83,11 @@ def train_dense(
     if start:
         freeze(model, settings.freeze)
         refuse_other_groups(start, model, settings)
-    names = {"model": model.name, "head": model.head_name}
-    recorded = replace(settings, **names, model_config=asdict(model.config), head_config=asdict(model.head_config))
+    recorded = _described(settings, model)
     settings = all_images(recorded, len(splits.train), report)
     if settings.steps:
         settings = replace(settings, epochs=math.ceil(settings.steps / (len(splits.train) // settings.batch_size)))
-    preprocessing = _preprocessing(settings)
+    preprocessing = preprocessing_of(settings)
     split = splits.json() | {"preprocessing": preprocessing}
     replays = record(folder, settings, recorded, None if keep_split else split, start, report, ranks)
     count = sum(p.numel() for p in model.parameters())
@@ -98,11 +97,22 @@ def train_dense(
         f"{len(classes)} classes"
     )
     with threads(settings.threads):
-        fitted = _fit(folder, settings, model, splits, preprocessing, report, ranks, start, replays)
+        fitted = fit_dense(folder, settings, model, splits, preprocessing, report, ranks, start, replays)
     if ranks.first:
         _finish(folder, settings, splits, preprocessing, fitted, report)
     ranks.wait()
     return Run.open(folder)
+
+
+def resolve_dense(settings: Settings) -> Settings:
+    """With everything that was left to the task and the model, and the whole configurations of both."""
+    settings = with_dense_defaults(settings)
+    return _described(settings, build(settings, num_classes=2, meta=True))
+
+
+def _described(settings: Settings, model: Any) -> Settings:
+    configs = {"model_config": asdict(model.config), "head_config": asdict(model.head_config)}
+    return replace(settings, model=model.name, head=model.head_name, **configs)
 
 
 def with_dense_defaults(settings: Settings) -> Settings:
@@ -141,7 +151,7 @@ def build(settings: Settings, num_classes: int, meta: bool = False) -> Any:
         )
 
 
-def _preprocessing(settings: Settings) -> dict[str, Any]:
+def preprocessing_of(settings: Settings) -> dict[str, Any]:
     """How an image becomes the model's input. `size` is what a measurement takes."""
     return {
         "size": [settings.size, settings.size],
@@ -162,7 +172,7 @@ def _augmentation(settings: Settings) -> Any:
     return DetectionAugment(settings.size, settings.longer, smallest, settings.flip, CROPPED if settings.crop else 0.0)
 
 
-def _fit(
+def fit_dense(
     folder: Path,
     settings: Settings,
     model: nn.Module,
@@ -170,8 +180,8 @@ def _fit(
     preprocessing: dict[str, Any],
     report: Callable[[str], None],
     ranks: Ranks,
-    start: Start | None,
-    replays: bool,
+    start: Start | None = None,
+    replays: bool = True,
 ) -> Fitted:
     """Train to the end, from a checkpoint if one is given."""
     assert settings.size is not None

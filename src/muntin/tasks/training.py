@@ -89,7 +89,12 @@ def resolved(
     """Every setting that `train` would use, with the model's configuration, as flat plain values; the precision stays
     "auto" where the machine decides it.
     """
-    chosen = _with_defaults(ask(None, recipe, config, settings).settings)
+    chosen = ask(None, recipe, config, settings).settings
+    if chosen.dense:
+        from muntin.tasks.dense_training import resolve_dense
+
+        return resolve_dense(chosen).flat()
+    chosen = _with_defaults(chosen)
     model = _build(chosen, num_classes=2, meta=True)
     return replace(chosen, model=model.name, model_config=asdict(model.config)).flat()
 
