@@ -19,7 +19,7 @@ from muntin.measure.colours import Colour, class_colours
 from muntin.measure.drawing import contact_sheet, draw
 from muntin.progress import progress
 from muntin.run import atomic_write, write_json
-from muntin.tasks.dense_inference import Objects, ahead, detect, segment
+from muntin.tasks.dense_inference import Detections, ahead, detect, segment
 from muntin.tasks.inference import find_images
 
 SHOWN = 0.5  # least score of an object that is drawn, by default
@@ -121,7 +121,7 @@ def write_samples(
 ) -> list[Path]:
     """Some of the images, drawn by the seed, each as a picture of truth beside prediction: FOLDER/NAME.png.
 
-    Objects are drawn from a score of 0.5 on.
+    Detections are drawn from a score of 0.5 on.
     """
     order = np.random.default_rng(seed).permutation(len(annotated))[:count]
     positions = sorted(int(position) for position in order)
@@ -144,7 +144,7 @@ def write_samples(
 
 
 def drawn(
-    picture: Image.Image, found: Objects | Tensor, classes: Sequence[str], palette: Palette | None, threshold: float
+    picture: Image.Image, found: Detections | Tensor, classes: Sequence[str], palette: Palette | None, threshold: float
 ) -> Image.Image:
     """The picture with what was found on it: objects of at least this score, or the label of every pixel."""
     if isinstance(found, Tensor):
@@ -186,7 +186,7 @@ def _readable(
             yield picture
 
 
-def _annotations(found: Objects, image_id: int, first: int) -> list[dict[str, Any]]:
+def _annotations(found: Detections, image_id: int, first: int) -> list[dict[str, Any]]:
     rows = []
     for number, row in enumerate(found.coco(image_id), start=first):
         x, y, w, h = row["bbox"]
