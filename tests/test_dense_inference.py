@@ -13,7 +13,7 @@ from muntin.data.dense import fit
 from muntin.data.rle import decode_rle
 from muntin.errors import UserError
 from muntin.heads import paste_masks
-from muntin.tasks.dense_inference import Objects, coco_results, detect, segment
+from muntin.tasks.dense_inference import Detections, coco_results, detect, segment
 from muntin.tasks.merging import merge
 from muntin.tasks.windows import LabelMap, windows
 
@@ -166,7 +166,7 @@ def test_thresholds_leave_out_what_is_less_sure():
     assert found.scores.tolist() == pytest.approx([0.9, 0.5]) and len(found.masks) == 2
     assert len(found.above(0.6).masks) == 1
     (nothing,) = detect(Bright().eval(), [Image.new("RGB", (30, 20))], PREPROCESSING)
-    assert isinstance(nothing, Objects) and nothing.coco(1) == []
+    assert isinstance(nothing, Detections) and nothing.coco(1) == []
 
 
 # ---------------------------------------------------------------------------------------------------------- label maps

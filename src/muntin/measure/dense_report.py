@@ -25,7 +25,8 @@ from muntin.measure.statistics import rounded
 from muntin.run import TITLES, Run, atomic_write, read_json
 
 ROWS = 40  # classes shown
-WIDE = 1000  # pixels of a shown picture
+PICTURES = 8  # shown
+WIDE = 1000  # pixels of a picture, at most
 KINDS = {"box": "boxes", "mask": "masks"}
 SIZES = {
     "ap_small": "small, below 32 × 32 pixels",
@@ -153,12 +154,14 @@ def _pictures(page: RunPage) -> str:
         body += f"<pre><code>{escape(page.command('predict', ' IMAGES --out predictions'))}</code></pre>"
         return section("pictures", "Pictures", "", body)
     shown = "".join(
-        f'<figure><img src="{_embedded(file)}" alt="{escape(file.stem)}" loading="lazy" '
-        f'style="width:100%;height:auto;border-radius:4px"><figcaption>{escape(file.stem)}</figcaption></figure>'
-        for file in files
+        f'<figure style="margin-bottom:26px"><img src="{_embedded(file)}" alt="{escape(file.stem)}" loading="lazy" '
+        f'style="max-width:100%;height:auto;border-radius:4px"><figcaption>{escape(file.stem)}</figcaption></figure>'
+        for file in files[:PICTURES]
     )
     lead = "What is annotated and what is predicted, of images that were not trained on."
-    return section("pictures", "Pictures", lead, f'<div class="two">{shown}</div>')
+    if len(files) > PICTURES:
+        lead += f" {PICTURES} of {len(files)} in <code>{escape(str(page.run.path / 'pictures'))}</code>."
+    return section("pictures", "Pictures", lead, shown)
 
 
 def _embedded(path: Path) -> str:

@@ -275,7 +275,7 @@ def _plate(
 
 def _letters(size: tuple[int, int]) -> int:
     """Height of letters for a picture of this size, in pixels."""
-    return max(13, round(math.sqrt(size[0] * size[1]) / 42))
+    return max(13, round(math.sqrt(size[0] * size[1]) / 36))
 
 
 @lru_cache(64)

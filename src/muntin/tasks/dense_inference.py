@@ -32,7 +32,7 @@ Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
-class Objects:
+class Detections:
     """What was found on one picture, best first.
 
     boxes: (n, 4) float32 x1 y1 x2 y2 in the picture's pixels. scores: (n,). labels: (n,). masks: run lengths of each
@@ -54,11 +54,11 @@ class Objects:
             rows.append(row if self.masks is None else row | {"segmentation": self.masks[i]})
         return rows
 
-    def above(self, threshold: float) -> "Objects":
+    def above(self, threshold: float) -> "Detections":
         """Those of at least this score."""
         kept = (self.scores >= threshold).nonzero()[:, 0]
         masks = None if self.masks is None else [self.masks[i] for i in kept.tolist()]
-        return Objects(self.boxes[kept], self.scores[kept], self.labels[kept], masks)
+        return Detections(self.boxes[kept], self.scores[kept], self.labels[kept], masks)
 
 
 def detect(
@@ -70,7 +70,7 @@ def detect(
     flip: bool = False,
     threshold: float = 0.0,
     batch_size: int = 8,
-) -> Iterator[Objects]:
+) -> Iterator[Detections]:
     """Find objects on upright RGB pictures, one result for each, in order.
 
     model: a detector in evaluation mode, on the device that is to be used. preprocessing: "fit" ({"shorter", "longer"},
@@ -233,14 +233,14 @@ def _in_picture(found: Mapping[str, Tensor], resized: Sequence[int], original: t
     return view | {"boxes": boxes.clamp(min=0).minimum(limits)}
 
 
-def _objects(view: View, size: tuple[int, int], threshold: float) -> Objects:
+def _objects(view: View, size: tuple[int, int], threshold: float) -> Detections:
     order = view["scores"].argsort(descending=True, stable=True)
     order = order[view["scores"][order] >= threshold]
     boxes = view["boxes"][order]
     masks = None
     if "masks" in view:
         masks = [_pasted(mask, box, size) for mask, box in zip(view["masks"][order], boxes, strict=True)]
-    return Objects(boxes, view["scores"][order].float(), view["labels"][order], masks)
+    return Detections(boxes, view["scores"][order].float(), view["labels"][order], masks)
 
 
 def _pasted(mask: Tensor, box: Tensor, size: tuple[int, int]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from muntin.measure.colours import Colour, class_colours
 from muntin.measure.drawing import contact_sheet, draw
 from muntin.progress import progress
 from muntin.run import atomic_write, write_json
-from muntin.tasks.dense_inference import Objects, ahead, detect, segment
+from muntin.tasks.dense_inference import Detections, ahead, detect, segment
 from muntin.tasks.inference import find_images
 
 SHOWN = 0.5  # least score of an object that is drawn, by default
@@ -60,14 +60,14 @@ def predict_dense(
 ) -> DensePredictions:
     """Find objects on images, or label their pixels, and write what was found to the folder `out`.
 
-    predictions.json lists `images` (id, file_name, width, height; `error` instead of a size where one cannot be read)
-    and `categories`. A detector's `annotations` are in COCO's results format, with an id and an area, so that they can
-    be trained on too. A segmenter's images each have `label_map`, an index PNG with a palette under `labels/`, and the
-    `share` of each class. `pictures/` shows all of it.
+    predictions.json lists `images` (id, file_name, width, height), `categories`, and `errors` (file_name and error of
+    images that cannot be read). A detector's `annotations` are in COCO's results format, with an id and an area, so
+    that they can be trained on too. A segmenter's images each have `label_map`, an index PNG with a palette under
+    `labels/`, and the `share` of each class. `pictures/` shows all of it.
 
     model, preprocessing: as for `muntin.tasks.dense_inference.detect` and `segment`, which take `views`. inputs: files,
     folders and .txt lists. threshold: least score of an object; by default all that the model finds are written, and
-    those from 0.5 on are drawn. palette: a colour for each class. A broken image is listed and the rest goes on.
+    those from 0.5 on are drawn. palette: a colour for each class. A broken image does not stop the rest.
 
     Raises `UserError` where there is no image, none can be read, or `out` cannot be written.
     """
@@ -75,37 +75,38 @@ def predict_dense(
         raise UserError(f"threshold={threshold}: give a score, from 0 to 1")
     files = find_images(inputs)
     folder, names = Path(out), _names(files)
-    rows: list[dict[str, Any]] = [{"id": i, "file_name": str(file)} for i, file in enumerate(files, start=1)]
-    read: deque[int] = deque()
     segmenting = getattr(model, "task", "detect") == "segment"
-    categories: list[dict[str, Any]] = [{"id": i, "name": name} for i, name in enumerate(classes, start=1)]
+    read: deque[dict[str, Any]] = deque()
+    rows: list[dict[str, Any]] = []
+    errors: list[dict[str, str]] = []
     annotations: list[dict[str, Any]] = []
-    readable = _readable(files, rows, read)
+    readable = _readable(files, read, errors)
     found: Iterator[Any] = (
         segment(model, readable, preprocessing, **views)
         if segmenting
         else detect(model, readable, preprocessing, threshold=threshold or 0.0, **views)
     )
     for each in progress(found, len(files), "predicting"):
-        i = read.popleft()
+        row = read.popleft()
+        rows.append(row)
+        file, name = files[row["id"] - 1], names[row["id"] - 1]
         if segmenting:
-            path = folder / "labels" / f"{names[i]}.png"
-            write_label_map(path, each, palette)
-            rows[i] |= {"label_map": str(path.relative_to(folder)), "share": _shares(each, classes)}
+            row |= {"label_map": f"labels/{name}.png", "share": _shares(each, classes)}
+            write_label_map(folder / row["label_map"], each, palette)
         else:
-            annotations += _annotations(each, i + 1, len(annotations) + 1)
-        if pictures:
-            least = SHOWN if threshold is None else threshold
-            picture = drawn(
-                open_image(files[i]), each, classes, palette, least
-            )  # holding all that wait takes gigabytes
-            _write_picture(folder / "pictures" / f"{names[i]}.png", picture)
-    errors = [row["error"] for row in rows if "error" in row]
-    if len(errors) == len(files):
-        raise UserError(f"none of the {len(files)} images could be read, as {errors[0]}; give PNG or JPEG files")
-    document: dict[str, Any] = {"images": rows, "categories": categories}
+            annotations += _annotations(each, row["id"], len(annotations) + 1)
+        if pictures:  # read again, because those that wait for their results would take gigabytes
+            shown = drawn(open_image(file), each, classes, palette, SHOWN if threshold is None else threshold)
+            _write_picture(folder / "pictures" / f"{name}.png", shown)
+    if not rows:
+        raise UserError(
+            f"none of the {len(files)} images could be read, as {errors[0]['error']}; give PNG or JPEG files"
+        )
+    categories = [{"id": i, "name": name} for i, name in enumerate(classes, start=1)]
+    document: dict[str, Any] = {"images": rows, "categories": categories, "errors": errors}
     write_json(folder / "predictions.json", document if segmenting else document | {"annotations": annotations})
-    return DensePredictions(folder, len(files) - len(errors), None if segmenting else len(annotations), errors)
+    objects = None if segmenting else len(annotations)
+    return DensePredictions(folder, len(rows), objects, [row["error"] for row in errors])
 
 
 def write_samples(
@@ -120,7 +121,7 @@ def write_samples(
 ) -> list[Path]:
     """Some of the images, drawn by the seed, each as a picture of truth beside prediction: FOLDER/NAME.png.
 
-    Objects are drawn from a score of 0.5 on.
+    Detections are drawn from a score of 0.5 on.
     """
     order = np.random.default_rng(seed).permutation(len(annotated))[:count]
     positions = sorted(int(position) for position in order)
@@ -143,7 +144,7 @@ def write_samples(
 
 
 def drawn(
-    picture: Image.Image, found: Objects | Tensor, classes: Sequence[str], palette: Palette | None, threshold: float
+    picture: Image.Image, found: Detections | Tensor, classes: Sequence[str], palette: Palette | None, threshold: float
 ) -> Image.Image:
     """The picture with what was found on it: objects of at least this score, or the label of every pixel."""
     if isinstance(found, Tensor):
@@ -166,8 +167,10 @@ def write_label_map(path: Path, labels: Tensor, palette: Palette | None = None) 
     atomic_write(path, lambda partial: image.save(partial, "PNG"))
 
 
-def _readable(files: Sequence[Path], rows: list[dict[str, Any]], read: deque[int]) -> Iterator[Image.Image]:
-    """The images that can be read, their positions entered in `read`; of the others the error in their rows."""
+def _readable(
+    files: Sequence[Path], read: deque[dict[str, Any]], errors: list[dict[str, str]]
+) -> Iterator[Image.Image]:
+    """The images that can be read, each with its row entered in `read`; the others are entered in `errors`."""
 
     def opened(file: Path) -> Image.Image | BadImage:
         try:
@@ -175,16 +178,15 @@ def _readable(files: Sequence[Path], rows: list[dict[str, Any]], read: deque[int
         except BadImage as error:
             return error
 
-    for i, picture in enumerate(ahead(opened, files)):
+    for i, (file, picture) in enumerate(zip(files, ahead(opened, files), strict=True), start=1):
         if isinstance(picture, BadImage):
-            rows[i]["error"] = str(picture)
+            errors.append({"file_name": str(file), "error": str(picture)})
         else:
-            rows[i] |= {"width": picture.width, "height": picture.height}
-            read.append(i)
+            read.append({"id": i, "file_name": str(file), "width": picture.width, "height": picture.height})
             yield picture
 
 
-def _annotations(found: Objects, image_id: int, first: int) -> list[dict[str, Any]]:
+def _annotations(found: Detections, image_id: int, first: int) -> list[dict[str, Any]]:
     rows = []
     for number, row in enumerate(found.coco(image_id), start=first):
         x, y, w, h = row["bbox"]
