@@ -1,6 +1,7 @@
 """COCO's JSON: images, categories by any ids, and annotations with boxes, polygons or run lengths."""
 
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -13,7 +14,7 @@ import numpy as np
 
 from muntin.data.annotated import WHOLE, Annotated
 from muntin.data.images import BadImage, upright_size
-from muntin.data.objects import Objects, Outlines, Rows, clipped, mask_box
+from muntin.data.objects import Box, Objects, Outlines, Rows, clipped, mask_box
 from muntin.data.problems import Problems
 from muntin.data.rle import run_lengths
 from muntin.errors import UserError, nearest
@@ -173,7 +174,7 @@ class _Reader:
             found["box"].append(box)
             found["label"].append(numbers[annotation["category_id"]])
             found["crowd"].append(bool(annotation.get("iscrowd", 0)))
-            found["area"].append(area if isinstance(area, int | float) else np.prod(box[2:] - box[:2]))
+            found["area"].append(area if isinstance(area, int | float) else (box[2] - box[0]) * (box[3] - box[1]))
             found["shape"].append(shape)
             found["id"].append(annotation["id"])
         if sticking:
@@ -298,17 +299,18 @@ class _Reader:
         return Objects(classes, self.folder, files, sizes, first, rows.select(order), shapes)
 
 
-def _box(annotation: dict[str, Any], shape: np.ndarray, image: _Image) -> np.ndarray:
-    """x1 y1 x2 y2, from the outline where no box is given; not a number where it is none."""
+def _box(annotation: dict[str, Any], shape: np.ndarray, image: _Image) -> Box:
+    """x1 y1 x2 y2, from the outline where no box is given; not numbers where it is none."""
     given = annotation.get("bbox")
     if given:
         try:
-            left, top, width, height = (float(value) for value in given)
+            left, top, width, height = map(float, given)
         except (TypeError, ValueError):
-            return np.full(4, np.nan)
-        return np.array([left, top, left + width, top + height])
+            return (math.nan,) * 4
+        return left, top, left + width, top + height
     outline = Outlines.of([shape])
-    if shape[0] >= 0:
-        points = np.concatenate(outline.coco(0, image.height, image.width)).reshape(-1, 2)
-        return np.concatenate([points.min(0), points.max(0)])
-    return mask_box(outline.masks(range(1), image.height, image.width)[0])
+    if shape[0] < 0:
+        return mask_box(outline.masks(range(1), image.height, image.width)[0])
+    points = np.concatenate(outline.coco(0, image.height, image.width)).reshape(-1, 2)
+    (left, top), (right, bottom) = points.min(0).tolist(), points.max(0).tolist()
+    return left, top, right, bottom
