@@ -59,16 +59,19 @@ def coco_parts(root: Path, files: Mapping[str, Path], task: str, problems: Probl
     """
     parts: dict[str, Annotated] = {}
     classes: list[str] = []
+    first = next(iter(files.values())).name
     for part, path in files.items():
         document = _load(path)
         folder = _image_folder(root, path, part, document["images"])
         reader = _Reader(path, folder, task == "instance", problems)
         names = reader.categories(document["categories"])
         classes = classes or list(names.values())
-        unknown = next((f"{i} ({name!r})" for i, name in names.items() if name not in classes), None)
+        unknown = next((item for item in names.items() if item[1] not in classes), None)
         if unknown is not None:
-            raise UserError(f"{path}: category {unknown} is not among those of {next(iter(files.values())).name}"
-                            f"{nearest(unknown, classes)}; give all parts the same categories")  # fmt: skip
+            raise UserError(
+                f"{path}: category {unknown[0]} ({unknown[1]!r}) is not among those of {first}"
+                f"{nearest(unknown[1], classes)}; give all parts the same categories"
+            )
         numbers = {identity: classes.index(name) for identity, name in names.items()}
         parts[part] = reader.objects(document, classes, numbers)
     return parts
