@@ -132,7 +132,7 @@ class _Reader:
         names: dict[Any, str] = {}
         for category in categories:
             if not isinstance(category, dict) or not isinstance(category.get("id"), int) or "name" not in category:
-                self.wrong(f"category {category}", "has no whole number as id, or no name")
+                self.wrong(f"category {category}"[:100], "has no whole number as id, or no name")
             elif category["id"] in names:
                 self.wrong(f"category {category['id']}", f"is there twice, as {names[category['id']]!r} and "
                            f"{category['name']!r}")  # fmt: skip
@@ -190,8 +190,12 @@ class _Reader:
         files: list[str] = []
         left_out: set[Any] = set()
         for record in records:
-            if not isinstance(record, dict) or "id" not in record or not record.get("file_name"):
-                self.wrong(f"image {record}", "has no id or no file_name")
+            if (
+                not isinstance(record, dict)
+                or not record.get("file_name")
+                or not isinstance(record.get("id"), int | str)
+            ):
+                self.wrong(f"image {record}"[:100], "has no id or no file_name")
                 continue
             identity, file = record["id"], str(record["file_name"])
             if identity in images or identity in left_out:
@@ -232,8 +236,9 @@ class _Reader:
 
     def _identity(self, annotation: Any, seen: set[Any]) -> str | None:
         """What messages call an annotation; None for one that cannot be used."""
-        if not isinstance(annotation, dict) or "id" not in annotation:
-            self.wrong(f"annotation {annotation}", "has no id")
+        names = ("id", "image_id", "category_id")
+        if not isinstance(annotation, dict) or not all(isinstance(annotation.get(name), int | str) for name in names):
+            self.wrong(f"annotation {annotation}"[:100], "has no id, image_id or category_id")
             return None
         if annotation["id"] in seen:
             self.wrong(f"annotation {annotation['id']}", "is there twice; give each an id of its own")
@@ -252,6 +257,9 @@ class _Reader:
             return None
         if isinstance(given, dict):
             return self._runs(item, given, image)
+        if not isinstance(given, list):
+            self.wrong(item, f"its segmentation is {type(given).__name__}, not polygons or run lengths")
+            return None
         polygons = []
         for number, polygon in enumerate(given, start=1):
             try:

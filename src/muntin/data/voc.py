@@ -20,7 +20,7 @@ import numpy as np
 from muntin.data.annotated import IGNORE, WHOLE, Annotated
 from muntin.data.datasets import image_files
 from muntin.data.images import BadImage, upright_size
-from muntin.data.label_maps import LabelMaps, class_names, class_numbers, read_indices, read_palette
+from muntin.data.label_maps import LabelMaps, class_names, class_numbers, lines, read_indices, read_palette
 from muntin.data.objects import Box, Objects, Outlines, Rows, clipped, mask_box
 from muntin.data.problems import Problems
 from muntin.data.rle import encode_rle, run_lengths
@@ -79,8 +79,7 @@ def _lists(root: Path, task: str, folder: str, suffix: str) -> dict[str, list[st
     for part, name in (("train", "train"), ("val", "val"), ("test", "test"), ("train", "trainval")):
         path = lists / f"{name}.txt"
         if path.is_file() and (name != "trainval" or not {"train", "val"} & set(found)):
-            lines = path.read_text(encoding="utf-8").splitlines()
-            found[part] = [line.split()[0] for line in lines if line.strip()]
+            found[part] = [line.split()[0] for line in lines(path)]
     return found or {WHOLE: sorted(path.stem for path in (root / folder).glob(f"*{suffix}"))}
 
 
