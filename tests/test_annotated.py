@@ -223,11 +223,13 @@ ANNOTATION = {  # what is wrong with annotation 2: what it has instead
     "its mask is of height and width [4, 4]": {"segmentation": {"size": [4, 4], "counts": [16]}},
     "its mask cannot be read": {"segmentation": {"size": [10, 20], "counts": [16]}},
     "has no segmentation; give --task detect": {"segmentation": []},
+    "its segmentation is int, not polygons": {"segmentation": 5},
 }
 FAULTS = {f"annotation 2: {what}": set_("annotations", 2, **values) for what, values in ANNOTATION.items()} | {
     "annotation 1: is there twice": set_("annotations", 2, id=1),
     "image 17: is there twice": set_("images", 2, id=17),
     "category 3: is there twice": set_("categories", 0, id=3),
+    "has no id, image_id or category_id": set_("annotations", 2, image_id=[5]),
     "images/none.png does not exist": set_("images", 2, file_name="none.png"),
 }
 
@@ -511,7 +513,8 @@ def test_all_that_is_wrong_is_listed(tmp_path, capsys):
     with Image.open(tmp_path / "out" / "samples-instance-train.png") as sheet:
         assert sheet.width > 4 * 100
     part, _ = open_annotated_part(str(tmp_path), "instance", "train", on_bad="skip")
-    assert len(part) == 23 and sum(len(part.target(i)["labels"]) for i in range(23)) == 11
+    left = 23 - len(ANNOTATION) - 2  # one is there twice, one is on an image that does not exist
+    assert len(part) == 23 and sum(len(part.target(i)["labels"]) for i in range(23)) == left
 
 
 def test_label_maps_are_checked(tmp_path, capsys):
@@ -563,3 +566,57 @@ def test_the_check_refuses_what_it_does_not_know(tmp_path, capsys):
     ):
         assert main(["data", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_photographs_that_lie_on_their_side_are_taken_upright(tmp_path):
+    """Annotations are made on what is seen: an image of 10x20 whose Exif data say that it is shown turned."""
+    write_coco(tmp_path / "train.json", coco_document(4), tmp_path / "images")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    turned = Image.new("RGB", (10, 20))
+    turned.save(tmp_path / "images" / "0.png", exif=exif)
+    part, _ = open_annotated_part(str(tmp_path), "detect", None)
+    assert part.picture(0).size == (20, 10)
+    write_maps(tmp_path / "maps", ["train/a", "val/a"], (0, 1))
+    turned.resize((6, 8)).save(tmp_path / "maps/images/train/a.jpg", exif=exif)
+    maps, _ = open_annotated_part(str(tmp_path / "maps"), "segment", "train")
+    assert maps.picture(0).size == maps.target(0)["labels"].shape[::-1] == (8, 6)
+
+
+def test_images_without_objects_are_negatives(tmp_path):
+    document = coco_document(4)
+    document["annotations"] = []
+    write_coco(tmp_path / "train.json", document, tmp_path / "images")
+    part, _ = open_annotated_part(str(tmp_path), "instance", None)
+    target = part.target(3)
+    assert len(part) == 4 and target["boxes"].shape == (0, 4) and target["masks"].shape == (0, 10, 20)
+    assert part.coco()["annotations"] == [] and len(part.coco()["images"]) == 4
+
+
+def test_sizes_and_boxes_that_are_not_written_are_measured(tmp_path):
+    document = coco_document(3)
+    for record in document["images"]:
+        del record["width"], record["height"]
+    for annotation in document["annotations"]:
+        del annotation["bbox"], annotation["area"]
+    write_coco(tmp_path / "train.json", document, tmp_path / "images")
+    target = open_annotated_part(str(tmp_path), "instance", None)[0].target(0)
+    assert target["boxes"].tolist() == [[2, 1, 6, 5], [10, 0, 13, 10]] and target["area"].tolist() == [16, 30]
+
+
+def test_classes_are_the_same_in_all_parts(tmp_path):
+    write_coco(tmp_path / "train.json", coco_document(4), tmp_path / "images")
+    other = coco_document(4)
+    other["categories"] = [{"id": 3, "name": "dog"}, {"id": 90, "name": "cat"}]  # the same by other ids
+    write_coco(tmp_path / "val.json", other, tmp_path / "images")
+    splits = open_annotated(str(tmp_path), "detect")
+    assert splits.train.target(1)["labels"].tolist() == [1] and splits.val.target(1)["labels"].tolist() == [0]
+    other["categories"][0]["name"] = "dogs"
+    write_coco(tmp_path / "val.json", other, tmp_path / "images")
+    with pytest.raises(UserError, match=r"category 3 \('dogs'\) is not among those of train.json .did you mean 'dog'"):
+        open_annotated(str(tmp_path), "detect")
+    (tmp_path / "annotations").mkdir()
+    for year in ("2014", "2017"):
+        (tmp_path / "annotations" / f"instances_train{year}.json").write_text("{}")
+    with pytest.raises(UserError, match="instances_train2014.json and instances_train2017.json for train; keep one"):
+        open_annotated(str(tmp_path), "detect")

@@ -1,6 +1,7 @@
 """COCO's JSON: images, categories by any ids, and annotations with boxes, polygons or run lengths."""
 
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -13,7 +14,7 @@ import numpy as np
 
 from muntin.data.annotated import WHOLE, Annotated
 from muntin.data.images import BadImage, upright_size
-from muntin.data.objects import Objects, Outlines, Rows, clipped, mask_box
+from muntin.data.objects import Box, Objects, Outlines, Rows, clipped, mask_box
 from muntin.data.problems import Problems
 from muntin.data.rle import run_lengths
 from muntin.errors import UserError, nearest
@@ -58,16 +59,19 @@ def coco_parts(root: Path, files: Mapping[str, Path], task: str, problems: Probl
     """
     parts: dict[str, Annotated] = {}
     classes: list[str] = []
+    first = next(iter(files.values())).name
     for part, path in files.items():
         document = _load(path)
         folder = _image_folder(root, path, part, document["images"])
         reader = _Reader(path, folder, task == "instance", problems)
         names = reader.categories(document["categories"])
         classes = classes or list(names.values())
-        unknown = next((f"{i} ({name!r})" for i, name in names.items() if name not in classes), None)
+        unknown = next((item for item in names.items() if item[1] not in classes), None)
         if unknown is not None:
-            raise UserError(f"{path}: category {unknown} is not among those of {next(iter(files.values())).name}"
-                            f"{nearest(unknown, classes)}; give all parts the same categories")  # fmt: skip
+            raise UserError(
+                f"{path}: category {unknown[0]} ({unknown[1]!r}) is not among those of {first}"
+                f"{nearest(unknown[1], classes)}; give all parts the same categories"
+            )
         numbers = {identity: classes.index(name) for identity, name in names.items()}
         parts[part] = reader.objects(document, classes, numbers)
     return parts
@@ -128,7 +132,7 @@ class _Reader:
         names: dict[Any, str] = {}
         for category in categories:
             if not isinstance(category, dict) or not isinstance(category.get("id"), int) or "name" not in category:
-                self.wrong(f"category {category}", "has no whole number as id, or no name")
+                self.wrong(f"category {category}"[:100], "has no whole number as id, or no name")
             elif category["id"] in names:
                 self.wrong(f"category {category['id']}", f"is there twice, as {names[category['id']]!r} and "
                            f"{category['name']!r}")  # fmt: skip
@@ -173,7 +177,7 @@ class _Reader:
             found["box"].append(box)
             found["label"].append(numbers[annotation["category_id"]])
             found["crowd"].append(bool(annotation.get("iscrowd", 0)))
-            found["area"].append(area if isinstance(area, int | float) else np.prod(box[2:] - box[:2]))
+            found["area"].append(area if isinstance(area, int | float) else (box[2] - box[0]) * (box[3] - box[1]))
             found["shape"].append(shape)
             found["id"].append(annotation["id"])
         if sticking:
@@ -186,8 +190,12 @@ class _Reader:
         files: list[str] = []
         left_out: set[Any] = set()
         for record in records:
-            if not isinstance(record, dict) or "id" not in record or not record.get("file_name"):
-                self.wrong(f"image {record}", "has no id or no file_name")
+            if (
+                not isinstance(record, dict)
+                or not record.get("file_name")
+                or not isinstance(record.get("id"), int | str)
+            ):
+                self.wrong(f"image {record}"[:100], "has no id or no file_name")
                 continue
             identity, file = record["id"], str(record["file_name"])
             if identity in images or identity in left_out:
@@ -228,8 +236,9 @@ class _Reader:
 
     def _identity(self, annotation: Any, seen: set[Any]) -> str | None:
         """What messages call an annotation; None for one that cannot be used."""
-        if not isinstance(annotation, dict) or "id" not in annotation:
-            self.wrong(f"annotation {annotation}", "has no id")
+        names = ("id", "image_id", "category_id")
+        if not isinstance(annotation, dict) or not all(isinstance(annotation.get(name), int | str) for name in names):
+            self.wrong(f"annotation {annotation}"[:100], "has no id, image_id or category_id")
             return None
         if annotation["id"] in seen:
             self.wrong(f"annotation {annotation['id']}", "is there twice; give each an id of its own")
@@ -248,6 +257,9 @@ class _Reader:
             return None
         if isinstance(given, dict):
             return self._runs(item, given, image)
+        if not isinstance(given, list):
+            self.wrong(item, f"its segmentation is {type(given).__name__}, not polygons or run lengths")
+            return None
         polygons = []
         for number, polygon in enumerate(given, start=1):
             try:
@@ -298,17 +310,18 @@ class _Reader:
         return Objects(classes, self.folder, files, sizes, first, rows.select(order), shapes)
 
 
-def _box(annotation: dict[str, Any], shape: np.ndarray, image: _Image) -> np.ndarray:
-    """x1 y1 x2 y2, from the outline where no box is given; not a number where it is none."""
+def _box(annotation: dict[str, Any], shape: np.ndarray, image: _Image) -> Box:
+    """x1 y1 x2 y2, from the outline where no box is given; not numbers where it is none."""
     given = annotation.get("bbox")
     if given:
         try:
-            left, top, width, height = (float(value) for value in given)
+            left, top, width, height = map(float, given)
         except (TypeError, ValueError):
-            return np.full(4, np.nan)
-        return np.array([left, top, left + width, top + height])
+            return (math.nan,) * 4
+        return left, top, left + width, top + height
     outline = Outlines.of([shape])
-    if shape[0] >= 0:
-        points = np.concatenate(outline.coco(0, image.height, image.width)).reshape(-1, 2)
-        return np.concatenate([points.min(0), points.max(0)])
-    return mask_box(outline.masks(range(1), image.height, image.width)[0])
+    if shape[0] < 0:
+        return mask_box(outline.masks(range(1), image.height, image.width)[0])
+    points = np.concatenate(outline.coco(0, image.height, image.width)).reshape(-1, 2)
+    (left, top), (right, bottom) = points.min(0).tolist(), points.max(0).tolist()
+    return left, top, right, bottom

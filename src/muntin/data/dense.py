@@ -191,6 +191,8 @@ class SegmentationAugment:
 
 def keep(target: Target, chosen: Tensor) -> Target:
     """The objects that are chosen, (n,) bool."""
+    if chosen.all():  # masks are large: they are not copied for nothing
+        return target
     return {name: _like(value[chosen], value) for name, value in target.items()}
 
 

@@ -181,13 +181,13 @@ def class_names(root: Path) -> list[str] | None:
     """The lines of classes.txt, or the list in classes.json."""
     text, listed = root / "classes.txt", root / "classes.json"
     if text.is_file():
-        names = [line.strip() for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = lines(text)
         path = text
     elif listed.is_file():
         path = listed
         try:
             names = json.loads(listed.read_bytes())
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"cannot read {listed} ({error}); give a list of names") from error
     else:
         return None
@@ -196,12 +196,20 @@ def class_names(root: Path) -> list[str] | None:
     return names
 
 
+def lines(path: Path) -> list[str]:
+    """A text file's lines without those that are empty. Raises `UserError` where it cannot be read."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({error}); give a text file in UTF-8") from error
+
+
 def _ade_names(root: Path) -> list[str]:
     """The first of the names in each line of objectInfo150.txt; numbers from 1 on without it."""
     path = root / ADE_NAMES
     if not path.is_file():
         return [str(number) for number in range(1, ADE_CLASSES + 1)]
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [line.split("\t") for line in lines(path)]
     found = {int(row[0]): row[-1].split(",")[0].strip() for row in rows if re.fullmatch(r"\d+", row[0].strip())}
     if sorted(found) != list(range(1, ADE_CLASSES + 1)):
         raise UserError(f"{path} does not name the classes 1 to {ADE_CLASSES}; restore the file, or remove it")

@@ -3,6 +3,7 @@
 N images, M objects of all images, n objects of one image, H W image
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -186,22 +187,25 @@ class Objects(Annotated):
         return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def clipped(box: np.ndarray, width: int, height: int) -> tuple[np.ndarray, str, bool]:
-    """A box x1 y1 x2 y2 inside of the image, what is wrong with it ("" if nothing is), and whether it stuck out."""
-    if not np.isfinite(box).all():
+Box = tuple[float, float, float, float]  # x1 y1 x2 y2
+
+
+def clipped(box: Box, width: int, height: int) -> tuple[Box, str, bool]:
+    """A box inside of the image, what is wrong with it ("" if nothing is), and whether it stuck out."""
+    left, top, right, bottom = box
+    if not all(map(math.isfinite, box)):
         return box, "is not four numbers", False
-    left, top, right, bottom = box.tolist()
     if right <= left or bottom <= top:
         return box, f"is of zero size ({right - left:g}x{bottom - top:g})", False
-    inside = np.clip(box, 0, [width, height, width, height])
-    if inside[2] <= inside[0] or inside[3] <= inside[1]:
+    if right <= 0 or bottom <= 0 or left >= width or top >= height:
         return box, f"lies outside of the image, which is {width}x{height}", False
-    return inside, "", bool(np.abs(inside - box).max() > STICKS_OUT)
+    inside = max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))
+    return inside, "", max(inside[0] - left, inside[1] - top, right - inside[2], bottom - inside[3]) > STICKS_OUT
 
 
-def mask_box(mask: np.ndarray) -> np.ndarray:
+def mask_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     """x1 y1 x2 y2 around the pixels of a mask (H, W); zeros where it has none."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
-        return np.zeros(4)
-    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float64)
+        return 0, 0, 0, 0
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

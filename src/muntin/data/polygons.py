@@ -13,24 +13,28 @@ def polygon_mask(polygons: Sequence[Sequence[float]], height: int, width: int) -
     """(H, W) uint8 of 0 and 1. polygons: x1, y1, x2, y2, ... in pixels, each of at least three points."""
     mask = np.zeros((height, width), np.uint8)
     for polygon in polygons:
-        mask |= _inside(np.asarray(polygon, np.float64).reshape(-1, 2), height, width)
+        _draw(mask, np.asarray(polygon, np.float64).reshape(-1, 2))
     return mask
 
 
-def _inside(points: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W) uint8 of one polygon: in each column of pixels, every crossing of an edge turns inside to outside."""
-    start = points
-    end = np.roll(points, -1, axis=0)
-    swapped = start[:, 0] > end[:, 0]
-    start, end = np.where(swapped[:, None], end, start), np.where(swapped[:, None], start, end)
-    first = np.clip(np.ceil(start[:, 0] - 0.5), 0, width).astype(np.int64)  # centres from start up to, not at, end
-    last = np.clip(np.ceil(end[:, 0] - 0.5), 0, width).astype(np.int64)
+def _draw(mask: np.ndarray, points: np.ndarray) -> None:
+    """Add one polygon: in each column of pixels, every crossing of an edge turns inside to outside."""
+    height, width = mask.shape
+    start, end = points, np.roll(points, -1, axis=0)
+    swapped = (start[:, 0] > end[:, 0])[:, None]
+    start, end = np.where(swapped, end, start), np.where(swapped, start, end)
+    first = np.ceil(start[:, 0] - 0.5).clip(0, width).astype(np.int64)  # centres from start up to, but not at, end
+    last = np.ceil(end[:, 0] - 0.5).clip(0, width).astype(np.int64)
     crossed = last - first
+    if not crossed.any():
+        return
     edge = np.repeat(np.arange(len(points)), crossed)
     column = first[edge] + np.arange(len(edge)) - np.repeat(crossed.cumsum() - crossed, crossed)
     slope = (end[edge, 1] - start[edge, 1]) / (end[edge, 0] - start[edge, 0])
     y = start[edge, 1] + slope * (column + 0.5 - start[edge, 0])
-    row = np.clip(np.ceil(y - 0.5), 0, height).astype(np.int64)
-    toggles = np.zeros((height + 1, width), np.uint8)
-    np.bitwise_xor.at(toggles, (row, column), 1)
-    return np.bitwise_xor.accumulate(toggles[:-1], axis=0)
+    row = np.ceil(y - 0.5).clip(0, height).astype(np.int64)
+    left, top = column.min(), row.min()
+    toggles = np.zeros((row.max() + 1 - top, column.max() + 1 - left), np.uint8)
+    np.bitwise_xor.at(toggles, (row - top, column - left), 1)
+    inside = np.bitwise_xor.accumulate(toggles, axis=0)[:-1]  # the last row is outside
+    mask[top : top + inside.shape[0], left : left + inside.shape[1]] |= inside

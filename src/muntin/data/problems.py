@@ -34,7 +34,10 @@ class Problems:
         """Report what is wrong with an image or an annotation, which the reader then leaves out."""
         problem = Problem(str(file), item, what)
         if self.stop:
-            raise UserError(f"{problem}; mend it, or see all problems with: muntin data check {self.data}")
+            raise UserError(
+                f"{problem}; mend it (all problems: muntin data check {self.data}), or leave such ones out with: "
+                "--set on_bad_image=skip"
+            )
         self.found.append(problem)
 
     def note(self, text: str) -> None:

@@ -121,7 +121,7 @@ def _write_part(folder: Path, part: str, glyphs: Images, seeds: list[tuple[int, 
         _index_mask(digits).save(folder / "masks" / part / name)
         images.append({"id": number, "file_name": name, "width": SIDE, "height": SIDE})
         for digit in digits:
-            left, top, right, bottom = mask_box(digit.mask).tolist()
+            left, top, right, bottom = mask_box(digit.mask)
             annotations.append({
                 "id": len(annotations) + 1, "image_id": number, "category_id": digit.label + 1, "iscrowd": 0,
                 "bbox": [left, top, right - left, bottom - top], "area": int(digit.mask.sum()),
@@ -177,7 +177,7 @@ def draw_glyph(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
     matrix = (cosine / wide, sine, x, -sine / wide, cosine, y)
     values = Image.fromarray(source).transform((side, side), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
     coverage = np.clip((np.asarray(values, np.float64) - INK) * scale * 1.3 + 0.5, 0, 1)  # an edge is a pixel wide
-    left, top, right, bottom = mask_box(coverage >= 0.5).astype(int)
+    left, top, right, bottom = mask_box(coverage >= 0.5)
     return coverage[top:bottom, left:right]
 
 

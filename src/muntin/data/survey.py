@@ -140,9 +140,9 @@ def _look(part: Annotated, position: int) -> _Look:
     for mask, box, row in zip(target.get("masks", ()), target["boxes"].tolist(), part.of(position), strict=False):
         item = f"annotation {part.rows.ids[row]}"
         around = mask_box(mask.numpy())
-        if not around.any():
+        if not any(around):
             look.problems.append(Problem(part.name(position), item, "its mask has no pixels in the image"))
-        elif _overlap(np.array(box), around) < APART:
+        elif _overlap(np.array(box), np.array(around)) < APART:
             look.apart.append(f"{part.name(position)}: {item}")
     return look
 

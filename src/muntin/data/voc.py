@@ -20,8 +20,8 @@ import numpy as np
 from muntin.data.annotated import IGNORE, WHOLE, Annotated
 from muntin.data.datasets import image_files
 from muntin.data.images import BadImage, upright_size
-from muntin.data.label_maps import LabelMaps, class_names, class_numbers, read_indices, read_palette
-from muntin.data.objects import Objects, Outlines, Rows, clipped, mask_box
+from muntin.data.label_maps import LabelMaps, class_names, class_numbers, lines, read_indices, read_palette
+from muntin.data.objects import Box, Objects, Outlines, Rows, clipped, mask_box
 from muntin.data.problems import Problems
 from muntin.data.rle import encode_rle, run_lengths
 from muntin.errors import UserError
@@ -42,7 +42,7 @@ class Found:
 
     size: tuple[int, int]  # width and height
     names: list[str]
-    boxes: list[np.ndarray]
+    boxes: list[Box]
     crowd: list[bool]
     area: list[float]
     ids: list[int]  # numbers in XML, values in SegmentationObject
@@ -79,8 +79,7 @@ def _lists(root: Path, task: str, folder: str, suffix: str) -> dict[str, list[st
     for part, name in (("train", "train"), ("val", "val"), ("test", "test"), ("train", "trainval")):
         path = lists / f"{name}.txt"
         if path.is_file() and (name != "trainval" or not {"train", "val"} & set(found)):
-            lines = path.read_text(encoding="utf-8").splitlines()
-            found[part] = [line.split()[0] for line in lines if line.strip()]
+            found[part] = [line.split()[0] for line in lines(path)]
     return found or {WHOLE: sorted(path.stem for path in (root / folder).glob(f"*{suffix}"))}
 
 
@@ -134,7 +133,7 @@ def _boxes(root: Path, names: list[str], problems: Problems, stem: str, file: st
             sides = [float(element.findtext(f"bndbox/{side}") or "nan") for side in ("xmin", "ymin", "xmax", "ymax")]
         except ValueError:
             sides = [float("nan")] * 4
-        box, what, _ = clipped(np.array(sides) - [1, 1, 0, 0], *size)
+        box, what, _ = clipped((sides[0] - 1, sides[1] - 1, sides[2], sides[3]), *size)
         what = f"its box {sides} {what}" if what else ""
         if not name or (names and name not in names):
             what = f"is not of the classes in {root / 'classes.txt'}" if name else "has no name"
@@ -145,7 +144,7 @@ def _boxes(root: Path, names: list[str], problems: Problems, stem: str, file: st
         found.ids.append(number)
         found.boxes.append(box)
         found.crowd.append(element.findtext("difficult", "0").strip() == "1")
-        found.area.append(float((box[2:] - box[:2]).prod()))
+        found.area.append((box[2] - box[0]) * (box[3] - box[1]))
     return found
 
 
@@ -171,7 +170,7 @@ def _instances(root: Path, names: list[str], problems: Problems, stem: str, file
     for value in np.unique(objects[(objects != 0) & (objects != IGNORE)]).tolist():
         mask = objects == value
         box = mask_box(mask)
-        left, top, right, bottom = box.astype(int)
+        left, top, right, bottom = box
         number = int(np.bincount(classes[mask]).argmax())
         if not 0 < number < len(names):
             problems.add(path, f"object {value}", f"most of its pixels have the class {number}; valid are 1 to "
@@ -191,7 +190,7 @@ def _objects(root: Path, found: dict[str, Found], files: dict[str, str], classes
     """A part's images with their objects."""
     numbers = {name: number for number, name in enumerate(classes)}
     rows = Rows(
-        np.array([box for one in found.values() for box in one.boxes]).reshape(-1, 4),
+        np.array([box for one in found.values() for box in one.boxes], np.float64).reshape(-1, 4),
         np.array([numbers[name] for one in found.values() for name in one.names], np.int64),
         np.array([crowd for one in found.values() for crowd in one.crowd], bool),
         np.array([area for one in found.values() for area in one.area], np.float64),
