@@ -19,9 +19,10 @@ from torchvision.ops import box_iou  # noqa: E402
 
 from muntin.heads import paste_masks  # noqa: E402
 from muntin.heads.boxes import Assigner, best, box_loss, coder  # noqa: E402
+from muntin.heads.pooling import RoiPool
 from muntin.heads.pyramid import Anchors  # noqa: E402
 from muntin.heads.rcnn import CASCADE  # noqa: E402
-from muntin.heads.roi import RoiPool, mask_targets  # noqa: E402
+from muntin.heads.roi import mask_targets  # noqa: E402
 
 TINY = {field.name: getattr(FAMILIES[0].TINY, field.name) for field in dataclasses.fields(FAMILIES[0].TINY)}
 FEW: dict[str, Any] = {"channels": 24, "strides": (4, 8, 16, 32), "anchor_scale": 4, "score_threshold": 0.3}
@@ -219,9 +220,10 @@ def bilinear(level: Tensor, y: float, x: float) -> Tensor:
     return top * (1 - y + y0) + (level[:, y1, x0] * (1 - x + x0) + level[:, y1, x1] * (x - x0)) * (y - y0)
 
 
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("samples", [0, 2])
 @pytest.mark.parametrize("aligned", [True, False])
-def test_regions_are_pooled_from_the_level_of_their_size(samples: int, aligned: bool) -> None:
+def test_regions_are_pooled_from_the_level_of_their_size(samples: int, aligned: bool, memory: Any) -> None:
     levels = [torch.randn(2, 5, 40, 50), torch.randn(2, 5, 20, 25), torch.randn(2, 5, 10, 13)]
     boxes = [
         torch.tensor([[3.0, 5, 40, 60], [0, 0, 150, 140]]),
@@ -229,7 +231,7 @@ def test_regions_are_pooled_from_the_level_of_their_size(samples: int, aligned: 
     ]
     pool = RoiPool(3, (4, 8), samples, aligned)
     assert pool.level_of(torch.cat(boxes)).tolist() == [0, 1, 0, 0]
-    found = pool(levels, boxes)
+    found = pool([level.contiguous(memory_format=memory) for level in levels], boxes)
     places = [(image, box) for image, part in enumerate(boxes) for box in part.tolist()]
     for out, (image, box), number in zip(found, places, [0, 1, 0, 0], strict=True):
         scale, shift = 1 / (4, 8)[number], 0.5 if aligned else 0.0

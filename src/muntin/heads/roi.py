@@ -19,39 +19,7 @@ from torchvision.ops import clip_boxes_to_image, roi_align
 from muntin.heads.boxes import Assigner, Sample, best, box_loss, coder
 from muntin.heads.dense import Sizes, Target
 from muntin.heads.layers import conv_act, kaiming, normal, xavier
-
-FINEST = 14
-"""Cells along a region, to twice that, of the level chosen for it (arXiv 1612.03144: 224 pixels at stride 16)."""
-
-
-class RoiPool(nn.Module):
-    """RoIAlign from the level that suits each region's size: levels and boxes -> (R, C, P, P)."""
-
-    def __init__(self, side: int, strides: Sequence[int], samples: int, aligned: bool) -> None:
-        """samples: per cell and axis, 0 for one at each position of the map."""
-        super().__init__()
-        self.side, self.strides, self.samples, self.aligned = side, tuple(strides), samples, aligned
-
-    def forward(self, levels: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
-        """levels: of all images, at least as many as strides. boxes: of each image, (n, 4) in its pixels."""
-        regions = torch.cat(list(boxes))
-        images = torch.cat([torch.full_like(each[:, :1], i) for i, each in enumerate(boxes)])
-        rois = torch.cat((images, regions), 1)
-        which = self.level_of(regions)
-        out = levels[0].new_empty(len(rois), levels[0].shape[1], self.side, self.side)
-        for i, (level, stride) in enumerate(zip(levels, self.strides, strict=False)):
-            here = torch.where(which == i)[0]
-            pooled = roi_align(
-                level.to(rois.dtype), rois[here], (self.side, self.side), 1 / stride, self.samples, self.aligned
-            )
-            out = out.index_copy(0, here, pooled.to(out.dtype))
-        return out
-
-    def level_of(self, regions: Tensor) -> Tensor:
-        """Number of the level for each box (R, 4)."""
-        sides = ((regions[:, 2] - regions[:, 0]) * (regions[:, 3] - regions[:, 1])).clamp(min=0).sqrt()
-        octaves = torch.log2(sides / (FINEST * self.strides[0]) + 1e-6).floor()
-        return octaves.clamp(0, len(self.strides) - 1).long()
+from muntin.heads.pooling import RoiPool
 
 
 class BoxHead(nn.Module):
