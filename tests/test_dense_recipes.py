@@ -72,7 +72,13 @@ def test_settings_of_another_task_are_refused() -> None:
 
 
 def test_flat_settings_hold_those_of_the_task_and_come_back() -> None:
-    told = {"task": "instance", "drops": [8, 11], "schedule": "steps", "head.channels": 64, "model.window": [4, 8, 4, 2]}
+    told = {
+        "task": "instance",
+        "drops": [8, 11],
+        "schedule": "steps",
+        "head.channels": 64,
+        "model.window": [4, 8, 4, 2],
+    }
     flat = settings_from(told).flat()
     assert flat["drops"] == [8, 11] and flat["head.channels"] == 64 and "mixup" not in flat
     assert settings_from(flat).flat() == flat

@@ -13,6 +13,7 @@ from typing import Any
 from muntin.errors import UserError, nearest
 
 EXTRAS = {
+    "detection": "segmentation_models_pytorch faster_coco_eval",
     "train": "jsonargparse lightning PIL sklearn tensorboard timm torchmetrics torchvision yaml numpy",
     "scale": "ray pyarrow pandas datasets webdataset",
     "export": "onnx onnxscript onnxruntime openvino tqdm",
@@ -206,10 +207,34 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
+def _describe_data(parser: Any) -> None:
+    parser.add_argument("action", metavar="check", help="list all that is wrong with images and annotations")
+    parser.add_argument("data", metavar="PATH", help="scenes, a COCO or Pascal VOC folder, a .json file, index masks")
+    parser.add_argument("--task", help="detect, instance or segment (default: each that the data are for)")
+    parser.add_argument("--out", metavar="FOLDER", help="write sheets of samples and a table of the problems there")
+
+
+def _data(args: Any) -> int:
+    from pathlib import Path
+
+    from muntin.data.survey import surveys
+
+    if args.action != "check":
+        raise UserError(f"muntin data {args.action}: there is no such action; valid is check")
+    found = surveys(args.data, args.task)
+    for survey in found:
+        print(survey)
+        for path in survey.write(Path(args.out)) if args.out else ():
+            print(f"  written: {path}")
+    return 2 if any(survey.problems for survey in found) else 0
+
+
 def _describe_train(parser: Any) -> None:
     parser.add_argument("--model", help="name of a model (see: muntin models); swin_free_digits for digits")
     parser.add_argument("--data", help="digits (default), FOLDER/CLASS/*, FOLDER/{train,val}/CLASS/*, or shards ...")
-    parser.add_argument("--task", help="classify (default), detect, instance or segment: --data is COCO JSON, VOC, masks")
+    parser.add_argument(
+        "--task", help="classify (default), detect, instance or segment: --data is COCO JSON, VOC, masks"
+    )
     parser.add_argument("--head", help="of a task but classify: retinanet, mask_rcnn, upernet ... (docs/detection.md)")
     parser.add_argument("--out", help="the run's folder (default: runs/DATA-MODEL)")
     parser.add_argument("--epochs", help="passes over the training images")
@@ -233,7 +258,11 @@ def _describe_train(parser: Any) -> None:
 def _train(args: Any) -> int:
     from muntin.tasks.settings import parse_sets
 
-    direct = {name: args[name] for name in ("model", "data", "task", "head", "epochs", "size", "seed") if args[name] is not None}
+    direct = {
+        name: args[name]
+        for name in ("model", "data", "task", "head", "epochs", "size", "seed")
+        if args[name] is not None
+    }
     settings = parse_sets(args.set) | direct | ({"deterministic": True} if args.deterministic else {})
     if args.recipe == "list":
         from muntin.tasks.recipes import describe_recipes
@@ -298,6 +327,24 @@ def _sweep(args: Any) -> int:
     return 0
 
 
+def _describe_views(parser: Any) -> None:
+    """Options of detection and segmentation, where several views of an image make one result."""
+    parser.add_argument("--scales", help="of detection and segmentation: sizes to look at, as in 0.75,1,1.25")
+    parser.add_argument("--flip", action="store_true", help="of detection and segmentation: the mirror image too")
+    parser.add_argument("--crop", type=int, help="of segmentation: side of a window that slides over the image")
+
+
+def _views(args: Any) -> dict[str, Any]:
+    """Those that were given."""
+    views: dict[str, Any] = {name: args[name] for name in ("flip", "crop") if args[name]}
+    if args.scales:
+        try:
+            views["scales"] = tuple(float(part) for part in args.scales.split(","))
+        except ValueError as error:
+            raise UserError(f"--scales {args.scales}: give numbers with commas between, as in 0.75,1,1.25") from error
+    return views
+
+
 def _describe_eval(parser: Any) -> None:
     parser.add_argument("run", help="a run's folder or weights, an exported file, or a checkpoint with --model")
     parser.add_argument("--data", help="digits, or a folder (default: the run's own test split)")
@@ -305,6 +352,7 @@ def _describe_eval(parser: Any) -> None:
     parser.add_argument("--model", help="name of the model that a foreign checkpoint holds")
     parser.add_argument("--size", type=int, help="side of the input for a foreign checkpoint (default: 224)")
     parser.add_argument("--json", help="write everything to this file too")
+    _describe_views(parser)
 
 
 def _eval(args: Any) -> int:
@@ -315,9 +363,10 @@ def _eval(args: Any) -> int:
     from muntin.tasks import evaluate
 
     run = args.run if args.model or Path(args.run).suffix in TARGETS else Run.open(args.run)
-    found = evaluate(run, args.data, split=args.split, model=args.model, size=args.size)
+    views = _views(args)
+    found = evaluate(run, args.data, split=args.split, model=args.model, size=args.size, **views)
     print(found)
-    if isinstance(run, Run) and args.data is None and found.split == "test":
+    if isinstance(run, Run) and args.data is None and found.split == "test" and not views:
         write_json(run.path / "evaluation.json", found.json())
     if args.json:
         write_json(args.json, found.json())
@@ -327,10 +376,14 @@ def _eval(args: Any) -> int:
 def _describe_predict(parser: Any) -> None:
     parser.add_argument("run", help="a run's folder, its model.safetensors, or an exported file")
     parser.add_argument("images", nargs="+", help="files, folders, .txt lists with one path per line; see --engine")
-    parser.add_argument("--out", help="write a table to this .csv file, or with --engine to a folder of Parquet files")
+    parser.add_argument(
+        "--out", help="a table, .csv; with --engine a folder of Parquet files; of a detector or segmenter a folder"
+    )
     parser.add_argument("--top", type=int, help="classes per image (default: 5; of a multi-label run, no limit)")
     parser.add_argument(
-        "--threshold", type=float, help="of a multi-label run: every class from this probability on (default: 0.5)"
+        "--threshold",
+        type=float,
+        help="of a multi-label run: every class from this probability on (default: 0.5); of a detector: least score",
     )
     parser.add_argument(
         "--engine",
@@ -338,6 +391,7 @@ def _describe_predict(parser: Any) -> None:
     )
     parser.add_argument("--workers", type=int, help="processes of --engine ray (default: one per GPU, or per core)")
     parser.add_argument("--overwrite", action="store_true", help="with --engine ray: remove what OUT holds first")
+    _describe_views(parser)
 
 
 def _predict(args: Any) -> int:
@@ -346,6 +400,19 @@ def _predict(args: Any) -> int:
     for option in ("workers", "overwrite"):
         if args[option]:
             raise UserError(f"--{option} is for --engine ray; add that, or leave it out")
+
+    from muntin.tasks.trained import dense_run, refuse_views
+
+    views = _views(args)
+    if run := dense_run(args.run):
+        from muntin.tasks import predict_dense
+
+        if args.top is not None:
+            raise UserError(f"--top {args.top} is for classifiers; choose what {args.run} finds with --threshold")
+        out = args.out or run.path / "predictions"
+        print(predict_dense(run, args.images, out, threshold=args.threshold, **views))
+        return 0
+    refuse_views(args.run, views)
 
     from muntin.tasks import predict
     from muntin.tasks.inference import write_predictions
@@ -529,7 +596,7 @@ def _choose(args: Any) -> int:
 
 
 def _describe_cost(parser: Any) -> None:
-    parser.add_argument("targets", nargs="+", help="model names, run folders, timm:NAME, torchvision:NAME")
+    parser.add_argument("targets", nargs="+", help="model names, run folders, HEAD:MODEL, timm:NAME, torchvision:NAME")
     parser.add_argument("--size", help="side in pixels, or HEIGHTxWIDTH (default: each model's own)")
     parser.add_argument("--batch", type=int, default=1, help="images (default: 1)")
     parser.add_argument("--nodes", action="store_true", help="also nodes of norms and activations in exported graphs")
@@ -618,9 +685,15 @@ COMMANDS: dict[str, tuple[Any, str, str, Any]] = {
         _convert,
     ),
     "shard": (_describe_shard, "write images as tar shards", "muntin shard photos shards --megabytes 256", _shard),
+    "data": (
+        _describe_data,
+        "look for mistakes in annotated images before training on them",
+        "muntin data check coco --task instance --out checked",
+        _data,
+    ),
     "train": (
         _describe_train,
-        "train a classifier",
+        "train a classifier, detector or segmenter",
         "muntin train --data photos --model swin_free_t --epochs 50 --out runs/photos. Exit code 143 (SIGTERM), 138 "
         "(SIGUSR1) or 130 (Ctrl-C): saved and stopped, to be called again with --resume; 2: bad input.",
         _train,
@@ -634,7 +707,7 @@ COMMANDS: dict[str, tuple[Any, str, str, Any]] = {
     "eval": (_describe_eval, "evaluate a run or a checkpoint", "muntin eval runs/photos --data holiday", _eval),
     "predict": (
         _describe_predict,
-        "classify images",
+        "classify images, or find and segment what is on them",
         "muntin predict runs/photos cat.jpg holiday --out predictions.csv",
         _predict,
     ),

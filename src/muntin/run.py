@@ -162,8 +162,9 @@ class Run:
     `preprocessing` holds plain values: `size` (H, W) of the model's input, `resize` the length of the shorter
     side before the centre crop (None: the whole image is resized to `size`), `mean` and `std` per channel for
     values in 0..1, `interpolation` ("bicubic"), `channels` ("RGB": every image is converted to it).
-    `task` is "classify", or "detect", "instance" or "segment"; of these `head` and `head_config` are what `create_dense`
-    takes, and `preprocessing["fit"]` has the sides that images are resized to: `shorter`, and `longer` at most.
+    `task` is "classify", or "detect", "instance" or "segment"; of these `head` and `head_config` are what
+    `create_dense` takes, and `preprocessing["fit"]` has the sides that images are resized to: `shorter`, and `longer`
+    at most.
     `palette` are the colours of a segmentation's classes, where its data had some.
     """
 
@@ -181,7 +182,9 @@ class Run:
         self.task: str = described.get("task", "classify")
         self.head: str = described.get("head", "")
         self.head_config: dict[str, Any] = {k: _tuples(v) for k, v in described.get("head_config", {}).items()}
-        self.palette: list[tuple[int, int, int]] | None = _tuples(described["palette"]) if "palette" in described else None
+        self.palette: list[tuple[int, int, int]] | None = (
+            _tuples(described["palette"]) if "palette" in described else None
+        )
         self.metrics = metrics
 
     @classmethod
@@ -244,7 +247,7 @@ class Run:
         return config.exists() and f"model: {self.name}" in config.read_text(encoding="utf-8").splitlines()
 
     def transform(self) -> "Evaluate":
-        """Of a classifier what turns an encoded image, or a PIL image of any mode, into the model's input, (3, H, W) float."""
+        """Of a classifier: an encoded image, or a PIL image of any mode, to the model's input, (3, H, W) float."""
         from muntin.data.transforms import Evaluate
 
         return Evaluate(**self.preprocessing)

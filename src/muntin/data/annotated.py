@@ -13,6 +13,7 @@ H W image, n objects
 
 import hashlib
 import json
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -157,6 +158,10 @@ def _read(data: str, task: str, on_bad: str) -> dict[str, Annotated]:
         raise UserError(f"bad annotations: {on_bad!r} is unknown; valid are error and skip")
     problems = Problems(data, stop=on_bad == "error")
     parts = read_parts(data, task, problems)
+    empty = next((name for name, part in parts.items() if not len(part)), None)
+    if empty is not None:
+        where = "" if empty == WHOLE else f" in its part {empty}"
+        raise UserError(f"{data} has no images to use{where}; add some, or see why with: muntin data check {data}")
     for problem in problems.found[:3]:
         print(f"left out: {problem}", file=sys.stderr)
     if len(problems.found) > 3:
@@ -167,21 +172,12 @@ def _read(data: str, task: str, on_bad: str) -> dict[str, Annotated]:
 def read_parts(data: str, task: str, problems: Problems) -> dict[str, Annotated]:
     """Images with annotations by part: "train", "val" and "test" as far as there are any, or "all".
 
-    Raises `UserError` where there is nothing that the task could take, or a part is empty.
+    Raises `UserError` where there is nothing that the task could take. What reads a kind of data is imported for it.
     """
     if task not in TASKS:
         raise UserError(f"task {task!r} is unknown{nearest(task, TASKS)}; valid are {', '.join(TASKS)}")
-    parts = _parts(data, task, problems)
-    for name, part in parts.items():
-        if not len(part):
-            raise UserError(f"{data} has no images {'in its part ' + name if name != WHOLE else 'to use'}; add some")
-    return parts
-
-
-def _parts(data: str, task: str, problems: Problems) -> dict[str, Annotated]:
-    """What reads this kind of data is imported for it alone."""
-    root = _root(data)
-    if (root / "Annotations").is_dir() or (root / "JPEGImages").is_dir():
+    root = root_of(data)
+    if is_voc(root):
         from muntin.data.voc import voc_parts
 
         return voc_parts(root, task, problems)
@@ -205,7 +201,12 @@ def _parts(data: str, task: str, problems: Problems) -> dict[str, Annotated]:
     )
 
 
-def _root(data: str) -> Path:
+def is_voc(root: Path) -> bool:
+    """Whether it is a folder of Pascal VOC's: by names in capitals, which not every disk tells from others."""
+    return root.is_dir() and bool({"Annotations", "JPEGImages"} & set(os.listdir(root)))
+
+
+def root_of(data: str) -> Path:
     """The folder or file that `data` names."""
     if data == SCENES:
         from muntin.data.scenes import scenes_folder

@@ -46,10 +46,17 @@ class Resized:
 
 
 class AnnotatedEvaluationSet(Dataset[Resized | UserError]):
-    """Images as the model is to see them, in order: every so manieth one, by the rank of this process and their number."""
+    """Images as the model is to see them, in order.
+
+    share: the rank of this process and their number. Each has every so manieth image.
+    """
 
     def __init__(
-        self, images: Annotated, resize: Callable[[Image.Image], Tensor], labelled: bool, share: tuple[int, int] = (0, 1)
+        self,
+        images: Annotated,
+        resize: Callable[[Image.Image], Tensor],
+        labelled: bool,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.images = images
         self.resize = resize

@@ -146,7 +146,7 @@ class _Reader:
     def objects(self, document: dict[str, Any], classes: list[str], numbers: dict[Any, int]) -> Objects:
         """The images and annotations that can be used."""
         images, files, left_out = self._images(document["images"])
-        found: dict[str, list[Any]] = {name: [] for name in ("image", "box", "label", "crowd", "area", "shape")}
+        found: dict[str, list[Any]] = {name: [] for name in ("image", "box", "label", "crowd", "area", "shape", "id")}
         seen: set[Any] = set()
         sticking = 0
         for annotation in document["annotations"]:
@@ -175,6 +175,7 @@ class _Reader:
             found["crowd"].append(bool(annotation.get("iscrowd", 0)))
             found["area"].append(area if isinstance(area, int | float) else np.prod(box[2:] - box[:2]))
             found["shape"].append(shape)
+            found["id"].append(annotation["id"])
         if sticking:
             self.problems.note(f"{self.path}: {sticking} boxes reach over the image's borders, where they are cut off")
         return self._packed(classes, images, files, found)
@@ -289,6 +290,7 @@ class _Reader:
             np.asarray(found["label"], np.int64),
             np.asarray(found["crowd"], bool),
             np.asarray(found["area"], np.float64),
+            np.asarray(found["id"]),
         )
         sizes = np.asarray([(image.width, image.height) for image in images.values()], np.int64).reshape(-1, 2)
         first = np.concatenate([[0], counts.cumsum()])

@@ -119,9 +119,12 @@ def read_indices(path: Path) -> np.ndarray:
 
 
 def read_palette(path: Path, numbers: np.ndarray, count: int) -> list[tuple[int, int, int]] | None:
-    """The colour of each class, where the mask has a palette."""
-    with decoding(str(path)), Image.open(path) as image:
-        flat = image.getpalette() if image.mode == "P" else None
+    """The colour of each class, where the mask has a palette. One that cannot be read shows itself later."""
+    try:
+        with decoding(str(path)), Image.open(path) as image:
+            flat = image.getpalette() if image.mode == "P" else None
+    except BadImage:
+        return None
     if flat is None:
         return None
     colours = [*zip(flat[0::3], flat[1::3], flat[2::3], strict=True)]
@@ -149,11 +152,9 @@ def label_map_parts(root: Path, problems: Problems) -> dict[str, Annotated]:
     pairs = {part: pair_up(*both, problems) for part, both in folders.items()}
     first = next(part for part in ("train", WHOLE, *pairs) if part in pairs)
     masks = [folders[first][1] / label for _, label in pairs[first]]
-    if not masks:
-        raise UserError(f"{folders[first][0]} has no image with a mask of the same name in {folders[first][1]}")
     classes = class_names(root) or (_ade_names(root) if ade else _numbered(masks))
     numbers = class_numbers(len(classes), first=1 if ade else 0)
-    palette = read_palette(masks[0], numbers, len(classes))
+    palette = read_palette(masks[0], numbers, len(classes)) if masks else None
     order = [part for part in ("train", "val", "test", WHOLE) if part in pairs]
     return {part: LabelMaps(classes, palette, *folders[part], pairs[part], numbers) for part in order}
 
@@ -219,4 +220,4 @@ def _numbered(masks: list[Path]) -> list[str]:
 
     with ThreadPoolExecutor() as pool:
         found: Iterator[int] = progress(pool.map(largest, masks), len(masks), "looking for classes")
-        return [str(number) for number in range(max(found) + 1)]
+        return [str(number) for number in range(max(found, default=0) + 1)]

@@ -6,7 +6,7 @@ N images, M objects of all images, n objects of one image, H W image
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,22 +21,6 @@ from muntin.data.rle import decode_rle
 STICKS_OUT = 2.0  # pixels by which a box may reach over a border without a word
 
 
-class Shapes(Protocol):
-    """The masks of objects, by row."""
-
-    def masks(self, rows: range, height: int, width: int) -> np.ndarray:
-        """(n, H, W) uint8 of 0 and 1, of the objects of one image."""
-
-    def coco(self, row: int, height: int, width: int) -> Any:
-        """One as COCO's `segmentation`."""
-
-    def select(self, rows: np.ndarray) -> "Shapes":
-        """Those of some objects, in this order."""
-
-    def digest(self) -> str:
-        """Of which masks these are."""
-
-
 @dataclass(frozen=True)
 class Rows:
     """Objects of all images, in the order of the images."""
@@ -45,10 +29,63 @@ class Rows:
     labels: np.ndarray  # (M,) int64, indices into classes
     crowd: np.ndarray  # (M,) bool: a group, or what is too hard to be asked for
     area: np.ndarray  # (M,) float64, in pixels
+    ids: np.ndarray  # (M,) whole numbers or text: what the files call them
 
     def select(self, rows: np.ndarray) -> "Rows":
         """Some of them, in this order."""
-        return Rows(self.boxes[rows], self.labels[rows], self.crowd[rows], self.area[rows])
+        return Rows(self.boxes[rows], self.labels[rows], self.crowd[rows], self.area[rows], self.ids[rows])
+
+
+@dataclass(frozen=True)
+class Outlines:
+    """Polygons and run lengths of all objects in one array.
+
+    An object has either the number of its polygons, the number of values of each, and then their values; or -1, and
+    then its run lengths (COCO's, uncompressed).
+    """
+
+    values: np.ndarray  # float64, which holds a run's length exactly
+    first: np.ndarray  # (M + 1,) int64: object i has values[first[i]] to values[first[i + 1]]
+
+    @classmethod
+    def of(cls, objects: Sequence[np.ndarray]) -> "Outlines":
+        """From what `polygons` and `runs` make."""
+        first = np.concatenate([[0], np.cumsum([len(values) for values in objects], dtype=np.int64)])
+        return cls(np.concatenate(objects) if objects else np.zeros(0), first)
+
+    @staticmethod
+    def polygons(polygons: Sequence[np.ndarray]) -> np.ndarray:
+        """What an object of these polygons has."""
+        return np.concatenate([[len(polygons)], [len(polygon) for polygon in polygons], *polygons])
+
+    @staticmethod
+    def runs(lengths: np.ndarray) -> np.ndarray:
+        """What an object of these run lengths has."""
+        return np.concatenate([[-1], lengths])
+
+    def coco(self, row: int, height: int, width: int) -> Any:
+        values = self.values[self.first[row] : self.first[row + 1]]
+        count = int(values[0])
+        if count < 0:
+            return {"size": [height, width], "counts": values[1:].astype(np.int64).tolist()}
+        ends = values[1 : count + 1].cumsum().astype(np.int64)
+        return [polygon.tolist() for polygon in np.split(values[count + 1 :], ends[:-1])]
+
+    def masks(self, rows: range, height: int, width: int) -> np.ndarray:
+        masks = np.zeros((len(rows), height, width), np.uint8)
+        for mask, row in zip(masks, rows, strict=True):
+            shape = self.coco(row, height, width)
+            mask[:] = decode_rle(shape) if isinstance(shape, dict) else polygon_mask(shape, height, width)
+        return masks
+
+    def select(self, rows: np.ndarray) -> "Outlines":
+        counts = np.diff(self.first)[rows]
+        first = np.concatenate([[0], counts.cumsum()])
+        places = np.arange(first[-1]) + np.repeat(self.first[rows] - first[:-1], counts)
+        return Outlines(self.values[places], first)
+
+    def digest(self) -> str:
+        return digest_of(self.values, self.first)
 
 
 @dataclass(frozen=True)
@@ -61,7 +98,7 @@ class Objects(Annotated):
     sizes: np.ndarray  # (N, 2) int64, width and height when upright, as the annotations say
     first: np.ndarray  # (N + 1,) int64: image i has the rows first[i] to first[i + 1]
     rows: Rows
-    shapes: Shapes | None = None
+    shapes: Outlines | None = None
     palette = None
 
     @property
@@ -147,58 +184,6 @@ class Objects(Annotated):
                 annotations.append(annotation)
         categories = [{"id": label + 1, "name": name} for label, name in enumerate(self.classes)]
         return {"images": images, "annotations": annotations, "categories": categories}
-
-
-@dataclass(frozen=True)
-class Outlines:
-    """Polygons and run lengths of all objects in one array.
-
-    An object has either the number of its polygons, the number of values of each, and then their values; or -1, and
-    then its run lengths (COCO's, uncompressed).
-    """
-
-    values: np.ndarray  # float64, which holds a run's length exactly
-    first: np.ndarray  # (M + 1,) int64: object i has values[first[i]] to values[first[i + 1]]
-
-    @classmethod
-    def of(cls, objects: Sequence[np.ndarray]) -> "Outlines":
-        """From what `polygons` and `runs` make."""
-        first = np.concatenate([[0], np.cumsum([len(values) for values in objects], dtype=np.int64)])
-        return cls(np.concatenate(objects) if objects else np.zeros(0), first)
-
-    @staticmethod
-    def polygons(polygons: Sequence[np.ndarray]) -> np.ndarray:
-        """What an object of these polygons has."""
-        return np.concatenate([[len(polygons)], [len(polygon) for polygon in polygons], *polygons])
-
-    @staticmethod
-    def runs(lengths: np.ndarray) -> np.ndarray:
-        """What an object of these run lengths has."""
-        return np.concatenate([[-1], lengths])
-
-    def coco(self, row: int, height: int, width: int) -> Any:
-        values = self.values[self.first[row] : self.first[row + 1]]
-        count = int(values[0])
-        if count < 0:
-            return {"size": [height, width], "counts": values[1:].astype(np.int64).tolist()}
-        ends = values[1 : count + 1].cumsum().astype(np.int64)
-        return [polygon.tolist() for polygon in np.split(values[count + 1 :], ends[:-1])]
-
-    def masks(self, rows: range, height: int, width: int) -> np.ndarray:
-        masks = np.zeros((len(rows), height, width), np.uint8)
-        for mask, row in zip(masks, rows, strict=True):
-            shape = self.coco(row, height, width)
-            mask[:] = decode_rle(shape) if isinstance(shape, dict) else polygon_mask(shape, height, width)
-        return masks
-
-    def select(self, rows: np.ndarray) -> "Outlines":
-        counts = np.diff(self.first)[rows]
-        first = np.concatenate([[0], counts.cumsum()])
-        places = np.arange(first[-1]) + np.repeat(self.first[rows] - first[:-1], counts)
-        return Outlines(self.values[places], first)
-
-    def digest(self) -> str:
-        return digest_of(self.values, self.first)
 
 
 def clipped(box: np.ndarray, width: int, height: int) -> tuple[np.ndarray, str, bool]:

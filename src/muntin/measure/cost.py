@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from muntin.errors import UserError
+from muntin.heads.dense import Dense
 from muntin.measure.counter import ATTENTION, KINDS, OperatorCounter
 from muntin.measure.results import aligned
-from muntin.measure.targets import Size, Target, build_peer, pair, parse
+from muntin.measure.targets import Size, Target, build_dense, build_peer, pair, parse
 from muntin.run import atomic_write
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -122,9 +123,10 @@ def cost(model: nn.Module, size: int | tuple[int, int] = 224, batch: int = 1, tr
     """Count parameters, multiply-accumulates, memory and bytes of one forward pass.
 
     model: anything that takes a (B, 3, H, W) image; counted in evaluation mode and left as it was. Where its
-        parameters are on the meta device nothing is computed.
+        parameters are on the meta device nothing is computed. A detector's heads are counted for as many proposals and
+        detections as its configuration has, whatever it finds.
     size: side or (height, width) of the image in pixels. batch: images.
-    training: count `kept_bytes` too.
+    training: count `kept_bytes` too; not of detectors and segmenters, which learn from more than images.
     Raises UserError for a size or batch that is not positive.
     """
     height, width = (size, size) if isinstance(size, int) else size
@@ -135,7 +137,7 @@ def cost(model: nn.Module, size: int | tuple[int, int] = 224, batch: int = 1, tr
     counted = _copy(model).eval()
     image = _image(counted, batch, (height, width))
     with torch.inference_mode(), OperatorCounter([image]) as counter:
-        counted(image)
+        getattr(counted, "measured", counted)(image)
     numbers = sum(t.numel() for t in [*model.parameters(), *model.buffers()] if t.is_floating_point())
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
@@ -145,7 +147,7 @@ def cost(model: nn.Module, size: int | tuple[int, int] = 224, batch: int = 1, tr
         macs_by_kind={kind: counter.kinds[kind] for kind in KINDS},
         bytes_moved=counter.bytes.total(),
         peak_bytes=counter.held.peak,
-        kept_bytes=_kept_bytes(model, (height, width)) if training else None,
+        kept_bytes=_kept_bytes(model, (height, width)) if training and not isinstance(model, Dense) else None,
         weight_bytes={name: held * numbers for name, held in PRECISIONS.items()},
         batch=batch,
         height=height,
@@ -165,6 +167,8 @@ def _built(target: Target, size: Size) -> nn.Module:
     if target.kind == "file":
         raise UserError(f"{target.label} is an exported file, which is not counted; give the model that it is from")
     with torch.device("meta"):
+        if target.kind == "dense":
+            return build_dense(target)
         return muntin.create_model(target.name) if target.kind == "muntin" else build_peer(target, size)
 
 
@@ -179,7 +183,8 @@ def parse_size(text: str) -> tuple[int, int]:
 def costs(
     targets: Sequence[str], size: int | Size | None = None, batch: int = 1, training: bool = True
 ) -> dict[str, Cost]:
-    """The cost of each target: a listed model, a run's folder, `timm:NAME`, `torchvision:NAME` or `hf:NAME`.
+    """The cost of each target: a listed model, a run's folder, `HEAD:MODEL` for a detector or segmenter, `timm:NAME`,
+    `torchvision:NAME` or `hf:NAME`.
 
     size: side or (height, width) in pixels, by default each target's own. The rest as in `cost`.
     Raises UserError for a target that cannot be found, or that does not take this size.

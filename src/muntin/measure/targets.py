@@ -14,22 +14,27 @@ import torch
 from torch import nn
 
 from muntin.errors import UserError, nearest
+from muntin.heads import HEADS
 from muntin.measure import peers
 
 Given = str | tuple[str, nn.Module]
 Size = tuple[int, int]
 
 LIBRARIES = {"timm": "timm", "torchvision": "torchvision", "transformers": "transformers", "hf": "transformers"}
-PREFIXES = ("muntin", "muntin+optimize", *LIBRARIES)
+PREFIXES = ("muntin", "muntin+optimize", *LIBRARIES, *HEADS)
 ENGINE_OF = {".onnx": "onnx", ".xml": "openvino", ".pt2": "pt2"}
 """The engine that runs a file, by its suffix."""
+DENSE: dict[str, tuple[int, Size]] = {"detect": (80, (800, 1280)), "instance": (80, (800, 1280))}
+DENSE["segment"] = (150, (512, 2048))
+"""Classes and (H, W) for which a task's costs are published: those of COCO and of ADE20K."""
 
 
 @dataclass(frozen=True)
 class Target:
     """A model as the user named it.
 
-    kind: "muntin", "run", "file", "module", or the library that it comes from. name: what builds it, of that kind.
+    kind: "muntin", "dense", "run", "file", "module", or the library that it comes from. name: what builds it, of that
+    kind.
     size: (H, W) in pixels that it is for. only: the one engine that it can run in, or None.
     counterpart: our listed model of the same architecture, whose weights a peer is given.
     """
@@ -81,6 +86,9 @@ def _prefixed(prefix: str, name: str, given: str) -> Target:
     if prefix == "muntin+optimize":
         target = _run(Path(name))[0] if Path(name).is_dir() else _ours(name)
         return Target(target.label, target.kind, target.name, target.size, only="optimize")
+    if prefix in HEADS:
+        _ours(name)
+        return Target(given, "dense", (prefix, name), DENSE[HEADS[prefix]][1])
     library = LIBRARIES[prefix]
     try:
         size = _peer_size(library, name)
@@ -154,6 +162,8 @@ class Models:
             return self._once(target.label, None, target.name.model)
         if target.kind == "muntin":
             return self.ours(target.name)
+        if target.kind == "dense":
+            return self._once(target.label, None, lambda: build_dense(target))
         return self._once(target.label, size, lambda: self._peer(target, size))
 
     def forget_sizes(self) -> None:
@@ -181,6 +191,14 @@ class Models:
         if target.counterpart is None:
             return model
         return peers.give_weights(model, self.ours(target.counterpart), target.kind)
+
+
+def build_dense(target: Target) -> nn.Module:
+    """A head on a backbone, for the classes of the data that its costs are published for."""
+    import muntin
+
+    head, name = target.name
+    return muntin.create_dense(head, name, DENSE[HEADS[head]][0])
 
 
 def build_peer(target: Target, size: Size) -> nn.Module:

@@ -40,8 +40,8 @@ def ask(
     task = told.get("task", Settings.task)
     if from_recipe.get("task", task) != task:
         raise UserError(
-            f"recipe {recipe} is for task={from_recipe['task']}, not {task}; leave out --task, or choose another recipe "
-            "(muntin train --recipe list)"
+            f"recipe {recipe} is for task={from_recipe['task']}, not {task}; leave out --task, or choose another "
+            "recipe (muntin train --recipe list)"
         )
     if recipe is not None and "task" not in from_recipe and task != Settings.task:
         raise UserError(f"recipe {recipe} is for task={Settings.task}, not {task}; see muntin train --recipe list")

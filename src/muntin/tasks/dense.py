@@ -39,6 +39,10 @@ class Dense(Task):
             image[:, :, width:] = 0
         return images
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Lightning would copy every part of a list of `Resized`, label maps at the images' own size included."""
+        return batch if isinstance(batch, list) else super().transfer_batch_to_device(batch, device, dataloader_idx)
+
     def validation_step(self, batch: list[Resized], batch_idx: int) -> None:
         for group in alike(batch):
             images = self.prepare(torch.stack([item.pixels for item in group]).to(self.device))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import muntin
-from muntin.data.annotated import Annotated, AnnotatedSplits, open_annotated
+from muntin.data.annotated import AnnotatedSplits, open_annotated
 from muntin.data.annotated_loading import AnnotatedEvaluationSet, AnnotatedTrainingSet, together
 from muntin.data.check import BadFiles
 from muntin.data.dense import DetectionAugment, SegmentationAugment, collate_detection, collate_segmentation, fit
@@ -29,7 +29,7 @@ from muntin.tasks.base import freeze, frozen
 from muntin.tasks.callbacks import Saver, duration
 from muntin.tasks.checkpoints import read_checkpoint
 from muntin.tasks.dense import Dense
-from muntin.tasks.dense_evaluation import evaluate_detection, evaluate_segmentation
+from muntin.tasks.dense_runs import evaluate_part, write_held_out
 from muntin.tasks.detection import Detection
 from muntin.tasks.fitting import Fitted, threads, train_task
 from muntin.tasks.ranks import Ranks
@@ -64,7 +64,9 @@ def train_dense(
 ) -> Run:
     """From a checkpoint, or from the beginning; evaluated on the test part, or on val where there is none."""
     settings = with_dense_defaults(settings)
-    frozen(build(settings, num_classes=2, meta=True), settings.freeze)  # refuses what does not fit before reading images
+    frozen(
+        build(settings, num_classes=2, meta=True), settings.freeze
+    )  # refuses what does not fit before reading images
     refuse_unwritable(folder)
     splits = open_annotated(settings.data, settings.task, settings.seed, settings.on_bad_image)
     if keep_split and (folder / "split.json").exists():
@@ -72,6 +74,8 @@ def train_dense(
     shared_batch(len(splits.train), settings.batch_size, settings.accumulate, ranks.count)
     classes = splits.train.classes
     model = build(settings, num_classes=len(classes))
+    if ranks.count > 1 and torch.cuda.is_available():  # a GPU has one or two images: too few for statistics
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if settings.weights and not start:  # a checkpoint holds all weights
         load_weights(model, settings, report)
     model.set_grad_checkpointing(settings.grad_checkpointing)
@@ -80,9 +84,7 @@ def train_dense(
         freeze(model, settings.freeze)
         refuse_other_groups(start, model, settings)
     names = {"model": model.name, "head": model.head_name}
-    recorded = replace(
-        settings, **names, model_config=asdict(model.config), head_config=asdict(model.head_config)
-    )
+    recorded = replace(settings, **names, model_config=asdict(model.config), head_config=asdict(model.head_config))
     settings = all_images(recorded, len(splits.train), report)
     if settings.steps:
         settings = replace(settings, epochs=math.ceil(settings.steps / (len(splits.train) // settings.batch_size)))
@@ -122,8 +124,8 @@ def build(settings: Settings, num_classes: int, meta: bool = False) -> Any:
     if task != settings.task:
         fitting = ", ".join(name for name in HEADS if HEADS[name] == settings.task)
         raise UserError(
-            f"head={settings.head} is for task={task}, not {settings.task}; for this one take {fitting}, or give --task "
-            f"{task}"
+            f"head={settings.head} is for task={task}, not {settings.task}; for this one take {fitting}, or give "
+            f"--task {task}"
         )
     config = dict(settings.model_config)
     if settings.weights:
@@ -172,6 +174,7 @@ def _fit(
     replays: bool,
 ) -> Fitted:
     """Train to the end, from a checkpoint if one is given."""
+    assert settings.size is not None
     segmenting = settings.task == "segment"
     saver = Saver(
         folder,
@@ -240,6 +243,7 @@ def _finish(
     )
     run = Run.open(folder)
     part, name = (splits.test, "test") if splits.test is not None else (splits.val, "val")
+    write_held_out(part, folder / "held_out")
     found = evaluate_part(run, part, name, settings.data)
     write_json(folder / "evaluation.json", found.json())
     metrics = described(settings, fitted, model, run)
@@ -250,10 +254,3 @@ def _finish(
         f"{folder}: {name} {TITLES[metric]} {found.score:.2%}, val {TITLES[metric]} {best[metric]:.2%} "
         f"({best['weights']} weights of epoch {best['epoch']}), trained in {duration(fitted.seconds)}"
     )
-
-
-def evaluate_part(run: Run, part: Annotated, name: str, data: str) -> Any:
-    """Evaluate a run's model on a part of annotated data."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    evaluate = evaluate_segmentation if run.task == "segment" else evaluate_detection
-    return evaluate(run.model().to(device), part, run.preprocessing, data=data, split=name)

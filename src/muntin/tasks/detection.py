@@ -36,8 +36,9 @@ class Detection(Dense):
 
     def observe(self, model: nn.Module, images: Tensor, group: list[Resized]) -> list[Any]:
         rows: list[Any] = []
+        size = (images.shape[2], images.shape[3])
         for found, item in zip(model(images), group, strict=True):
-            rows += coco_results(found, tuple(images.shape[2:]), item.original, item.position + 1)
+            rows += coco_results(found, size, item.original, item.position + 1)
         return rows
 
     def summarise(self, gathered: list[Any]) -> dict[str, float]:

@@ -4,7 +4,7 @@ B batch, H W image, K classes
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,24 @@ def open_trained(source: Run | str | os.PathLike[str]) -> Trained:
     whole = run.preprocessing["resize"] is None
     logits = on_device(run.model())
     return Trained(run.weights, run.path, run.classes, run.transform(), logits, whole, run.multi_label)
+
+
+def dense_run(source: Run | str | os.PathLike[str]) -> Run | None:
+    """The run that this is, or whose weights these are, where it is one of detection or segmentation."""
+    if not isinstance(source, Run):
+        path = Path(source)
+        weights = path / "model.safetensors" if path.is_dir() else path
+        if weights.suffix != ".safetensors" or not weights.exists():
+            return None
+        source = Run.open(path)
+    return source if source.task != "classify" else None
+
+
+def refuse_views(source: Run | str | os.PathLike[str], views: Mapping[str, Any]) -> None:
+    """Raises `UserError` where a classifier is asked for the views of detection and segmentation."""
+    if views:
+        name = source.path if isinstance(source, Run) else source
+        raise UserError(f"{name} classifies whole images; {', '.join(views)} are for detection and segmentation")
 
 
 def on_device(model: nn.Module) -> Callable[[Tensor], Tensor]:

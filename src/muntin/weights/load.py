@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from muntin.errors import UserError
+from muntin.heads.dense import Dense
 from muntin.run import atomic_write
 from muntin.weights import efficientvit, rmt, swin, swinv2
+from muntin.weights.dense import load_dense
 from muntin.weights.download import local_file
 from muntin.weights.files import read_file, unwrap
 from muntin.weights.rules import (
@@ -85,9 +87,11 @@ def load_checkpoint(
     classes: str | Sequence[int] | None = None,
     file_window: tuple[int, int] | None = None,
 ) -> LoadReport:
-    """Load weights in any known dialect into a model made by `create_model` or `create_backbone`.
+    """Load weights in any known dialect into a model made by `create_model`, `create_backbone` or `create_dense`.
 
-    A model of a family without rules, such as one's own, takes weights under its own names.
+    A detector or segmenter takes a whole file, its own or mmdetection's and mmsegmentation's, or that of a backbone;
+    heads that are not in it keep the model's values (`replaced`). A model of a family without rules, such as one's
+    own, takes weights under its own names.
     Takes a .safetensors file, a file of torch.save, or a state dict, also inside of the entries and prefixes that
     training code wraps around it. Files are read as tensors only: code in them is refused and not run.
     Bias tables of another window are resized bicubically, as the authors do. A head of another number of
@@ -114,6 +118,22 @@ def load_checkpoint(
         source, content = os.fspath(path_or_state_dict), read_file(local_file(path_or_state_dict))
     if file_window is not None:
         check_window(file_window)
+    if isinstance(model, Dense):
+        backbone = model.backbone
+        return load_dense(
+            model, source, content, strict, lambda: _load(backbone, source, content, strict, classes, file_window)
+        )
+    return _load(model, source, content, strict, classes, file_window)
+
+
+def _load(
+    model: nn.Module,
+    source: str,
+    content: Mapping[str, Any],
+    strict: bool,
+    classes: str | Sequence[int] | None,
+    file_window: tuple[int, int] | None,
+) -> LoadReport:
     own = model.state_dict()
     names = _bare_names(own)
     target = {bare: own[name] for bare, name in names.items()}
