@@ -141,6 +141,21 @@ def test_flips_of_a_model_that_turns_with_the_image_change_nothing():
     assert flipped.masks == plain.masks and flipped.labels.tolist() == plain.labels.tolist()
 
 
+def test_what_only_the_mirror_image_shows_is_turned_back():
+    class Half(Bright):
+        calls = 0
+
+        def find(self, image):
+            self.calls += 1
+            return super().find(image if self.calls == 2 else torch.zeros_like(image))
+
+    (plain,) = detect(Bright().eval(), [shapes()], PREPROCESSING)
+    (mirrored,) = detect(Half().eval(), [shapes()], PREPROCESSING, flip=True)
+    torch.testing.assert_close(mirrored.boxes, plain.boxes, rtol=0, atol=1e-3)
+    for mask, turned in zip(plain.masks, mirrored.masks, strict=True):
+        assert (decode_rle(mask) != decode_rle(turned)).mean() < 1e-3
+
+
 def test_scales_of_a_model_that_finds_the_same_change_nothing():
     (plain,) = detect(Placed().eval(), [picture(101, 67)], PREPROCESSING)
     (scaled,) = detect(Placed().eval(), [picture(101, 67)], PREPROCESSING, scales=(0.5, 1, 1.7), flip=False)

@@ -118,9 +118,10 @@ def _colours(palette: Sequence[Colour] | None, count: int) -> np.ndarray:
 
 
 def _tinted(canvas: Image.Image, values: np.ndarray, colours: np.ndarray, ignore: int) -> Image.Image:
-    pixels = np.array(canvas)
     known = values != ignore
-    pixels[known] = (1 - TINT) * pixels[known] + TINT * colours[values[known]]
+    colour = Image.fromarray(colours[np.where(known, values, 0)])
+    pixels = np.array(Image.blend(canvas, colour, TINT))
+    pixels[~known] = np.asarray(canvas)[~known]
     borders = np.zeros(values.shape, bool)
     borders[:, 1:] |= values[:, 1:] != values[:, :-1]
     borders[1:] |= values[1:] != values[:-1]
@@ -214,11 +215,11 @@ def _shade(pixels: np.ndarray, mask: np.ndarray, factor: int, colour: Colour, wi
     part[1:-1, 1:-1] = 255 * (mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] != 0)
     shape = Image.fromarray(part).resize((factor * part.shape[1], factor * part.shape[0]), Image.Resampling.BILINEAR)
     inside = shape.point(lambda value: 255 * (value > 127))
-    within = inside.filter(ImageFilter.MinFilter(2 * (width // 2) + 1))
+    near = inside.filter(ImageFilter.BoxBlur(min(width // 2, 10)))  # 255 where all around is inside; up to 21 x 21
     edge = slice(factor, -factor)
-    full, inner = np.asarray(inside)[edge, edge] > 0, np.asarray(within)[edge, edge] > 0
+    full, inner = np.asarray(inside)[edge, edge] > 0, np.asarray(near)[edge, edge] == 255
     place = pixels[factor * rows[0] :, factor * columns[0] :][: full.shape[0], : full.shape[1]]
-    place[full] = (1 - SHADE) * place[full] + SHADE * np.array(colour)
+    place[full] = np.float32(1 - SHADE) * place[full] + SHADE * np.array(colour, np.float32)
     place[full & ~inner] = colour
 
 
