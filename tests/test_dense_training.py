@@ -85,6 +85,7 @@ def test_a_run_holds_what_it_was_trained_for(run: Run, scenes: Path) -> None:
     model = opened.model()
     assert opened.task == model.task and model.head_name == run.head and not model.training
     names = [line.split(",") for line in (run.path / "history.csv").read_text().splitlines()]
+    assert len(list((run.path / "pictures").glob("*.png"))) == len(list((run.path / "held_out").glob("*.png"))) == 3
     assert len(names) == 3 and ("val_loss" in names[0]) == (run.task == "segment")
     assert f"val_{run.metric}" in names[0]
 

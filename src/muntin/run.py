@@ -8,10 +8,13 @@ runs/NAME/
   checkpoints/         last.ckpt, the saves before it and best.ckpt, for `muntin train --resume`
   tensorboard/         the same curves for TensorBoard
   model.safetensors    the weights; its metadata alone rebuilds the model
-  metrics.json         model, parameters, test_accuracy, val_accuracy (several labels: test_map, val_map), epochs, ...
-  held_out/CLASS/*.png the test images of `digits`, as files
+  metrics.json         model, parameters, test_accuracy, val_accuracy (several labels: test_map, val_map; detection:
+                       box_ap, mask_ap; segmentation: miou, macc, aacc), epochs, ...
+  held_out/CLASS/*.png the test images of `digits`, as files; of detection and segmentation held_out/*.png, some images
+  pictures/*.png       detection and segmentation: what was annotated beside what is predicted
   evaluation.json      what `muntin eval` found on the test split: confusion matrix, classes, calibration
-  predictions.csv      image, label, class1, probability1, ..., error: one row per image
+  predictions.csv      image, label, class1, probability1, ..., error: one row per image; of detection and
+                       segmentation predictions/, a folder
   model.onnx, report.html
 ```
 """

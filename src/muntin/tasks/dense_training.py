@@ -29,7 +29,8 @@ from muntin.tasks.base import freeze, frozen
 from muntin.tasks.callbacks import Saver, duration
 from muntin.tasks.checkpoints import read_checkpoint
 from muntin.tasks.dense import Dense
-from muntin.tasks.dense_runs import evaluate_part, write_held_out
+from muntin.tasks.dense_prediction import write_samples
+from muntin.tasks.dense_runs import evaluate_part, model_of, write_held_out
 from muntin.tasks.detection import Detection
 from muntin.tasks.fitting import Fitted, threads, train_task
 from muntin.tasks.ranks import Ranks
@@ -254,6 +255,7 @@ def _finish(
     run = Run.open(folder)
     part, name = (splits.test, "test") if splits.test is not None else (splits.val, "val")
     write_held_out(part, folder / "held_out")
+    write_samples(model_of(run), part, preprocessing, folder / "pictures")
     found = evaluate_part(run, part, name, settings.data)
     write_json(folder / "evaluation.json", found.json())
     metrics = described(settings, fitted, model, run)
