@@ -57,11 +57,13 @@ Call = Callable[[Tensor], Any]
 class TimmPyramid(nn.Module):
     """timm's Swin-T with a norm on each map, and torchvision's pyramid."""
 
+    body: Any
+
     def __init__(self, fused: bool) -> None:
         super().__init__()
         set_fused_attn(fused, experimental=fused)
         name = "swin_tiny_patch4_window7_224"
-        self.body: Any = timm.create_model(name, features_only=True, img_size=SIZE, strict_img_size=False)
+        self.body = timm.create_model(name, features_only=True, img_size=SIZE, strict_img_size=False)
         channels = self.body.feature_info.channels()
         self.norms = nn.ModuleList(nn.LayerNorm(each) for each in channels)
         self.fpn = FeaturePyramidNetwork(channels, 256, LastLevelMaxPool())

@@ -288,14 +288,21 @@ def test_images_without_objects(head: str) -> None:
     }
 
 
-def test_images_of_a_batch_are_found_alone() -> None:
-    """Images of one size do not touch each other, whatever else is in the batch."""
-    model = create("mask_rcnn", **(REGIONS | {"score_threshold": 0.0, "detections": 10})).eval()
-    images = torch.randn(3, 3, *SIZE)
+@pytest.mark.parametrize("name", ["swin_t", "efficientvit_m0"])
+def test_padding_does_not_matter(name: str) -> None:
+    """Images are found as if they were alone, in batches of all sizes."""
+    torch.manual_seed(0)
+    config = REGIONS | {"strides": (4, 8, 16, 32, 64), "score_threshold": 0.0, "detections": 10}
+    model = muntin.create_dense("mask_rcnn", name, 3, head_config=config, **(TINY if name == "swin_t" else {})).eval()
+    sizes = [(64, 80), (50, 61), (64, 80), (33, 80)]
+    images = torch.zeros(4, 3, 70, 96)
+    for image, (height, width) in zip(images, sizes, strict=True):
+        image[:, :height, :width] = torch.randn(3, height, width)
     with torch.inference_mode():
-        together, alone = model(images), [model(images[i : i + 1])[0] for i in range(3)]
-    for one, other in zip(together, alone, strict=True):
-        assert all(torch.allclose(one[key], other[key], atol=1e-3) for key in one)
+        together = model(images, sizes)
+        for i, (height, width) in enumerate(sizes):
+            alone = model(images[i : i + 1, :, :height, :width])[0]
+            assert all(torch.allclose(together[i][key], alone[key], atol=1e-3) for key in alone)
 
 
 def test_wrong_input_is_refused() -> None:

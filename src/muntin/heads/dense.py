@@ -70,16 +70,28 @@ class Detector(Dense):
         targets: in training mode, for each image boxes (n, 4) float x1 y1 x2 y2 in pixels, labels (n,) int64 and, for
         task "instance", masks (n, h, w) uint8; n may be 0.
 
-        Returns, in training mode, losses to be added up. Otherwise for each image, best first: boxes (n, 4) in pixels,
-        scores (n,) in 0 to 1, labels (n,) and, for task "instance", masks (n, 28, 28), the probability of the object
-        within its box (see `muntin.heads.paste_masks`).
+        Returns, in training mode, losses to be added up. Otherwise, for each image as if it were alone, best first:
+        boxes (n, 4) in pixels, scores (n,) in 0 to 1, labels (n,) and, for task "instance", masks (n, 28, 28), the
+        probability of the object within its box (see `muntin.heads.paste_masks`).
         Raises UserError for what has another form.
         """
         known = _sizes(images, sizes)
         if self.training:
             given = self._targets(images, targets)
             return self.learn(self.neck(self.backbone(images), images.shape[2:]), images, known, given)
-        return self.find(self.neck(self.backbone(images), images.shape[2:]), images, known)
+        return self._find_by_size(images, known)
+
+    def _find_by_size(self, images: Tensor, sizes: Sizes) -> list[dict[str, Tensor]]:
+        """Images of one size together, without what pads them: what is found does not depend on the rest of a batch."""
+        found: list[dict[str, Tensor]] = [{}] * len(images)
+        for height, width in dict.fromkeys(sizes):
+            numbers = [i for i, size in enumerate(sizes) if size == (height, width)]
+            alike = images if len(numbers) == len(images) else images[numbers]
+            alike = alike[:, :, :height, :width]
+            levels = self.neck(self.backbone(alike), (height, width))
+            for i, each in zip(numbers, self.find(levels, alike, [(height, width)] * len(numbers)), strict=True):
+                found[i] = each
+        return found
 
     def _targets(self, images: Tensor, targets: Sequence[Mapping[str, Tensor]] | None) -> list[Target]:
         if targets is None or len(targets) != len(images):
