@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.errors import UserError
+from muntin.heads.dense import Dense, Detector
 from muntin.models.backbone import Backbone
 from muntin.runtime.precision import DTYPES
 from muntin.runtime.verify import as_list
@@ -30,7 +31,11 @@ class Around(nn.Module):
         if self.normalise is not None:
             image = self.normalise(image)
         outputs = self.model(image.to(self.dtype))
-        return outputs.float() if isinstance(outputs, Tensor) else [output.float() for output in outputs]
+        return _wide(outputs) if isinstance(outputs, Tensor) else [_wide(output) for output in outputs]
+
+
+def _wide(output: Tensor) -> Tensor:
+    return output.float() if output.is_floating_point() else output
 
 
 class Normalise(nn.Module):
@@ -67,7 +72,13 @@ def check_preprocessing(preprocessing: dict[str, Any] | None) -> None:
 
 
 def output_names(model: nn.Module, image: Tensor) -> tuple[str, ...]:
-    """ "logits" for one tensor, "map0", "map1", ... for a list of maps. `image` suits the model."""
+    """ "logits" for one tensor, "map0", "map1", ... for a list of maps, what a detector finds.
+
+    image: suits the model.
+    """
+    if isinstance(model, Detector):
+        masks = ("masks",) if model.task == "instance" else ()
+        return ("boxes", "scores", "labels", *masks, *(("proposals",) if hasattr(model, "rpn") else ()))
     if isinstance(model, Backbone):
         return tuple(f"map{i}" for i in range(len(model.channels)))
     if hasattr(model, "num_classes") and isinstance(getattr(model, "backbone", None), Backbone):
@@ -80,6 +91,12 @@ def output_names(model: nn.Module, image: Tensor) -> tuple[str, ...]:
             f"the model returns {type(outputs).__name__}; export takes a model that returns a tensor or a list of them"
         )
     return ("logits",) if isinstance(outputs, Tensor) else tuple(f"map{i}" for i in range(len(as_list(outputs))))
+
+
+def described(model: Dense) -> dict[str, Any]:
+    """What a detector or segmenter is, beside its backbone."""
+    found = {"task": model.task, "head": model.head_name, "num_classes": model.num_classes}
+    return found | {"head_config": asdict(model.head_config)}
 
 
 def describe(
@@ -98,7 +115,7 @@ def describe(
     inside: the graph normalises, so that it takes bytes.
     """
     layout = "NHWC" if inside else "NCHW"
-    described: dict[str, Any] = {
+    found: dict[str, Any] = {
         "model": str(getattr(model, "name", "") or type(model).__name__),
         "layout": layout,
         "dtype": "uint8" if inside else "float32",
@@ -106,15 +123,17 @@ def describe(
         "outputs": list(outputs),
         "least_side": least,
     }
+    if isinstance(model, Dense):
+        found |= described(model)
     config = getattr(model, "config", None)
     if is_dataclass(config) and not isinstance(config, type):
-        described["config"] = asdict(config)
+        found["config"] = asdict(config)
     if isinstance(model, Backbone):
-        described |= {"channels": list(model.channels), "strides": list(model.strides)}
+        found |= {"channels": list(model.channels), "strides": list(model.strides)}
     if classes is not None:
-        described["classes"] = list(classes)
+        found["classes"] = list(classes)
     if multi_label:
-        described["multi_label"] = True
+        found["multi_label"] = True
     if preprocessing is not None:
-        described["preprocessing"] = {"layout": layout, **preprocessing} | ({"inside": True} if inside else {})
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
+        found["preprocessing"] = {"layout": layout, **preprocessing} | ({"inside": True} if inside else {})
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
