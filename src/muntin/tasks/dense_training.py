@@ -112,8 +112,8 @@ def resolve_dense(settings: Settings) -> Settings:
 
 
 def _described(settings: Settings, model: Any) -> Settings:
-    configs = {"model_config": asdict(model.config), "head_config": asdict(model.head_config)}
-    return replace(settings, model=model.name, head=model.head_name, **configs)
+    config, head_config = asdict(model.config), asdict(model.head_config)
+    return replace(settings, model=model.name, head=model.head_name, model_config=config, head_config=head_config)
 
 
 def with_dense_defaults(settings: Settings) -> Settings:
