@@ -79,7 +79,13 @@ class Detector(Dense):
         if self.training:
             given = self._targets(images, targets)
             return self.learn(self.neck(self.backbone(images), images.shape[2:]), images, known, given)
-        return self._find_by_size(images, known)
+        return self._found(images) if sizes is None else self._find_by_size(images, known)
+
+    def _found(self, images: Tensor) -> list[dict[str, Tensor]]:
+        """In images that fill all of the batch."""
+        height, width = images.shape[2:]
+        levels = self.neck(self.backbone(images), (height, width))
+        return self.find(levels, images, [(height, width)] * len(images))
 
     def _find_by_size(self, images: Tensor, sizes: Sizes) -> list[dict[str, Tensor]]:
         """Images of one size together, without what pads them: what is found does not depend on the rest of a batch."""
@@ -87,9 +93,7 @@ class Detector(Dense):
         for height, width in dict.fromkeys(sizes):
             numbers = [i for i, size in enumerate(sizes) if size == (height, width)]
             alike = images if len(numbers) == len(images) else images[numbers]
-            alike = alike[:, :, :height, :width]
-            levels = self.neck(self.backbone(alike), (height, width))
-            for i, each in zip(numbers, self.find(levels, alike, [(height, width)] * len(numbers)), strict=True):
+            for i, each in zip(numbers, self._found(alike[:, :, :height, :width]), strict=True):
                 found[i] = each
         return found
 
