@@ -13,6 +13,8 @@ from torch import Tensor
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, generalized_box_iou_loss
 
+from muntin.layers.tracing import symbolic
+
 GROWTH = math.log(1000 / 16)
 """No box is decoded to more than e^GROWTH times its reference's sides."""
 
@@ -79,6 +81,14 @@ class Assigner:
         return Sample(every[kept], classes[kept], wanted[kept], objects[kept], own[kept])
 
 
+def clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes (..., 4) within (h, w), which may be symbols of a graph."""
+    if not symbolic(size[0]):
+        return clip_boxes_to_image(boxes, size)
+    height, width = (torch.scalar_tensor(side, dtype=boxes.dtype) for side in size)
+    return boxes.clamp(min=0).minimum(torch.stack((width, height, width, height)))
+
+
 def best(boxes: Tensor, scores: Tensor, size: tuple[int, int], threshold: float, iou: float, most: int) -> list[Tensor]:
     """What of an image is reported, best first: boxes (m, 4) within (h, w), scores (m,) and labels (m,).
 
@@ -87,8 +97,8 @@ def best(boxes: Tensor, scores: Tensor, size: tuple[int, int], threshold: float,
     """
     proposals, labels = torch.where(scores > threshold)
     chosen = boxes[proposals, labels if boxes.shape[1] > 1 else torch.zeros_like(labels)]
-    chosen, values = clip_boxes_to_image(chosen, size), scores[proposals, labels]
+    chosen, values = clipped(chosen, size), scores[proposals, labels]
     kept = torch.where((chosen[:, 2:] > chosen[:, :2]).all(1))[0]
     chosen, values, labels = chosen[kept], values[kept], labels[kept]
-    kept = batched_nms(chosen, values, labels, iou)[:most]
+    kept = batched_nms(chosen.double(), values.double(), labels, iou)[:most]  # which moves classes far apart
     return [chosen[kept], values[kept], labels[kept]]

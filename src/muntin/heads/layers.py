@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from muntin.layers.conv import ConvNorm
 
@@ -33,3 +34,23 @@ def conv_act(channels: int, out_channels: int, norm: str) -> nn.Sequential:
     if norm != "none":
         return nn.Sequential(ConvNorm(channels, out_channels, 3, norm=norm), nn.ReLU())
     return nn.Sequential(kaiming(nn.Conv2d(channels, out_channels, 3, padding=1)), nn.ReLU(inplace=True))
+
+
+class GridPool(nn.Module):
+    """`nn.AdaptiveAvgPool2d` as two products, which trace for maps of any size: (B, C, H, W) -> (B, C, side, side)."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _means(self.side, x.shape[2], x) @ x @ _means(self.side, x.shape[3], x).t()
+
+
+def _means(cells: int, side: int, like: Tensor) -> Tensor:
+    """(cells, side): cell i takes the mean from floor(i side / cells) to ceil((i + 1) side / cells)."""
+    whole = torch.scalar_tensor(side, dtype=torch.int64, device=like.device)  # a symbol in a graph
+    first = torch.arange(cells, device=like.device)[:, None] * whole
+    places = torch.arange(side, device=like.device) * cells
+    inside = torch.logical_and(places > first - cells, places < first + whole).to(like.dtype)
+    return inside / inside.sum(1, keepdim=True)

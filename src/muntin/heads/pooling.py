@@ -41,8 +41,7 @@ class RoiPool(nn.Module):
 
     def from_level(self, level: Tensor, rois: Tensor, scale: float) -> Tensor:
         """rois: (R, 5), the number of an image and a box in pixels. scale: the level's sides over the image's."""
-        rows = level.is_contiguous(memory_format=torch.channels_last) and not level.is_contiguous()
-        if rows and serves(level):
+        if serves(level) and level.is_contiguous(memory_format=torch.channels_last) and not level.is_contiguous():
             return pool_rows(level, rois, self.side, scale, self.samples, self.aligned)
         pooled = roi_align(level.to(rois.dtype), rois, (self.side, self.side), scale, self.samples or -1, self.aligned)
         return pooled.to(level.dtype)

@@ -77,14 +77,14 @@ class RetinaDetector(Detector):
         self.matcher = Matcher(*config.ious, allow_low_quality_matches=True)
         self.head = RetinaNetHead(config.channels, len(scales) * len(config.anchor_ratios), num_classes)
 
-    def _predict(self, levels: list[Tensor]) -> dict[str, Tensor]:
+    def predict(self, levels: list[Tensor]) -> dict[str, Tensor]:
         """`cls_logits` (B, N, K) and `bbox_regression` (B, N, 4), in 32 bits, as boxes in pixels need."""
         return {key: values.float() for key, values in self.head(levels).items()}
 
     def learn(self, levels: list[Tensor], images: Tensor, sizes: Sizes, targets: list[Target]) -> dict[str, Tensor]:
         anchors = self.anchors(ImageList(images, sizes), levels)
         matched = [self._match(each, target["boxes"]) for each, target in zip(anchors, targets, strict=True)]
-        found = self.head.compute_loss(targets, self._predict(levels), anchors, matched)
+        found = self.head.compute_loss(targets, self.predict(levels), anchors, matched)
         return {"class": found["classification"], "box": found["bbox_regression"]}
 
     def _match(self, anchors: Tensor, boxes: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class RetinaDetector(Detector):
     def find(self, levels: list[Tensor], images: Tensor, sizes: Sizes) -> list[dict[str, Tensor]]:
         anchors = self.anchors(ImageList(images, sizes), levels)[0]
         counts = [level.shape[2] * level.shape[3] * self._per_cell for level in levels]
-        found = self._predict(levels)
+        found = self.predict(levels)
         rows = zip(found["cls_logits"], found["bbox_regression"], sizes, strict=True)
         return [self._of_image(anchors, logits, deltas, counts, size) for logits, deltas, size in rows]
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image, roi_align
 
-from muntin.heads.boxes import Assigner, Sample, best, box_loss, coder
+from muntin.heads.boxes import Assigner, Sample, best, box_loss, clipped, coder
 from muntin.heads.dense import Sizes, Target
 from muntin.heads.layers import conv_act, kaiming, normal, xavier
 from muntin.heads.pooling import RoiPool
@@ -153,30 +153,35 @@ class RoiHeads(nn.Module):
         return F.binary_cross_entropy_with_logits(_of_class(logits, labels), torch.cat(wanted))
 
     def find(self, levels: list[Tensor], proposals: list[Tensor], sizes: Sizes) -> list[dict[str, Tensor]]:
-        counts, total = [len(p) for p in proposals], torch.zeros(())
+        boxes, scores = self.scored(levels, proposals, sizes)
+        counts, config = [len(p) for p in proposals], self.config
+        rule = config.score_threshold, config.nms, config.detections
+        found = []
+        for box, score, size in zip(boxes.split(counts), scores.split(counts), sizes, strict=True):
+            found.append(dict(zip(("boxes", "scores", "labels"), best(box, score, size, *rule), strict=True)))
+        if config.masks:
+            labels = torch.cat([each["labels"] for each in found])
+            masks = self.masks(levels, [each["boxes"] for each in found], labels)
+            for each, part in zip(found, masks.split([len(each["boxes"]) for each in found]), strict=True):
+                each["masks"] = part
+        return found
+
+    def scored(self, levels: list[Tensor], proposals: list[Tensor], sizes: Sizes) -> tuple[Tensor, Tensor]:
+        """All regions' boxes (R, K or 1, 4), not clipped to their images, and scores (R, K)."""
+        total = torch.zeros(())
         for number, stage in enumerate(self.stages, 1):
             logits, deltas = stage.box(self.box_pool(levels, proposals))
             total = logits if number == 1 else total + logits
-            parts = zip(sizes, logits.split(counts), deltas.split(counts), proposals, strict=True)
             if number < len(self.stages):
-                proposals = [clip_boxes_to_image(stage.refined(*part), size) for size, *part in parts]
-        boxes = stage.decoded(deltas, torch.cat(proposals)).split(counts)
-        scores = (total / len(self.stages)).softmax(1)[:, :-1].split(counts)
-        config = self.config
-        rule = config.score_threshold, config.nms, config.detections
-        found = []
-        for box, score, size in zip(boxes, scores, sizes, strict=True):
-            found.append(dict(zip(("boxes", "scores", "labels"), best(box, score, size, *rule), strict=True)))
-        if config.masks:
-            self._add_masks(levels, found)
-        return found
+                counts = [each.shape[0] for each in proposals]
+                refined = _parts(stage.refined(logits, deltas, torch.cat(proposals)), counts)
+                proposals = [clipped(each, size) for each, size in zip(refined, sizes, strict=True)]
+        return stage.decoded(deltas, torch.cat(proposals)), (total / len(self.stages)).softmax(1)[:, :-1]
 
-    def _add_masks(self, levels: list[Tensor], found: list[dict[str, Tensor]]) -> None:
-        pooled = self.mask_pool(levels, [each["boxes"] for each in found])
-        labels = torch.cat([each["labels"] for each in found])
-        masks = torch.stack([_of_class(stage.mask(pooled).float(), labels).sigmoid() for stage in self.stages]).mean(0)
-        for each, part in zip(found, masks.split([len(each["boxes"]) for each in found]), strict=True):
-            each["masks"] = part
+    def masks(self, levels: list[Tensor], boxes: list[Tensor], labels: Tensor) -> Tensor:
+        """Probabilities (R, M, M) within the boxes (n, 4) of each image, of labels (R,) of all of them."""
+        pooled = self.mask_pool(levels, boxes)
+        return torch.stack([_of_class(stage.mask(pooled).float(), labels).sigmoid() for stage in self.stages]).mean(0)
 
     def measured(self, level: Tensor, proposals: int, detections: int) -> None:
         """Every product for this many proposals and detections, regions of one level standing for all."""
@@ -191,11 +196,16 @@ def _pooled(pool: Any, level: Tensor, regions: int) -> Tensor:
     return roi_align(level, rois, (pool.side, pool.side), 1 / pool.strides[0], 2, pool.aligned)
 
 
+def _parts(values: Tensor, counts: list[int]) -> Sequence[Tensor]:
+    """Of each image; what is of one image may have as many rows as a graph finds."""
+    return [values] if len(counts) == 1 else values.split(counts)
+
+
 def _of_class(values: Tensor, labels: Tensor) -> Tensor:
     """What belongs to each region's class: (R, K, ...) -> (R, ...); of (R, 1, ...), for all classes, the one."""
     if values.shape[1] == 1:
         return values[:, 0]
-    return values[torch.arange(len(labels), device=labels.device), labels]
+    return values[torch.arange(labels.shape[0], device=labels.device), labels]
 
 
 def with_area(boxes: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from muntin.errors import UserError
 from muntin.heads.dense import Segmenter, fitting_backbone, pixel_loss
-from muntin.heads.layers import conv_act, normal
+from muntin.heads.layers import GridPool, conv_act, normal
 from muntin.layers.folding import fold_after
 
 IMAGE = [3, 0]
@@ -62,8 +62,10 @@ class UperNetSegmenter(Segmenter):
         return losses
 
     def folded(self) -> nn.Module:
-        """For inference: BatchNorms in the convolutions before them, and no second head."""
+        """For inference: BatchNorms in the convolutions before them, pooling as products, and no second head."""
         self.auxiliary = None
+        for scale in self.decoder.psp.blocks:
+            scale[0] = GridPool(scale[0].output_size)
         for block in self.decoder.modules():
             if isinstance(block, Conv2dReLU) and isinstance(block[1], nn.BatchNorm2d):
                 block[0] = fold_after(block[1], block[0])

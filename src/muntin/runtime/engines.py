@@ -51,6 +51,7 @@ class Engine:
         batch, height, width = self._shape = opened.shape
         whole = batch is not None and height is not None and width is not None
         self.fixed: Fixed | None = (batch, height, width) if whole else None  # type: ignore[assignment]
+        self._names: list[str] = self.metadata.get("outputs", [])
         self._several = str(self.metadata.get("outputs", [""])[0]).startswith("map")
         self._run = opened.run
 
@@ -65,6 +66,8 @@ class Engine:
         else:
             kind = type(images).__name__
             raise UserError(f"{kind} given; images are a numpy array or a torch tensor, {self._takes()}")
+        if self._names[:1] == ["boxes"]:
+            return dict(zip(self._names, found, strict=True))
         return found if self._several or len(found) != 1 else found[0]
 
     def _outputs(self, images: Tensor) -> list[Tensor]:

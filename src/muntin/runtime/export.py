@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from muntin.errors import UserError
+from muntin.heads.dense import Dense, Detector
 from muntin.runtime.engines import Engine, open_engine
 from muntin.runtime.inputs import Around, Normalise, check_preprocessing, describe, normalised, output_names
 from muntin.runtime.optimize import fold
+from muntin.runtime.pictures import Pictures
 from muntin.runtime.placing import check_writable, placed, size_of
 from muntin.runtime.precision import precision as full_precision
 from muntin.runtime.targets import TARGETS, ExportError, Fixed, Job, Target, Written
@@ -47,7 +49,7 @@ class ExportReport:
 
     `nodes` counts the graph's operators by type, `max_rank` is the most dimensions of any tensor in it. `not_run`
     is the reason why the target could not be run here; then there are no checks, and nothing passed. `fixed` is
-    (batch, height, width), or None where they are dynamic.
+    (batch, height, width), or None where they are dynamic. `alone`: it is a detector's, for one image at a time.
     """
 
     path: Path
@@ -63,12 +65,13 @@ class ExportReport:
     layout: str = "NCHW"
     fixed: Fixed | None = None
     least_side: int = 1
+    alone: bool = False
     notes: tuple[str, ...] = ()
     not_run: str | None = None
 
     @property
     def max_error(self) -> float | None:
-        """In standard deviations of the output; None where nothing was run."""
+        """In standard deviations of the output, or as detectors are compared; None where nothing was run."""
         return max((check.error for check in self.checks), default=None)
 
     @property
@@ -84,7 +87,8 @@ class ExportReport:
     def __str__(self) -> str:
         opset = f" opset {self.opset}" if self.opset else ""
         taken = ", bytes (B, H, W, 3) in" if self.layout == "NHWC" else ""
-        sizes = "x".join(map(str, self.fixed)) if self.fixed else "any batch, height and width"
+        any_size = "one image of any height and width" if self.alone else "any batch, height and width"
+        sizes = "x".join(map(str, self.fixed)) if self.fixed else any_size
         if not self.fixed and self.least_side > 1:
             sizes += f" from {self.least_side}"
         lines = [
@@ -94,14 +98,16 @@ class ExportReport:
         ]
         if self.not_run is not None:
             return "\n".join([*lines, f"not run: {self.not_run}"])
+        of = "scores, of masks and of boxes by their longer side" if self.alone else "standard deviations of the output"
         lines += [
-            f"compared with PyTorch in {self.engine}; error in standard deviations of the output, "
+            f"compared with PyTorch in {self.engine}; error {'of' if self.alone else 'in'} {of}, "
             f"bound {self.tolerance:g}",
-            "  batch  height x width   largest error",
+            "  batch  height x width   largest error" + ("   objects" if self.alone else ""),
         ]
         for check in self.checks:
             size = f"{check.height} x {check.width}"
-            lines.append(f"  {check.batch:>5}  {size:>14}   {check.error:.1e}")
+            objects = "" if check.objects is None else f"   {check.objects:>13}"
+            lines.append(f"  {check.batch:>5}  {size:>14}   {check.error:.1e}{objects}")
         lines.append(f"largest error {self.max_error:.1e}: passed")
         return "\n".join(lines)
 
@@ -120,12 +126,14 @@ def export(
     batches: Sequence[int] | None = None,
     opset: int = OPSET,
     tolerance: float | None = None,
+    pictures: Sequence[Tensor] | None = None,
     progress: bool = True,
 ) -> ExportReport:
     """Export a model, verified in the target's runtime where that runs here.
 
     model: (B, 3, H, W) images to (B, K) logits, or to a list of maps; a copy in evaluation mode is exported, its
-    BatchNorms folded. With `fixed` any module will do, otherwise it must trace with symbols for sizes.
+    BatchNorms folded. With `fixed` any module will do, otherwise it must trace with symbols for sizes. A detector or
+    segmenter of `muntin.create_dense` does too: what a detector's file returns is in docs/export.md.
     path: the suffix is the target: `.onnx`, `.xml` (OpenVINO), `.pt2`, `.engine` (TensorRT), `.mlpackage` (Core ML) or
     `.pte` (ExecuTorch). It appears under this name only once every check has passed.
     classes, multi_label (an image may have several of them), preprocessing: written into the file's metadata, beside
@@ -137,6 +145,7 @@ def export(
     sizes: (height, width) in pixels of the comparison with PyTorch; by default four, odd ones too.
     batches: batch sizes of the comparison; by default 1, 2 and 5.
     tolerance: bound on the error in standard deviations of the output; by default by precision (docs/export.md).
+    pictures: (3, H, W) uint8, which a detector or segmenter is compared on at every size; by default drawn ones.
     Raises UserError for another suffix, a folder that cannot be written, class names that do not fit, a missing
     package or an operation that the target lacks, and ExportError where the file computes something else.
     """
@@ -146,6 +155,10 @@ def export(
     _check_model(model, classes)
     if with_preprocessing:
         check_preprocessing(preprocessing)
+    alone = isinstance(model, Detector)
+    if alone:
+        _check_detector(target.name, precision, fixed, batches)
+        batches = (1,)
     beside = [path.with_suffix(suffix).name for suffix in target.beside]
     check_writable(path, folder=path.suffix == ".mlpackage", beside=beside)
     size = _input_size(preprocessing)
@@ -159,6 +172,7 @@ def export(
     with evaluation(model):
         outputs = output_names(model, random_images(1, fixed[1:] if fixed else size).to(like.device, like.dtype))
         job = _job(model, fixed, size, precision, target, opset, outputs, with_preprocessing and preprocessing or None)
+    seen = Pictures(pictures, preprocessing) if isinstance(model, Dense) else None
     job.metadata.update(
         describe(
             model,
@@ -172,7 +186,8 @@ def export(
         )
     )
     bound = BOUNDS[precision] if tolerance is None else tolerance
-    checking = _Checking(model, target, sizes, batches, bound, preprocessing if with_preprocessing else None, progress)
+    inside = preprocessing if with_preprocessing else None
+    checking = _Checking(model, target, sizes, batches, bound, inside, seen, progress)
     with placed(path) as partial:
         written = checking.write(job, partial)
         checks, not_run, engine = checking.run(written.main or partial, path)
@@ -191,6 +206,7 @@ def export(
         layout=job.metadata["layout"],
         fixed=fixed,
         least_side=engine.least_side if engine else 1,
+        alone=alone,
         notes=written.notes,
         not_run=not_run,
     )
@@ -206,6 +222,7 @@ class _Checking:
     batches: Sequence[int]
     bound: float
     preprocessing: dict[str, Any] | None
+    pictures: Pictures | None
     progress: bool
 
     def _bar(self, total: int, what: str) -> Any:
@@ -234,14 +251,18 @@ class _Checking:
             def prepare(images: Tensor) -> Tensor:
                 return normalised(images, given)
 
-        repeats = REPEATS if engine.fixed is not None else 1
+        repeats = REPEATS if engine.fixed is not None or isinstance(self.model, Detector) else 1
         with self._bar(len(sizes) * len(self.batches) * repeats, "checking") as bar:
 
             def tick(case: str) -> None:
                 bar.set_description(f"{self.target.title}: checking {case}")
                 bar.update()
 
-            checks = verify(self.model, engine, sizes, self.batches, tick, prepare=prepare, repeats=repeats)
+            given = {"prepare": prepare, "repeats": repeats, "pictures": self.pictures}
+            try:
+                checks = verify(self.model, engine, sizes, self.batches, tick, **given)
+            except ExportError as error:
+                raise ExportError(f"{path} was not written: {title} differs from PyTorch, {error}") from error
         worst = max(checks, key=lambda check: check.error)
         if worst.error > self.bound:
             raise ExportError(
@@ -272,6 +293,17 @@ def _check_model(model: nn.Module, classes: Sequence[str] | None) -> None:
         raise UserError(f"{len(classes)} class names given for a model of {outputs} classes; give one per class")
     if getattr(model, "optimized", False):
         raise UserError("an optimised copy is for PyTorch on this machine: export the model that it was made from")
+
+
+def _check_detector(target: str, precision: str, fixed: Fixed | None, batches: Sequence[int] | None) -> None:
+    """UserError where a detector cannot be exported so."""
+    if target not in ("onnx", "openvino"):
+        raise UserError(f"no export of detectors to {target}; choose onnx or openvino")
+    if precision != "float32":
+        raise UserError(f"no export of detectors in {precision}, in which boxes are off by pixels; choose float32")
+    if (fixed and fixed[0] != 1) or set(batches or ()) - {1}:
+        told = f"fixed={fixed}" if fixed else f"batches={list(batches or ())}"
+        raise UserError(f"{told}: a detector's file takes one image at a time; give a batch of 1")
 
 
 def _check_memory(model: nn.Module, batch: int, size: tuple[int, int]) -> None:
@@ -326,11 +358,16 @@ def _job(
     copy = fold(model).cpu().float()
     normalise = Normalise(preprocessing["mean"], preprocessing["std"]) if preprocessing else None
     inner = "float32" if target.lowers else precision
+    alone = isinstance(model, Detector)
+    if alone:
+        from muntin.heads.graph import DetectorGraph
+
+        copy = DetectorGraph(copy).eval()
     if normalise is not None or inner != "float32":
         copy = Around(copy, inner, normalise).eval()
-    batch, sides = (fixed[0], (fixed[1], fixed[2])) if fixed else (2, _trace_size(model, size))
+    batch, sides = (fixed[0], (fixed[1], fixed[2])) if fixed else (1 if alone else 2, _trace_size(model, size))
     image = random_images(batch, sides) if normalise is None else random_bytes(batch, sides)
-    return Job(copy, image, fixed, precision, {}, outputs, opset, size)
+    return Job(copy, image, fixed, precision, {}, outputs, opset, size, alone)
 
 
 def _trace_size(model: nn.Module, size: tuple[int, int]) -> tuple[int, int]:

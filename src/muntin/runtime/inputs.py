@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.errors import UserError
+from muntin.heads.dense import Dense, Detector
 from muntin.models.backbone import Backbone
 from muntin.runtime.precision import DTYPES
 from muntin.runtime.verify import as_list
@@ -30,7 +31,11 @@ class Around(nn.Module):
         if self.normalise is not None:
             image = self.normalise(image)
         outputs = self.model(image.to(self.dtype))
-        return outputs.float() if isinstance(outputs, Tensor) else [output.float() for output in outputs]
+        return _wide(outputs) if isinstance(outputs, Tensor) else [_wide(output) for output in outputs]
+
+
+def _wide(output: Tensor) -> Tensor:
+    return output.float() if output.is_floating_point() else output
 
 
 class Normalise(nn.Module):
@@ -67,7 +72,11 @@ def check_preprocessing(preprocessing: dict[str, Any] | None) -> None:
 
 
 def output_names(model: nn.Module, image: Tensor) -> tuple[str, ...]:
-    """ "logits" for one tensor, "map0", "map1", ... for a list of maps. `image` suits the model."""
+    """ "logits" for one tensor, "map0", "map1", ... for a list of maps, or what a detector finds. `image` suits the model.
+    """
+    if isinstance(model, Detector):
+        masks = ("masks",) if model.task == "instance" else ()
+        return ("boxes", "scores", "labels", *masks, *(("proposals",) if hasattr(model, "rpn") else ()))
     if isinstance(model, Backbone):
         return tuple(f"map{i}" for i in range(len(model.channels)))
     if hasattr(model, "num_classes") and isinstance(getattr(model, "backbone", None), Backbone):
@@ -106,6 +115,9 @@ def describe(
         "outputs": list(outputs),
         "least_side": least,
     }
+    if isinstance(model, Dense):
+        described |= {"task": model.task, "head": model.head_name, "num_classes": model.num_classes}
+        described["head_config"] = asdict(model.head_config)
     config = getattr(model, "config", None)
     if is_dataclass(config) and not isinstance(config, type):
         described["config"] = asdict(config)

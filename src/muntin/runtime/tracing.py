@@ -26,6 +26,8 @@ def trace(job: Job) -> torch.export.ExportedProgram:
     """The model's graph for the job's image: batch, height and width dynamic from 1 up, or all of them fixed."""
     Dim = torch.export.Dim
     sides = dict(zip(axes(job.image.dtype), ("batch", "height", "width"), strict=True))
+    if job.alone:
+        del sides[0]
     attempts: list[Any] = [None]
     if job.fixed is None:  # a model that some sizes are too small for is traced with whatever bounds it has
         attempts = [{axis: Dim(name, min=1) for axis, name in sides.items()}, dict.fromkeys(sides, Dim.DYNAMIC)]

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from muntin.heads.dense import Detector
+from muntin.runtime.pictures import Pictures
 from muntin.runtime.targets import ExportError
 
 BOUNDS = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 1.5e-1}
@@ -21,12 +23,16 @@ TOLERANCE = BOUNDS["float32"]
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison with PyTorch: the largest error over the batch in standard deviations of the output."""
+    """One comparison with PyTorch: the largest error over the batch in standard deviations of the output.
+
+    objects: how many a detector found; its error is another (`muntin.runtime.detections`).
+    """
 
     batch: int
     height: int
     width: int
     error: float
+    objects: int | None = None
 
 
 def default_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
@@ -61,12 +67,13 @@ def verify(
     *,
     prepare: Callable[[Tensor], Tensor] | None = None,
     repeats: int = 1,
+    pictures: Pictures | None = None,
 ) -> list[Check]:
     """Compare an engine with the model it was made from, on random images of every size and batch.
 
     The model is compared in evaluation mode, float32, and left as it was. `tick` is told each case before it runs.
     prepare: what turns bytes (B, H, W, 3) into the model's images, where the engine takes bytes.
-    repeats: how many batches of each kind.
+    repeats: how many batches of each kind. pictures: what to look at instead of noise.
     Raises ExportError where the outputs have different shapes.
     """
     like = next(model.parameters(), torch.empty(0))
@@ -74,13 +81,26 @@ def verify(
     with evaluation(model):
         for size, batch, seed in itertools.product(sizes, batches, range(repeats)):
             tick(f"batch {batch}, {size[0]}x{size[1]}")
-            if prepare is None:
+            if prepare is None and pictures is None:
                 given = images = random_images(batch, size, seed).to(like.device, like.dtype)
             else:
-                given = random_bytes(batch, size, seed)
-                images = prepare(given).to(like.device, like.dtype)
-            checks.append(Check(batch, *size, _error(model, engine, given, images)))
+                seen = (pictures or random_bytes)(batch, size, seed)
+                images = (prepare or pictures.prepare)(seen).to(like.device, like.dtype)
+                given = images if prepare is None else seen
+            checks.append(_checked(model, engine, given, images))
     return checks
+
+
+def _checked(model: nn.Module, engine: Callable[[Tensor], Any], given: Tensor, images: Tensor) -> Check:
+    """given: what the engine takes for the model's images (B, 3, H, W)."""
+    shape = (len(images), images.shape[2], images.shape[3])
+    if not isinstance(model, Detector):
+        return Check(*shape, _error(model, engine, given, images))
+    from muntin.runtime.detections import compare
+
+    found = {name: value.to(images.device) for name, value in engine(given).items()}
+    with torch.inference_mode():
+        return Check(*shape, compare(model, found, images), len(found["boxes"]))
 
 
 def random_images(batch: int, size: tuple[int, int], seed: int = 0) -> Tensor:

@@ -54,7 +54,8 @@ class Job:
     precision: float32, float16 or bfloat16. `model` computes in it, or in float32 where the target's row in TARGETS
     says that the runtime lowers precision itself (`lowers`): then `write` sets what makes it do so.
     metadata: values that are not plain text are JSON.
-    size: the height and width that the model is for.
+    size: the height and width that the model is for. alone: whether the graph takes one image at a time, so that of
+    height, width and batch the batch is never dynamic.
     """
 
     model: nn.Module
@@ -65,6 +66,7 @@ class Job:
     outputs: tuple[str, ...]
     opset: int
     size: tuple[int, int] = (224, 224)
+    alone: bool = False
 
 
 @dataclass(frozen=True)

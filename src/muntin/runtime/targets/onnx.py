@@ -13,6 +13,7 @@ from torch import Tensor
 
 from muntin.errors import UserError
 from muntin.runtime.targets import INSTALL, Job, Opened, Written, axes
+from muntin.runtime.targets.translations import translations
 from muntin.runtime.tracing import quiet, trace
 
 LIMIT = 2**31 - 1  # bytes: protobuf holds no larger message
@@ -44,6 +45,7 @@ def write(job: Job, path: Path) -> Written:
                 opset_version=opset,
                 dynamo=True,
                 verbose=False,
+                custom_translation_table=translations() if job.alone else None,
             )
         except torch.onnx.OnnxExporterError as error:
             raise UserError(f"ONNX cannot express this model: {_reason(error)}") from error
