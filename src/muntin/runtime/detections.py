@@ -10,7 +10,7 @@ leaves out. A wrong box, a missing one and one too many each fail. What PyTorch 
 n candidates, m kept
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,9 +45,14 @@ class Candidates:
 
     def near(self, bound: float) -> "Candidates":
         """Those that count, or would with a score that is better by `bound`."""
-        kept = self.scores > self.least - bound
-        parts = (self.boxes, self.scores, self.groups, self.least.expand_as(self.scores))
-        return Candidates(*(part[kept] for part in parts), self.iou, self.most)
+        return self.only(torch.where(self.scores > self.least - bound)[0])
+
+    def only(self, places: Tensor) -> "Candidates":
+        """Those at these places (k,)."""
+        least = self.least.expand_as(self.scores)[places]
+        return Candidates(
+            self.boxes[places], self.scores[places], self.groups[places], least, self.iou, self.most
+        )
 
 
 def hold(found: Mapping[str, Tensor], candidates: Candidates, what: str, bound: float = BOUND) -> float:
@@ -65,9 +70,8 @@ def hold(found: Mapping[str, Tensor], candidates: Candidates, what: str, bound: 
     places, errors = _places(found, choice)
     if len(boxes) and errors.max() > bound:
         raise ExportError(f"of its {what} {_told(found, int(errors.argmax()))} is none that PyTorch has")
-    kept = Candidates(*(part[places] for part in _parts(choice)), choice.iou, choice.most)
-    ranks = kept.scores if len(boxes) else choice.scores.new_zeros(0)
-    if len(ranks) > 1 and (ranks.diff() > 2 * bound).any():
+    kept = choice.only(places)
+    if (kept.scores.diff() > 2 * bound).any():
         raise ExportError(f"its {what} are not in falling order of their scores")
     overlap = box_iou(kept.boxes, kept.boxes) * (kept.groups[:, None] == kept.groups).to(boxes.dtype)
     overlap.fill_diagonal_(0)
@@ -76,10 +80,6 @@ def hold(found: Mapping[str, Tensor], candidates: Candidates, what: str, bound: 
         raise ExportError(f"of its {what} {_told(found, number)} overlaps another by {float(overlap.max()):.3f}")
     _check_missing(places, kept, choice, what, bound)
     return float(errors.max()) if len(boxes) else 0.0
-
-
-def _parts(choice: Candidates) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return choice.boxes, choice.scores, choice.groups, choice.least
 
 
 def _told(found: Mapping[str, Tensor], number: int) -> str:
@@ -91,7 +91,7 @@ def _places(found: Mapping[str, Tensor], choice: Candidates) -> tuple[Tensor, Te
     """The candidate that each box is (m,), and by how much it is not (m,)."""
     boxes = found["boxes"]
     if not len(boxes) or not len(choice.boxes):
-        return torch.zeros(len(boxes), dtype=torch.long), torch.full((len(boxes),), torch.inf)
+        return boxes.new_zeros(0, dtype=torch.long), torch.full((len(boxes),), torch.inf)
     places, errors = [], []
     sides = (choice.boxes[:, 2:] - choice.boxes[:, :2]).amax(1).clamp(min=1)
     for i, box in enumerate(boxes):

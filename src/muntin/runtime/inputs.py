@@ -72,7 +72,9 @@ def check_preprocessing(preprocessing: dict[str, Any] | None) -> None:
 
 
 def output_names(model: nn.Module, image: Tensor) -> tuple[str, ...]:
-    """ "logits" for one tensor, "map0", "map1", ... for a list of maps, or what a detector finds. `image` suits the model.
+    """ "logits" for one tensor, "map0", "map1", ... for a list of maps, what a detector finds.
+
+    image: suits the model.
     """
     if isinstance(model, Detector):
         masks = ("masks",) if model.task == "instance" else ()

@@ -81,11 +81,13 @@ def verify(
     with evaluation(model):
         for size, batch, seed in itertools.product(sizes, batches, range(repeats)):
             tick(f"batch {batch}, {size[0]}x{size[1]}")
-            if prepare is None and pictures is None:
+            if pictures is None and prepare is None:
                 given = images = random_images(batch, size, seed).to(like.device, like.dtype)
             else:
-                seen = (pictures or random_bytes)(batch, size, seed)
-                images = (prepare or pictures.prepare)(seen).to(like.device, like.dtype)
+                seen = random_bytes(batch, size, seed) if pictures is None else pictures(batch, size, seed)
+                normalise = prepare if pictures is None or prepare is not None else pictures.prepare
+                assert normalise is not None  # without one there are pictures
+                images = normalise(seen).to(like.device, like.dtype)
                 given = images if prepare is None else seen
             checks.append(_checked(model, engine, given, images))
     return checks

@@ -16,7 +16,9 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     from muntin.heads import suppression  # noqa: F401  # registers the operator
 
     def suppress(boxes: Any, scores: Any, iou: float, least: float) -> Any:
-        limits = (op.Constant(value_floats=[value]) for value in (iou, least))
-        return op.NonMaxSuppression(boxes, scores, op.Constant(value_ints=[EVERY]), *limits)
+        every: Any = op.Constant(value_ints=[EVERY])
+        overlap: Any = op.Constant(value_floats=[iou])
+        threshold: Any = op.Constant(value_floats=[least])
+        return op.NonMaxSuppression(boxes, scores, every, overlap, threshold)
 
     return {torch.ops.muntin.suppress.default: suppress}
