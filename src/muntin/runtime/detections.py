@@ -50,9 +50,7 @@ class Candidates:
     def only(self, places: Tensor) -> "Candidates":
         """Those at these places (k,)."""
         least = self.least.expand_as(self.scores)[places]
-        return Candidates(
-            self.boxes[places], self.scores[places], self.groups[places], least, self.iou, self.most
-        )
+        return Candidates(self.boxes[places], self.scores[places], self.groups[places], least, self.iou, self.most)
 
 
 def hold(found: Mapping[str, Tensor], candidates: Candidates, what: str, bound: float = BOUND) -> float:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from muntin.errors import UserError
+from muntin.heads.dense import Dense, Detector
+from muntin.runtime.inputs import described
 from muntin.runtime.targets import TARGETS, Fixed, Opened
 from muntin.runtime.verify import as_list
 
@@ -28,7 +30,8 @@ class Engine:
 
     Images are (B, 3, H, W) numbers, or (B, H, W, 3) bytes where the file normalises itself: `layout` is "NCHW" or
     "NHWC", `dtype` torch.float32 or torch.uint8. An array gives an array, a tensor a tensor on its own device:
-    logits (B, K), or a list of maps (B, C, H', W') of a backbone.
+    logits (B, K), of a segmenter (B, K, H, W), a list of maps (B, C, H', W') of a backbone, or of a detector, which
+    takes one image at a time, a dictionary of what it found, as docs/export.md says.
 
     `path` and `engine` ("torch" or a target's name, such as "onnx") say what runs; `name`, `classes`, `multi_label`
     (an image may have several of them), `preprocessing` and `precision` are what the file says about itself (empty
@@ -89,6 +92,8 @@ class Engine:
             inside = "it normalises itself" if self.dtype == torch.uint8 else "normalise them first"
             raise UserError(f"images of {images.dtype} given to {self.path}; it takes {self._takes()}: {inside}")
         sides = [shape[axis] for axis in range(4) if axis != channels]
+        if self._names[:1] == ["boxes"] and sides[0] != 1:
+            raise UserError(f"{self.path} is a detector for one image at a time and got {sides[0]}; give (1, 3, H, W)")
         if any(has not in (None, is_) for has, is_ in zip(self._shape, sides, strict=True)):
             batch, height, width = ("any" if side is None else side for side in self._shape)
             raise UserError(
@@ -120,10 +125,13 @@ def _load_run(path: Path) -> Engine:
     opened = Run.open(path)
     model = opened.model()
 
+    detects = isinstance(model, Detector)
+
     def run(images: Tensor) -> list[Tensor]:
         parameter = next(model.parameters())
         with torch.inference_mode():
-            return as_list(model(images.to(parameter.device, parameter.dtype)))
+            found = model(images.to(parameter.device, parameter.dtype))
+        return list(found[0].values()) if detects else as_list(found)
 
     metadata: dict[str, Any] = {
         "model": opened.name,
@@ -131,6 +139,10 @@ def _load_run(path: Path) -> Engine:
         "multi_label": opened.multi_label,
         "preprocessing": opened.preprocessing,
     }
+    if isinstance(model, Dense):
+        metadata |= described(model)
+    if detects:
+        metadata["outputs"] = ["boxes", "scores", "labels", *(["masks"] if model.task == "instance" else [])]
     return Engine(path, "torch", Opened(run, metadata))
 
 

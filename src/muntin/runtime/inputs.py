@@ -93,6 +93,12 @@ def output_names(model: nn.Module, image: Tensor) -> tuple[str, ...]:
     return ("logits",) if isinstance(outputs, Tensor) else tuple(f"map{i}" for i in range(len(as_list(outputs))))
 
 
+def described(model: Dense) -> dict[str, Any]:
+    """What a detector or segmenter is, beside its backbone."""
+    found = {"task": model.task, "head": model.head_name, "num_classes": model.num_classes}
+    return found | {"head_config": asdict(model.head_config)}
+
+
 def describe(
     model: nn.Module,
     *,
@@ -109,7 +115,7 @@ def describe(
     inside: the graph normalises, so that it takes bytes.
     """
     layout = "NHWC" if inside else "NCHW"
-    described: dict[str, Any] = {
+    found: dict[str, Any] = {
         "model": str(getattr(model, "name", "") or type(model).__name__),
         "layout": layout,
         "dtype": "uint8" if inside else "float32",
@@ -118,17 +124,16 @@ def describe(
         "least_side": least,
     }
     if isinstance(model, Dense):
-        described |= {"task": model.task, "head": model.head_name, "num_classes": model.num_classes}
-        described["head_config"] = asdict(model.head_config)
+        found |= described(model)
     config = getattr(model, "config", None)
     if is_dataclass(config) and not isinstance(config, type):
-        described["config"] = asdict(config)
+        found["config"] = asdict(config)
     if isinstance(model, Backbone):
-        described |= {"channels": list(model.channels), "strides": list(model.strides)}
+        found |= {"channels": list(model.channels), "strides": list(model.strides)}
     if classes is not None:
-        described["classes"] = list(classes)
+        found["classes"] = list(classes)
     if multi_label:
-        described["multi_label"] = True
+        found["multi_label"] = True
     if preprocessing is not None:
-        described["preprocessing"] = {"layout": layout, **preprocessing} | ({"inside": True} if inside else {})
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
+        found["preprocessing"] = {"layout": layout, **preprocessing} | ({"inside": True} if inside else {})
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}

@@ -87,6 +87,7 @@ def export_several(
                 precision=precision,
                 fixed=fixed,
                 opset=opset or OPSET,
+                pictures=source.pictures,
             )
             outcomes.append(Outcome(name, report.path, precision, report))
         except ExportError as error:

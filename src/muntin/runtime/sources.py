@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from muntin.errors import UserError
+from muntin.heads.dense import Dense
+
+HELD_OUT = "held_out"
+SUFFIXES = (".png", ".jpg", ".jpeg")
+PICTURES = 4
+"""Of a run's held-out images in its folder, as many as an export is compared on."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Source:
-    """A model to export, what belongs to its metadata, and the file's folder and stem by default."""
+    """A model to export, what belongs to its metadata, and the file's folder and stem by default.
+
+    pictures: (3, H, W) uint8, which a detector or segmenter is compared on.
+    """
 
     model: nn.Module
     classes: list[str] | None
@@ -29,6 +38,7 @@ class Source:
     folder: Path
     stem: str
     multi_label: bool = False
+    pictures: tuple[Tensor, ...] = ()
 
 
 def open_source(
@@ -64,6 +74,10 @@ def _of_run(
     preprocessing = run.preprocessing | ({"size": list(size)} if size else {})
     stem = "model"
     model: nn.Module = run.model()
+    if isinstance(model, Dense):
+        if backbone:
+            raise UserError(f"{path} is a {model.head_name}, which is exported whole: leave --backbone out")
+        return Source(model.eval(), run.classes, preprocessing, run.path, stem, pictures=_pictures(run.path))
     if backbone:
         usual = getattr(_find(run.name)[0], "DENSE", {})
         config = {key: value for key, value in run.model_config.items() if key not in usual}
@@ -72,6 +86,20 @@ def _of_run(
     if backbone:
         return Source(model.eval(), None, preprocessing, run.path, stem)
     return Source(model.eval(), run.classes, preprocessing, run.path, stem, run.multi_label)
+
+
+def _pictures(folder: Path) -> tuple[Tensor, ...]:
+    """A few of a run's held-out images, (3, H, W) uint8; none where it has none."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    files = [file for file in sorted((folder / HELD_OUT).rglob("*")) if file.suffix.lower() in SUFFIXES]
+    found = []
+    for file in files[:PICTURES]:
+        with Image.open(file) as opened:
+            upright = ImageOps.exif_transpose(opened).convert("RGB")
+        found.append(torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous())
+    return tuple(found)
 
 
 def _of_name(
