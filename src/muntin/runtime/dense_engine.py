@@ -42,7 +42,7 @@ class DenseEngine(nn.Module):
     def forward(
         self, images: Tensor, sizes: Sequence[tuple[int, int]] | None = None
     ) -> Tensor | list[dict[str, Tensor]]:
-        """images: (B, 3, H, W), normalised, zero right of and below what is image. sizes: (h, w) of that; all by default.
+        """images: (B, 3, H, W), normalised, zero right of and below what is image. sizes: (h, w) of that, or all.
 
         Returns logits (B, K, H, W), or for each image boxes (n, 4), scores (n,), labels (n,) and masks (n, 28, 28), as
         the model does; a detector's file looks at one image after the other, without the zeros around it.
