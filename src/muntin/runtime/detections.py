@@ -107,12 +107,15 @@ def _check_missing(places: Tensor, kept: Candidates, choice: Candidates, what: s
     if len(places) == choice.most:
         wanted &= choice.scores > kept.scores.min() + bound
     wanted[places] = False
-    for i in torch.where(wanted)[0].tolist():
-        better = torch.logical_and(kept.groups == choice.groups[i], kept.scores >= choice.scores[i] - bound)
-        overlap = box_iou(choice.boxes[i : i + 1], kept.boxes[better])
-        if not overlap.numel() or overlap.max() < choice.iou - OVERLAP:
-            lost = {"boxes": choice.boxes[i : i + 1], "labels": choice.groups[i : i + 1]}
-            raise ExportError(f"its {what} lack {_told(lost | {'scores': choice.scores[i : i + 1]}, 0)}")
+    left = choice.only(torch.where(wanted)[0])
+    better = torch.logical_and(
+        left.groups[:, None] == kept.groups, kept.scores >= left.scores[:, None] - bound
+    )  # left, kept
+    covered = torch.logical_and(better, box_iou(left.boxes, kept.boxes) > choice.iou - OVERLAP).any(1)
+    if not covered.all():
+        lost = left.only(torch.where(~covered)[0][:1])
+        told = _told({"boxes": lost.boxes, "labels": lost.groups, "scores": lost.scores}, 0)
+        raise ExportError(f"its {what} lack {told}")
 
 
 def compare(model: Any, found: Mapping[str, Tensor], image: Tensor, bound: float = BOUND) -> float:
@@ -148,7 +151,7 @@ def _of_proposals(rpn: Any, levels: list[Tensor], size: tuple[int, int]) -> Cand
     """Each level's best count, and as many behind them that might."""
     most = rpn.pre_nms_top_n()
     boxes, scores = proposal_candidates(rpn, levels, size, 2 * most)
-    groups = torch.cat([torch.full((len(each),), i) for i, each in enumerate(scores)])
+    groups = torch.cat([torch.full_like(each, i, dtype=torch.long) for i, each in enumerate(scores)])
     least = torch.cat([_cut(each, most, NOTHING / 2) for each in scores])
     return Candidates(torch.cat(boxes), torch.cat(scores), groups, least, rpn.nms_thresh, rpn.post_nms_top_n())
 
@@ -163,10 +166,10 @@ def _of_regions(model: Any, levels: list[Tensor], proposals: Tensor, size: tuple
     """All classes of all proposals (p, 4)."""
     boxes, scores = model.roi.scored(levels, [proposals], [size])
     boxes, scores = within(boxes.transpose(0, 1), scores.t(), size)
-    groups = torch.arange(len(scores))[:, None].expand_as(scores)
+    groups = torch.arange(len(scores), device=scores.device)[:, None].expand_as(scores)
     every = boxes.expand(len(scores), -1, -1).flatten(0, 1)
     config = model.head_config
-    least = torch.tensor(config.score_threshold)
+    least = scores.new_tensor(config.score_threshold)
     return Candidates(every, scores.flatten(), groups.flatten(), least, config.nms, config.detections)
 
 
