@@ -265,7 +265,7 @@ class _Checking:
                 "bound": self.bound,
             }
             try:
-                checks = verify(self.model, engine, sizes, self.batches, tick, **given)
+                checks = verify(self.model, engine, sizes, self.batches, tick, **options)
             except ExportError as error:
                 raise ExportError(f"{path} was not written: {title} differs from PyTorch, {error}") from error
         worst = max(checks, key=lambda check: check.error)
