@@ -245,22 +245,22 @@ def chosen(*places: int) -> dict[str, Tensor]:
 
 
 def test_of_equals_either_may_be_kept_but_one_of_them_has_to_be() -> None:
-    assert hold(chosen(0, 2), candidates(), "boxes") == hold(chosen(1, 2), candidates(), "boxes") == 0
+    assert hold(chosen(0, 2), candidates(), "its boxes") == hold(chosen(1, 2), candidates(), "its boxes") == 0
     with pytest.raises(ExportError, match=r"boxes lack \(0.00, 0.00, 10.00, 10.00\) of 1 with score 0.8"):
-        hold(chosen(2), candidates(), "boxes")
+        hold(chosen(2), candidates(), "its boxes")
     with pytest.raises(ExportError, match="overlaps another by 0.8"):
-        hold(chosen(0, 1, 2), candidates(), "boxes")
+        hold(chosen(0, 1, 2), candidates(), "its boxes")
     with pytest.raises(ExportError, match="lack.*50.00"):
-        hold(chosen(0), candidates(), "boxes")
+        hold(chosen(0), candidates(), "its boxes")
 
 
 def test_the_limit_of_their_number_leaves_out_the_worst_alone() -> None:
     limited = dataclasses.replace(candidates(), most=1)
-    assert hold(chosen(1), limited, "boxes") == 0
+    assert hold(chosen(1), limited, "its boxes") == 0
     with pytest.raises(ExportError, match="lack"):
-        hold(chosen(2), limited, "boxes")
-    with pytest.raises(ExportError, match="keeps 2 boxes; 1 is the most"):
-        hold(chosen(0, 2), limited, "boxes")
+        hold(chosen(2), limited, "its boxes")
+    with pytest.raises(ExportError, match="its boxes are 2; 1 is the most"):
+        hold(chosen(0, 2), limited, "its boxes")
 
 
 def test_a_file_that_finds_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,7 +214,7 @@ def _build(request: Request) -> Callable[[], Call]:
     """What makes the call of a request, its packages imported already."""
     import muntin
     from muntin.measure import peers
-    from muntin.measure.targets import build_peer, parse
+    from muntin.measure.targets import build_dense, build_peer, parse
     from muntin.runtime import load
     from muntin.runtime.precision import DTYPES
 
@@ -231,7 +231,8 @@ def _build(request: Request) -> Callable[[], Call]:
         if target.peer:
             model, _ = peers.tuned(build_peer(target, size), target.kind, size)
         else:
-            model = target.name.model() if target.kind == "run" else muntin.create_model(target.name)
+            ours = {"run": lambda: target.name.model(), "dense": lambda: build_dense(target)}
+            model = ours.get(target.kind, lambda: muntin.create_model(target.name))()
         model = model.eval().requires_grad_(False).to(request.device, DTYPES[request.precision])
         if request.channels_last:
             model = peers.ChannelsLast(model)

@@ -18,7 +18,7 @@ SHARED = 2  # images in the comparison of a peer with our model
 
 
 def tensors(result: Any) -> list[Tensor] | None:
-    """The tensors of a result, in order; None where it holds something else."""
+    """The tensors of a result, in order; None where it holds something else, such as what a detector found."""
     found = list(result) if isinstance(result, (list, tuple)) else [result]
     return found if found and all(isinstance(t, Tensor) for t in found) else None
 

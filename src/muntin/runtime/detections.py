@@ -56,26 +56,26 @@ class Candidates:
 def hold(found: Mapping[str, Tensor], candidates: Candidates, what: str, bound: float = BOUND) -> float:
     """The largest error of what was kept, once it is a choice that suppression may make of the candidates.
 
-    found: boxes (m, 4), scores (m,) and labels (m,), of proposals their levels. what: "proposals", for messages.
+    found: boxes (m, 4), scores (m,) and labels (m,), of proposals their levels. what: "its proposals", for messages.
     Raises ExportError saying which box is wrong, missing or one too many.
     """
     choice = candidates.near(bound)
     boxes = found["boxes"]
     if len(boxes) > choice.most:
-        raise ExportError(f"it keeps {len(boxes)} {what}; {choice.most} is the most")
+        raise ExportError(f"{what} are {len(boxes)}; {choice.most} is the most")
     if not boxes.isfinite().all():
-        raise ExportError(f"its {what} are not all numbers")
+        raise ExportError(f"{what} are not all numbers")
     places, errors = _places(found, choice)
     if len(boxes) and errors.max() > bound:
-        raise ExportError(f"of its {what} {_told(found, int(errors.argmax()))} is none that PyTorch has")
+        raise ExportError(f"of {what} {_told(found, int(errors.argmax()))} is none that PyTorch has")
     kept = choice.only(places)
     if (kept.scores.diff() > 2 * bound).any():
-        raise ExportError(f"its {what} are not in falling order of their scores")
+        raise ExportError(f"{what} are not in falling order of their scores")
     overlap = box_iou(kept.boxes, kept.boxes) * (kept.groups[:, None] == kept.groups).to(boxes.dtype)
     overlap.fill_diagonal_(0)
     if len(boxes) and overlap.max() > choice.iou + OVERLAP:
         number = int(overlap.max(1).values.argmax())
-        raise ExportError(f"of its {what} {_told(found, number)} overlaps another by {float(overlap.max()):.3f}")
+        raise ExportError(f"of {what} {_told(found, number)} overlaps another by {float(overlap.max()):.3f}")
     _check_missing(places, kept, choice, what, bound)
     return float(errors.max()) if len(boxes) else 0.0
 
@@ -107,12 +107,15 @@ def _check_missing(places: Tensor, kept: Candidates, choice: Candidates, what: s
     if len(places) == choice.most:
         wanted &= choice.scores > kept.scores.min() + bound
     wanted[places] = False
-    for i in torch.where(wanted)[0].tolist():
-        better = torch.logical_and(kept.groups == choice.groups[i], kept.scores >= choice.scores[i] - bound)
-        overlap = box_iou(choice.boxes[i : i + 1], kept.boxes[better])
-        if not overlap.numel() or overlap.max() < choice.iou - OVERLAP:
-            lost = {"boxes": choice.boxes[i : i + 1], "labels": choice.groups[i : i + 1]}
-            raise ExportError(f"its {what} lack {_told(lost | {'scores': choice.scores[i : i + 1]}, 0)}")
+    left = choice.only(torch.where(wanted)[0])
+    better = torch.logical_and(
+        left.groups[:, None] == kept.groups, kept.scores >= left.scores[:, None] - bound
+    )  # left, kept
+    covered = torch.logical_and(better, box_iou(left.boxes, kept.boxes) > choice.iou - OVERLAP).any(1)
+    if not covered.all():
+        lost = left.only(torch.where(~covered)[0][:1])
+        told = _told({"boxes": lost.boxes, "labels": lost.groups, "scores": lost.scores}, 0)
+        raise ExportError(f"{what} lack {told}")
 
 
 def compare(model: Any, found: Mapping[str, Tensor], image: Tensor, bound: float = BOUND) -> float:
@@ -128,13 +131,13 @@ def compare(model: Any, found: Mapping[str, Tensor], image: Tensor, bound: float
     if hasattr(model, "rpn"):
         boxes, scores, numbers = found["proposals"].split((4, 1, 1), 1)
         proposals = {"boxes": boxes, "scores": scores[:, 0], "labels": numbers[:, 0].long()}
-        errors.append(hold(proposals, _of_proposals(model.rpn, levels, size), "proposals", bound))
+        errors.append(hold(proposals, _of_proposals(model.rpn, levels, size), "its proposals", bound))
         candidates = _of_regions(model, levels, boxes, size)
         own_proposals = model.rpn(ImageList(image, [size]), dict(enumerate(levels)))[0][0]
         own_candidates = _of_regions(model, levels, own_proposals, size)
     else:
         candidates = own_candidates = _of_anchors(model, levels, size)
-    errors.append(hold(found, candidates, "boxes", bound))
+    errors.append(hold(found, candidates, "its boxes", bound))
     hold(own, own_candidates, "PyTorch's own boxes", bound)
     if model.task == "instance":
         wanted = model.roi.masks(levels, [found["boxes"]], found["labels"])
@@ -148,7 +151,7 @@ def _of_proposals(rpn: Any, levels: list[Tensor], size: tuple[int, int]) -> Cand
     """Each level's best count, and as many behind them that might."""
     most = rpn.pre_nms_top_n()
     boxes, scores = proposal_candidates(rpn, levels, size, 2 * most)
-    groups = torch.cat([torch.full((len(each),), i) for i, each in enumerate(scores)])
+    groups = torch.cat([torch.full_like(each, i, dtype=torch.long) for i, each in enumerate(scores)])
     least = torch.cat([_cut(each, most, NOTHING / 2) for each in scores])
     return Candidates(torch.cat(boxes), torch.cat(scores), groups, least, rpn.nms_thresh, rpn.post_nms_top_n())
 
@@ -163,10 +166,10 @@ def _of_regions(model: Any, levels: list[Tensor], proposals: Tensor, size: tuple
     """All classes of all proposals (p, 4)."""
     boxes, scores = model.roi.scored(levels, [proposals], [size])
     boxes, scores = within(boxes.transpose(0, 1), scores.t(), size)
-    groups = torch.arange(len(scores))[:, None].expand_as(scores)
+    groups = torch.arange(len(scores), device=scores.device)[:, None].expand_as(scores)
     every = boxes.expand(len(scores), -1, -1).flatten(0, 1)
     config = model.head_config
-    least = torch.tensor(config.score_threshold)
+    least = scores.new_tensor(config.score_threshold)
     return Candidates(every, scores.flatten(), groups.flatten(), least, config.nms, config.detections)
 
 

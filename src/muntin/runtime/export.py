@@ -258,16 +258,22 @@ class _Checking:
                 bar.set_description(f"{self.target.title}: checking {case}")
                 bar.update()
 
-            given = {"prepare": prepare, "repeats": repeats, "pictures": self.pictures}
+            given: dict[str, Any] = {
+                "prepare": prepare,
+                "repeats": repeats,
+                "pictures": self.pictures,
+                "bound": self.bound,
+            }
             try:
-                checks = verify(self.model, engine, sizes, self.batches, tick, **given)
+                checks = verify(self.model, engine, sizes, self.batches, tick, **options)
             except ExportError as error:
                 raise ExportError(f"{path} was not written: {title} differs from PyTorch, {error}") from error
         worst = max(checks, key=lambda check: check.error)
         if worst.error > self.bound:
+            unit = "" if isinstance(self.model, Detector) else " standard deviations"
             raise ExportError(
                 f"{path} was not written: at batch {worst.batch}, {worst.height}x{worst.width} {title} "
-                f"differs from PyTorch by {worst.error:.1e} standard deviations, more than {self.bound:g}"
+                f"differs from PyTorch by {worst.error:.1e}{unit}, more than {self.bound:g}"
             )
         return checks, None, engine
 

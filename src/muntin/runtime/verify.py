@@ -68,13 +68,15 @@ def verify(
     prepare: Callable[[Tensor], Tensor] | None = None,
     repeats: int = 1,
     pictures: Pictures | None = None,
+    bound: float = TOLERANCE,
 ) -> list[Check]:
     """Compare an engine with the model it was made from, on random images of every size and batch.
 
     The model is compared in evaluation mode, float32, and left as it was. `tick` is told each case before it runs.
     prepare: what turns bytes (B, H, W, 3) into the model's images, where the engine takes bytes.
     repeats: how many batches of each kind. pictures: what to look at instead of noise.
-    Raises ExportError where the outputs have different shapes.
+    bound: of a detector's errors, beyond which what it found is no longer the same.
+    Raises ExportError where the outputs have different shapes, or a detector finds something else.
     """
     like = next(model.parameters(), torch.empty(0))
     checks = []
@@ -89,11 +91,11 @@ def verify(
                 assert normalise is not None  # without one there are pictures
                 images = normalise(seen).to(like.device, like.dtype)
                 given = images if prepare is None else seen
-            checks.append(_checked(model, engine, given, images))
+            checks.append(_checked(model, engine, given, images, bound))
     return checks
 
 
-def _checked(model: nn.Module, engine: Callable[[Tensor], Any], given: Tensor, images: Tensor) -> Check:
+def _checked(model: nn.Module, engine: Callable[[Tensor], Any], given: Tensor, images: Tensor, bound: float) -> Check:
     """given: what the engine takes for the model's images (B, 3, H, W)."""
     shape = (len(images), images.shape[2], images.shape[3])
     if not isinstance(model, Detector):
@@ -102,7 +104,7 @@ def _checked(model: nn.Module, engine: Callable[[Tensor], Any], given: Tensor, i
 
     found = {name: value.to(images.device) for name, value in engine(given).items()}
     with torch.inference_mode():
-        return Check(*shape, compare(model, found, images), len(found["boxes"]))
+        return Check(*shape, compare(model, found, images, bound), len(found["boxes"]))
 
 
 def random_images(batch: int, size: tuple[int, int], seed: int = 0) -> Tensor:
