@@ -258,7 +258,7 @@ class _Checking:
                 bar.set_description(f"{self.target.title}: checking {case}")
                 bar.update()
 
-            given: dict[str, Any] = {
+            options: dict[str, Any] = {
                 "prepare": prepare,
                 "repeats": repeats,
                 "pictures": self.pictures,
