@@ -12,12 +12,15 @@ from safetensors.torch import load_file
 import muntin
 from forks import Forks, forks
 from muntin.cli import main
+from muntin.data.annotated import open_annotated
 from muntin.data.scenes import write_scenes
 from muntin.errors import UserError
+from muntin.heads.dense import pixel_loss
 from muntin.run import Run
 from muntin.tasks import dense_training, evaluate, train
 from muntin.tasks.dense import Dense
 from muntin.tasks.fitting import Interrupted
+from muntin.tasks.segmentation import class_weights
 
 SETTINGS = {
     "model": "swin_free_t",
@@ -218,3 +221,20 @@ def test_frozen_norms_stay(scenes: Path, tmp_path: Path) -> None:
     run = train(tmp_path / "run", report=silent, freeze_norms=True, ema_decay=0.0, **settings)
     norms = [m for m in run.model().backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert norms and all((norm.running_mean == 0).all() and (norm.weight == 1).all() for norm in norms)
+
+
+def test_rare_classes_count_more(scenes: Path) -> None:
+    part = open_annotated(str(scenes), "segment").train
+    labels = torch.stack([part.target(i)["labels"].as_subclass(torch.Tensor).long() for i in range(len(part))])
+    shares = torch.bincount(labels.flatten(), minlength=11).double() / labels.numel()
+    found = class_weights(part, 0.5).double()
+    present = shares > 0
+    assert float((found * shares).sum()) == pytest.approx(1)
+    ratio = (found[present] / found[0]).pow(2) * shares[present] / shares[0]
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=1e-4, atol=0)
+    logits = torch.randn(2, 11, 4, 4)
+    labels = torch.randint(0, 11, (2, 4, 4))
+    labels[0, 0] = 255
+    wanted = torch.nn.functional.cross_entropy(logits, labels, found.float(), ignore_index=255)
+    torch.testing.assert_close(pixel_loss(logits, labels, found.float()), wanted)
+    assert float(pixel_loss(logits, torch.full_like(labels, 255), found.float())) == 0

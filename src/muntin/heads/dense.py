@@ -143,9 +143,13 @@ def _check_objects(number: int, target: Target, num_classes: int) -> None:
 
 
 class Segmenter(Dense):
-    """images (B, 3, H, W) -> losses in training mode, otherwise logits (B, K, H, W), by `learn` and `logits`."""
+    """images (B, 3, H, W) -> losses in training mode, otherwise logits (B, K, H, W), by `learn` and `logits`.
+
+    class_weights: (K,) factors of the classes' pixels in the losses, or None; not saved with the weights.
+    """
 
     task = "segment"
+    class_weights: Tensor | None = None
 
     def learn(self, maps: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -174,12 +178,19 @@ def enlarged(logits: Tensor, size: Sequence[int]) -> Tensor:
     return nn.functional.interpolate(logits, size=list(size), mode="bilinear", align_corners=False)
 
 
-def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy over all pixels that count: logits (B, K, h, w), labels (B, H, W). Zero where none does."""
+def pixel_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean cross entropy over all pixels that count: logits (B, K, h, w), labels (B, H, W). Zero where none does.
+
+    weights: (K,) factors of the classes' pixels, in the mean too.
+    """
+    counted = (labels != IGNORED).float()
+    if weights is not None:
+        weights = weights.to(logits.device)
+        counted = counted * weights[labels.clamp(max=len(weights) - 1)]
     losses = nn.functional.cross_entropy(
-        enlarged(logits, labels.shape[1:]).float(), labels, ignore_index=IGNORED, reduction="sum"
+        enlarged(logits, labels.shape[1:]).float(), labels, weights, ignore_index=IGNORED, reduction="sum"
     )
-    return losses / (labels != IGNORED).sum().clamp(min=1)
+    return losses / counted.sum().clamp(min=1e-6)
 
 
 def fitting_backbone(name: str, strides: Sequence[int] | None, options: Mapping[str, Any]) -> Backbone:

@@ -71,7 +71,7 @@ class SemanticFpnSegmenter(Segmenter):
         return self.classes(self.dropout(sum(climbed[1:], climbed[0])))
 
     def learn(self, maps: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
-        return {"class": pixel_loss(self.logits(maps), labels)}
+        return {"class": pixel_loss(self.logits(maps), labels, self.class_weights)}
 
 
 MODEL = SemanticFpnSegmenter

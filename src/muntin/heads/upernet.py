@@ -55,10 +55,10 @@ class UperNetSegmenter(Segmenter):
     def learn(self, maps: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
         if len(labels) < 2:
             raise UserError("UperNet norms maps of one pixel over the batch: train on at least 2 images at a time")
-        losses = {"class": pixel_loss(self.logits(maps), labels)}
+        losses = {"class": pixel_loss(self.logits(maps), labels, self.class_weights)}
         if self.auxiliary is not None:
             second = self.auxiliary(maps[max(len(maps) - 2, 0)])
-            losses["auxiliary"] = self.head_config.auxiliary_weight * pixel_loss(second, labels)
+            losses["auxiliary"] = self.head_config.auxiliary_weight * pixel_loss(second, labels, self.class_weights)
         return losses
 
     def folded(self) -> nn.Module:

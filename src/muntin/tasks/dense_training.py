@@ -45,7 +45,7 @@ from muntin.tasks.recording import (
     with_precision,
 )
 from muntin.tasks.resuming import Start, refuse_other_groups
-from muntin.tasks.segmentation import Segmentation
+from muntin.tasks.segmentation import Segmentation, class_weights
 from muntin.tasks.settings import Settings
 
 SIZES = {"detect": 800, "instance": 800, "segment": 512}  # shorter side, where the settings name none
@@ -215,6 +215,9 @@ def fit_dense(
     steps = len(batches) // settings.accumulate
     task: Dense
     if segmenting:
+        if settings.class_balance:
+            balance = settings.class_balance
+            model.class_weights = ranks.agree(lambda: class_weights(splits.train, balance))
         task = Segmentation(model, settings, steps, prepare, len(splits.train.classes))
     else:
         task = Detection(model, settings, steps, prepare, splits.val)

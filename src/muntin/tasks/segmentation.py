@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from muntin.data.annotated import Annotated
 from muntin.data.annotated_loading import Resized
 from muntin.data.device import Prepare
 from muntin.measure.pixels import PixelCounts
@@ -13,6 +14,25 @@ from muntin.tasks.dense import Dense
 from muntin.tasks.settings import Settings
 
 IGNORED = 255
+
+
+COUNTED = 1000  # label maps that the classes' shares are counted in, at most
+
+
+def class_weights(annotated: Annotated, balance: float) -> Tensor:
+    """(K,) factors of the classes' pixels: share^-balance, scaled so that an average pixel's is 1.
+
+    A class without pixels gets the largest of the others.
+    """
+    counts = torch.zeros(len(annotated.classes) + 1, dtype=torch.double)
+    step = -(-len(annotated) // COUNTED)
+    for position in range(0, len(annotated), step):
+        labels = annotated.target(position)["labels"].as_subclass(Tensor).flatten().long()
+        counts += torch.bincount(labels.clamp(max=len(annotated.classes)), minlength=len(counts))
+    shares = counts[:-1] / counts[:-1].sum()
+    weights = torch.where(shares > 0, shares, torch.inf).pow(-balance)
+    weights[shares == 0] = weights.max()
+    return (weights / (shares * weights).sum()).float()
 
 
 class Segmentation(Dense):

@@ -21,7 +21,9 @@ _CLASSIFY = (  # settings of classification alone, and of the other tasks alone
     "repeats label_smoothing mixup cutmix augment randaugment color_jitter erasing distortion teacher distillation "
     "distill_alpha distill_tau token_labels token_weight mix_token"
 ).split()
-_DENSE = "head longer smallest crop flip photometric freeze_norms schedule drops power steps warmup_steps".split()
+_DENSE = (
+    "head longer smallest crop flip photometric class_balance freeze_norms schedule drops power steps warmup_steps"
+).split()
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,11 @@ class Settings:
     side in pixels, of segmentation's square crops in training too; longer: what the longer side is at most (None: any),
     the shorter is less where that is needed; smallest: the shorter side is drawn from here up to size (None: always
     size); crop: half of the images are first cut to 384 to 600 pixels and resized (as DETR does); flip: the share of
-    images that are mirrored; photometric: brightness, contrast, saturation and hue are drawn; freeze_norms: statistics
-    and affine parts of the backbone's BatchNorms stay. schedule: "cosine", "steps" (a tenth of the rate from each epoch
-    of `drops` on) or "poly" (the rest of the training, to the power of `power`); steps: of the whole training, in place
-    of epochs; warmup_steps: in place of warmup.
+    images that are mirrored; photometric: brightness, contrast, saturation and hue are drawn; class_balance: a class's
+    pixels count in segmentation's loss by their share of the training set to the power of minus this (0: all alike);
+    freeze_norms: statistics and affine parts of the backbone's BatchNorms stay. schedule: "cosine", "steps" (a tenth of
+    the rate from each epoch of `drops` on) or "poly" (the rest of the training, to the power of `power`); steps: of the
+    whole training, in place of epochs; warmup_steps: in place of warmup.
 
     **Losing nothing.** spike: a step whose loss is so many times the running mean, and above 1, is skipped as one that
     is not finite (0: only the latter); max_skips: so many in a row end the training; patience: stop after so many
@@ -134,6 +137,7 @@ class Settings:
     crop: bool = False
     flip: float = 0.5
     photometric: bool = False
+    class_balance: float = 0.0
     freeze_norms: bool = False
     schedule: str = "cosine"
     drops: tuple[int, ...] = ()
@@ -248,7 +252,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "give a number from 0 up to, but not, 1",
     ),
     ("layer_decay", lambda value: 0 < value <= 1, "give a number above 0 and up to 1"),
-    ("distill_alpha flip", lambda value: 0 <= value <= 1, "give a number from 0 to 1"),
+    ("distill_alpha flip class_balance", lambda value: 0 <= value <= 1, "give a number from 0 to 1"),
 )
 _WORDS = {
     "task": TASKS,
