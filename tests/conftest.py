@@ -19,7 +19,11 @@ os.environ["OMP_WAIT_POLICY"] = "passive"  # there and in xdist's: threads that 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported: they then run on a CPU
 
-LONGEST = "compile train kernels engines ecosystem export efficientvit rmt native weights training_kernels".split()
+LONGEST = (
+    "profile dense_export ranks exported engines batch export compile losing_nothing cli nodes models dense_training "
+    "executorch swinv2 recipes cost export_command dense_recipes train dense_learning kernels native efficientvit rmt "
+    "weights training_kernels bench choose sweep parity docs ecosystem bench_parts"
+).split()
 """Files that take more than a minute, the longest first."""
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
