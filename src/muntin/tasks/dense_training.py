@@ -50,6 +50,7 @@ from muntin.tasks.settings import Settings
 
 SIZES = {"detect": 800, "instance": 800, "segment": 512}  # shorter side, where the settings name none
 LONGER = {"detect": 1333 / 800, "instance": 1333 / 800, "segment": 4.0}  # longest over shorter side, likewise
+SCALE = 0.5  # of segmentation's images, at least, where the settings name no smallest side; twice as large at most
 CROPPED = 0.5  # of the images, with `crop`
 USUAL = {"detect": "retinanet", "instance": "mask_rcnn", "segment": "upernet"}  # heads
 
@@ -168,7 +169,8 @@ def preprocessing_of(settings: Settings) -> dict[str, Any]:
 def _augmentation(settings: Settings) -> Any:
     assert settings.size is not None
     if settings.task == "segment":
-        return SegmentationAugment(settings.size, flip=settings.flip, distort=settings.photometric)
+        least = settings.smallest / settings.size if settings.smallest else SCALE
+        return SegmentationAugment(settings.size, (least, 1 / least), settings.flip, settings.photometric)
     smallest = settings.smallest or settings.size
     return DetectionAugment(settings.size, settings.longer, smallest, settings.flip, CROPPED if settings.crop else 0.0)
 

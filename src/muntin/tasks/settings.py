@@ -64,12 +64,13 @@ class Settings:
     pixel); head: a name in `muntin.heads.HEADS`, head_config: its fields, written head.FIELD; size: then of the shorter
     side in pixels, of segmentation's square crops in training too; longer: what the longer side is at most (None: any),
     the shorter is less where that is needed; smallest: the shorter side is drawn from here up to size (None: always
-    size); crop: half of the images are first cut to 384 to 600 pixels and resized (as DETR does); flip: the share of
-    images that are mirrored; photometric: brightness, contrast, saturation and hue are drawn; class_balance: a class's
-    pixels count in segmentation's loss by their share of the training set to the power of minus this (0: all alike);
-    freeze_norms: statistics and affine parts of the backbone's BatchNorms stay. schedule: "cosine", "steps" (a tenth of
-    the rate from each epoch of `drops` on) or "poly" (the rest of the training, to the power of `power`); steps: of the
-    whole training, in place of epochs; warmup_steps: in place of warmup.
+    size), in segmentation up to size^2 / smallest (None: half to twice the size); crop: half of the images are first
+    cut to 384 to 600 pixels and resized (as DETR does); flip: the share of images that are mirrored; photometric:
+    brightness, contrast, saturation and hue are drawn; class_balance: a class's pixels count in segmentation's loss by
+    their share of the training set to the power of minus this (0: all alike); freeze_norms: statistics and affine parts
+    of the backbone's BatchNorms stay. schedule: "cosine", "steps" (a tenth of the rate from each epoch of `drops` on)
+    or "poly" (the rest of the training, to the power of `power`); steps: of the whole training, in place of epochs;
+    warmup_steps: in place of warmup.
 
     **Losing nothing.** spike: a step whose loss is so many times the running mean, and above 1, is skipped as one that
     is not finite (0: only the latter); max_skips: so many in a row end the training; patience: stop after so many
