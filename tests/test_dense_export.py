@@ -134,7 +134,7 @@ def test_an_engine_stands_in_for_the_model(exported: Any) -> None:
             torch.testing.assert_close(one[key], other[key], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("head", ["retinanet"])
+@pytest.mark.parametrize("head", ["retinanet", "cascade_mask_rcnn"])
 def test_a_file_of_one_size(head: str, tmp_path: Path) -> None:
     model, path = create(head), tmp_path / "model.xml"
     pytest.importorskip("openvino")
@@ -144,7 +144,7 @@ def test_a_file_of_one_size(head: str, tmp_path: Path) -> None:
     assert len(found["boxes"]) and found["boxes"][:, 3].max() <= 40
 
 
-@pytest.mark.parametrize("head", ["semantic_fpn"])
+@pytest.mark.parametrize("head", ["upernet", "semantic_fpn"])
 def test_a_segmenters_file_serves_any_batch_height_and_width(head: str, tmp_path: Path) -> None:
     model, path = create(head), tmp_path / "model.onnx"
     report = export(model, path, classes=CLASSES, preprocessing=PREPROCESSING, progress=False)

@@ -62,14 +62,6 @@ def evaluate_part(
     return evaluate_detection(model_of(run), part, run.preprocessing, **options)
 
 
-def held_out_part(run: Run, split: str | None = None) -> tuple[Annotated, str, str]:
-    """A run's own test images, or val where there is no test part, with the names of the part and of the data.
-
-    Raises `UserError` where they have changed or are not there any more.
-    """
-    return _part(run, None, split)
-
-
 def _part(run: Run, data: str | None, split: str | None) -> tuple[Annotated, str, str]:
     if split not in (None, "train", "val", "test"):
         raise UserError(f"split {split!r} is unknown; valid are train, val and test")

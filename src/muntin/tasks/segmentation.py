@@ -6,14 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muntin.data.annotated import Annotated
+from muntin.data.annotated import IGNORE, Annotated
 from muntin.data.annotated_loading import Resized
 from muntin.data.device import Prepare
 from muntin.measure.pixels import PixelCounts
 from muntin.tasks.dense import Dense
 from muntin.tasks.settings import Settings
-
-IGNORED = 255
 
 
 COUNTED = 1000  # label maps that the classes' shares are counted in, at most
@@ -59,14 +57,14 @@ class Segmentation(Dense):
             labels = item.labels.to(logits.device).long()
             if logits.shape[1:] != labels.shape:
                 logits = F.interpolate(logits[None], labels.shape, mode="bilinear", align_corners=False)[0]
-            counts = PixelCounts(self.num_classes, IGNORED)
+            counts = PixelCounts(self.num_classes, IGNORE)
             counts.add(logits.argmax(0), labels)
-            loss = F.cross_entropy(logits[None], labels[None], ignore_index=IGNORED, reduction="sum")
-            rows.append((counts.tensor.cpu(), float(loss), int((labels != IGNORED).sum())))
+            loss = F.cross_entropy(logits[None], labels[None], ignore_index=IGNORE, reduction="sum")
+            rows.append((counts.tensor.cpu(), float(loss), int((labels != IGNORE).sum())))
         return rows
 
     def summarise(self, gathered: list[Any]) -> dict[str, float]:
-        counts = PixelCounts(self.num_classes, IGNORED)
+        counts = PixelCounts(self.num_classes, IGNORE)
         for tensor, _, _ in gathered:
             counts.tensor += tensor
         pixels = sum(number for _, _, number in gathered)
