@@ -13,7 +13,6 @@ from muntin.measure.pixels import PixelCounts
 from muntin.tasks.dense import Dense
 from muntin.tasks.settings import Settings
 
-
 COUNTED = 1000  # label maps that the classes' shares are counted in, at most
 
 
