@@ -28,7 +28,7 @@ SMALL: dict[str, dict[str, Any]] = {
         **{"score_threshold": 0.0, "detections": 20},
     },
     "upernet": {"channels": 16, "auxiliary": 16},
-    "semantic_fpn": {"channels": 16, "width": 16},
+    "semantic_fpn": {"channels": 16, "width": 16, "auxiliary_weight": 0.5},
 }
 DETECTORS = [head for head, task in HEADS.items() if task != "segment"]
 SEGMENTERS = [head for head, task in HEADS.items() if task == "segment"]
@@ -87,6 +87,20 @@ def test_segmenters_learn_and_label_on_every_family(head: str, family: Any) -> N
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     with torch.inference_mode():
         assert model.eval()(images).shape == (2, 4, 75, 91)
+
+
+def test_stages_are_taught_by_the_pixel_in_the_middle_of_a_token() -> None:
+    """Deep supervision: half the sum of the cross entropies of the maps at strides 8, 16 and 32."""
+    model = create("semantic_fpn").train()
+    images, labels = torch.randn(2, 3, 64, 96), torch.randint(0, 4, (2, 64, 96))
+    labels[:, :20] = 255
+    maps = model.backbone(images)
+    each = [
+        torch.nn.functional.cross_entropy(classes(x), labels[:, s // 2 :: s, s // 2 :: s], ignore_index=255)
+        for classes, x, s in zip(model.auxiliary, maps[1:], (8, 16, 32), strict=True)
+    ]
+    assert torch.allclose(model.learn(maps, labels)["auxiliary"], 0.5 * sum(each))
+    assert len(muntin.optimize(model.eval()).auxiliary) == 0
 
 
 def test_importing_muntin_leaves_torchvision_alone() -> None:

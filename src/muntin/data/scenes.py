@@ -30,13 +30,13 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-VERSION = 1  # of what is drawn; another number is another folder
+VERSION = 2  # of what is drawn; another number is another folder
 SEED = 0
-COUNTS = {"train": 600, "val": 100, "test": 150}
+COUNTS = {"train": 1500, "val": 100, "test": 150}
 SIDE = 128  # of a scene, in pixels
-HEIGHTS = (14, 48)  # of a digit
-DIGITS = (1, 6)  # of a scene
-OVERLAP = 0.2  # of the smaller of two boxes, at most
+HEIGHTS = (20, 52)  # of a digit
+DIGITS = (4, 12)  # of a scene
+OVERLAP = 0.1  # of the smaller of two boxes, at most
 ATTEMPTS = 40  # to find a place for a digit, or a colour
 CONTRAST = 70  # least difference in brightness, of 255, between a digit and what is behind it
 INK = 0.38  # of the darkest: from here on a point of the handwriting is ink
@@ -56,7 +56,7 @@ class Digit:
 
 
 def scenes_folder() -> Path:
-    """The folder of the built-in set, drawn when it is first asked for (in about ten seconds).
+    """The folder of the built-in set, drawn when it is first asked for (in some ten seconds).
 
     It is there as a whole or not at all; a second process waits for the first.
     """

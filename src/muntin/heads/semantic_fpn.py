@@ -20,12 +20,15 @@ from muntin.heads.pyramid import FeaturePyramid
 class SemanticFPN:
     """channels: of the pyramid. width: of the head. finest: stride of the finest level, which the logits have; where
     the backbone has no map there, the pyramid grows one. dropout: of whole channels, before the classifier.
+    auxiliary_weight: of the losses of linear classifiers of the backbone's maps beyond the first, which only learn and
+    tell each stage directly what it is for (arXiv 1409.5185); 0 for none, as published.
     """
 
     channels: int = 256
     width: int = 128
     finest: int = 4
     dropout: float = 0.1
+    auxiliary_weight: float = 0.0
 
 
 CONFIGS = {"semantic_fpn": SemanticFPN()}
@@ -62,6 +65,8 @@ class SemanticFpnSegmenter(Segmenter):
         self.climbs = nn.ModuleList(Climb(config.channels, config.width, i) for i in range(len(strides)))
         self.dropout = nn.Dropout2d(config.dropout)
         self.classes = normal(nn.Conv2d(config.width, num_classes, 1), 0.01)
+        taught = self.backbone.channels[1:] if config.auxiliary_weight else ()
+        self.auxiliary = nn.ModuleList(normal(nn.Conv2d(channels, num_classes, 1), 0.01) for channels in taught)
 
     def logits(self, maps: list[Tensor]) -> Tensor:
         height, width = (side * self.backbone.strides[0] for side in maps[0].shape[2:])
@@ -71,7 +76,21 @@ class SemanticFpnSegmenter(Segmenter):
         return self.classes(self.dropout(sum(climbed[1:], climbed[0])))
 
     def learn(self, maps: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
-        return {"class": pixel_loss(self.logits(maps), labels, self.class_weights)}
+        losses = {"class": pixel_loss(self.logits(maps), labels, self.class_weights)}
+        if self.auxiliary:
+            each = [self._stage_loss(classes(x), labels) for classes, x in zip(self.auxiliary, maps[1:], strict=True)]
+            losses["auxiliary"] = self.head_config.auxiliary_weight * sum(each)
+        return losses
+
+    def _stage_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """At the map's own resolution: a token's label is that of the pixel in its middle."""
+        middle = F.interpolate(labels[:, None].float(), size=logits.shape[2:], mode="nearest-exact")[:, 0].long()
+        return pixel_loss(logits, middle, self.class_weights)
+
+    def folded(self) -> nn.Module:
+        """For inference: without the classifiers that only learn."""
+        self.auxiliary = nn.ModuleList()
+        return self
 
 
 MODEL = SemanticFpnSegmenter
