@@ -27,7 +27,6 @@ from muntin.run import METRICS, TITLES, Run, read_json, save_model, write_json
 from muntin.tasks.asked import model_name
 from muntin.tasks.base import freeze, frozen
 from muntin.tasks.callbacks import Saver, duration
-from muntin.tasks.checkpoints import read_checkpoint
 from muntin.tasks.dense import Dense
 from muntin.tasks.dense_prediction import write_samples
 from muntin.tasks.dense_runs import evaluate_part, model_of, write_held_out
@@ -37,6 +36,7 @@ from muntin.tasks.ranks import Ranks
 from muntin.tasks.recording import (
     all_images,
     described,
+    load_best,
     load_weights,
     measure_latency,
     record,
@@ -247,9 +247,7 @@ def _finish(
     """The best weights as model.safetensors, what they reach on the test part, pictures, metrics.json."""
     best, metric = fitted.best, METRICS[settings.task]
     model = build(replace(settings, weights=""), num_classes=len(splits.train.classes))
-    state = read_checkpoint(folder / "checkpoints" / "best.ckpt")["state_dict"]
-    prefix = {"raw": "model.", "ema": "average."}[best["weights"]]
-    model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    load_best(model, folder, best)
     palette = splits.train.palette
     save_model(
         folder / "model.safetensors",

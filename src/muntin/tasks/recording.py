@@ -13,6 +13,7 @@ import muntin
 from muntin.errors import UserError
 from muntin.run import Run, atomic_write, read_json, write_json
 from muntin.tasks.asked import model_name
+from muntin.tasks.checkpoints import read_checkpoint
 from muntin.tasks.fitting import Fitted
 from muntin.tasks.precision import choose_precision
 from muntin.tasks.ranks import Ranks
@@ -111,6 +112,13 @@ def record(
             atomic_write(folder / "config.yaml", to_yaml(recorded.flat()).encode())  # last: it makes the folder a run
     ranks.wait()
     return not changes
+
+
+def load_best(model: nn.Module, folder: Path, best: dict[str, Any]) -> None:
+    """The weights of the best epoch, raw or averaged: whichever were better."""
+    state = read_checkpoint(folder / "checkpoints" / "best.ckpt")["state_dict"]
+    prefix = {"raw": "model.", "ema": "average."}[best["weights"]]
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
 
 def described(settings: Settings, fitted: Fitted, model: nn.Module, run: Run) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from muntin.run import TITLES, Run, read_json, save_model, write_json
 from muntin.tasks.asked import ask, model_name, refuse_other_processes, stored_settings
 from muntin.tasks.base import freeze, frozen
 from muntin.tasks.callbacks import duration, epochs_done
-from muntin.tasks.checkpoints import read_checkpoint, remove_partial_files
+from muntin.tasks.checkpoints import remove_partial_files
 from muntin.tasks.distillation import open_teacher
 from muntin.tasks.expense import long_epochs
 from muntin.tasks.fitting import Fitted, augmentation, fit, threads
@@ -33,6 +33,7 @@ from muntin.tasks.recording import (
     all_images,
     described,
     is_finished,
+    load_best,
     load_weights,
     measure_latency,
     record,
@@ -318,9 +319,7 @@ def _finish(
     """The best weights as model.safetensors, their test accuracy, metrics.json."""
     best = fitted.best
     model = _build(replace(settings, weights=""), num_classes=len(splits.train.classes))
-    state = read_checkpoint(folder / "checkpoints" / "best.ckpt")["state_dict"]
-    prefix = {"raw": "model.", "ema": "average."}[best["weights"]]
-    model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    load_best(model, folder, best)
     save_model(
         folder / "model.safetensors",
         model,
