@@ -5,6 +5,9 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := .venv/bin
 RUN ?= runs/digits
 
+# Where Python is told to keep no bytecode, as in many containers, starting takes 25 s of which 15 compile packages.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run run-detect run-segment after-training test test-coreml test-executorch lint bench docs setup clean
 .DEFAULT_GOAL := run
 
