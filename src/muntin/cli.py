@@ -401,23 +401,24 @@ def _predict(args: Any) -> int:
         if args[option]:
             raise UserError(f"--{option} is for --engine ray; add that, or leave it out")
 
-    from muntin.tasks.trained import dense_run, refuse_views
+    from muntin.tasks.trained import open_any, refuse_views
+    from muntin.tasks.trained_dense import TrainedDense
 
-    views = _views(args)
-    if run := dense_run(args.run):
+    views, trained = _views(args), open_any(args.run)
+    if isinstance(trained, TrainedDense):
         from muntin.tasks import predict_dense
 
         if args.top is not None:
             raise UserError(f"--top {args.top} is for classifiers; choose what {args.run} finds with --threshold")
-        out = args.out or run.path / "predictions"
-        print(predict_dense(run, args.images, out, threshold=args.threshold, **views))
+        out = args.out or trained.folder / "predictions"
+        print(predict_dense(trained, args.images, out, threshold=args.threshold, **views))
         return 0
     refuse_views(args.run, views)
 
     from muntin.tasks import predict
     from muntin.tasks.inference import write_predictions
 
-    rows = predict(args.run, args.images, top=args.top, threshold=args.threshold)
+    rows = predict(trained, args.images, top=args.top, threshold=args.threshold)
     for row in rows:
         if row.error:
             print(f"muntin: {row.error}", file=sys.stderr)

@@ -5,6 +5,7 @@ B batch, H W image, K classes
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -109,6 +110,17 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"Engine({self.name or self.path.name}, {self.engine})"
+
+
+def in_batches(call: Callable[[Tensor], Tensor], images: Tensor, size: int | None) -> Tensor:
+    """An engine called for any number of images: those of one batch size alone with its last image repeated."""
+    if size is None:
+        return call(images)
+    parts = []
+    for part in images.split(size):
+        filled = torch.cat([part, part[-1:].expand(size - len(part), *part.shape[1:])])
+        parts.append(call(filled)[: len(part)])
+    return torch.cat(parts)
 
 
 def _plain(value: Any) -> Any:

@@ -137,7 +137,7 @@ def export(
     path: the suffix is the target: `.onnx`, `.xml` (OpenVINO), `.pt2`, `.engine` (TensorRT), `.mlpackage` (Core ML) or
     `.pte` (ExecuTorch). It appears under this name only once every check has passed.
     classes, multi_label (an image may have several of them), preprocessing: written into the file's metadata, beside
-    the model's name and configuration.
+    the model's name and configuration. preprocessing may have a `palette`, the colours of a segmenter's classes.
     with_preprocessing: the file takes bytes (B, H, W, 3) and normalises them itself by preprocessing's mean and std.
     precision: inside the graph: float32, float16 or bfloat16. Images and outputs stay float32.
     fixed: (batch, height, width) of a graph for these alone; by default any. Core ML and ExecuTorch files are fixed

@@ -112,7 +112,7 @@ def describe(
 ) -> dict[str, str]:
     """A file's metadata. Values that are not plain text are JSON.
 
-    inside: the graph normalises, so that it takes bytes.
+    inside: the graph normalises, so that it takes bytes. preprocessing: `palette`, which it may have, stands apart.
     """
     layout = "NHWC" if inside else "NCHW"
     found: dict[str, Any] = {
@@ -135,5 +135,7 @@ def describe(
     if multi_label:
         found["multi_label"] = True
     if preprocessing is not None:
-        found["preprocessing"] = {"layout": layout, **preprocessing} | ({"inside": True} if inside else {})
+        apart = {key: value for key, value in preprocessing.items() if key == "palette"}
+        kept = {key: value for key, value in preprocessing.items() if key not in apart}
+        found |= apart | {"preprocessing": {"layout": layout, **kept} | ({"inside": True} if inside else {})}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}

@@ -77,6 +77,7 @@ def _of_run(
     if isinstance(model, Dense):
         if backbone:
             raise UserError(f"{path} is a {model.head_name}, which is exported whole: leave --backbone out")
+        preprocessing |= {"palette": run.palette} if run.palette else {}
         return Source(model.eval(), run.classes, preprocessing, run.path, stem, pictures=_pictures(run.path))
     if backbone:
         usual = getattr(_find(run.name)[0], "DENSE", {})

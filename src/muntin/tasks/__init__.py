@@ -11,7 +11,7 @@ predict_dense("runs/coco", ["photos"], "found")  # of a detector or segmenter: f
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from muntin.tasks.dense_runs import predict_run as predict_dense
+    from muntin.tasks.dense_runs import predict_images as predict_dense
     from muntin.tasks.inference import evaluate, predict
     from muntin.tasks.training import train
 
@@ -29,7 +29,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(inference, name)
     if name == "predict_dense":
-        from muntin.tasks.dense_runs import predict_run
+        from muntin.tasks.dense_runs import predict_images
 
-        return predict_run
+        return predict_images
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -81,7 +81,7 @@ def detect(
     Images of one size share a batch, so that what is found on one never depends on the others.
     """
     check_views(model, scales)
-    prepare = Prepare(preprocessing["mean"], preprocessing["std"]).to(device_of(model))
+    prepare = _preparation(model, preprocessing)
     head: Any = getattr(model, "head_config", None)
     rule = getattr(head, "nms", NMS), getattr(head, "detections", MOST)
     resized = ahead(partial(_resized, fit=preprocessing["fit"], scales=scales), pictures)
@@ -128,7 +128,7 @@ def segment(
     """
     check_views(model, scales)
     stride = _stride(crop, stride)
-    prepare = Prepare(preprocessing["mean"], preprocessing["std"]).to(device_of(model))
+    prepare = _preparation(model, preprocessing)
     resized = ahead(partial(_resized, fit=preprocessing["fit"], scales=scales), pictures)
     mirrors = (False, True) if flip else (False,)
     views = len(scales) * len(mirrors)
@@ -169,6 +169,13 @@ def check_views(model: nn.Module, scales: Sequence[float]) -> None:
         raise UserError("the model is in training mode, where it returns losses; call model.eval() first")
     if not scales or min(scales) <= 0:
         raise UserError(f"scales={list(scales)}: give at least one factor of the size, above 0, as in 0.75,1,1.25")
+
+
+def _preparation(model: nn.Module, preprocessing: Mapping[str, Any]) -> nn.Module:
+    """What makes bytes (B, 3, h, w) the model's images: nothing where it normalises them itself."""
+    if getattr(model, "takes_bytes", False):
+        return nn.Identity()
+    return Prepare(preprocessing["mean"], preprocessing["std"]).to(device_of(model))
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -1,28 +1,22 @@
-"""Runs of detection and segmentation at work: `evaluate` and `predict` for what `train` has made."""
+"""Trained detectors and segmenters at work: `evaluate` and `predict` for what `train` and `export` have made."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from muntin.data.annotated import Annotated, open_annotated, open_annotated_part
 from muntin.errors import UserError
-from muntin.run import Run, read_json
+from muntin.run import read_json
 from muntin.tasks.asked import stored_settings
 from muntin.tasks.dense_evaluation import evaluate_detection, evaluate_segmentation
 from muntin.tasks.dense_prediction import DensePredictions, predict_dense
+from muntin.tasks.trained import Source, open_any
+from muntin.tasks.trained_dense import TrainedDense
 
 
-def model_of(run: Run) -> nn.Module:
-    """The run's model, on the GPU where there is one."""
-    return run.model().to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def evaluate_run(
-    run: Run,
+def evaluate_dense(
+    trained: TrainedDense,
     data: str | None = None,
     *,
     split: str | None = None,
@@ -36,16 +30,15 @@ def evaluate_run(
     or val where there is none. scales, flip: views of each image whose results are merged. crop: side of a window that
     slides over the image, in segmentation.
 
-    Raises `UserError` for other classes than the run's, and images that cannot be read.
+    Raises `UserError` for other classes than the model's, and images that cannot be read.
     """
-    if crop is not None:
-        _refuse_window(run)
-    part, name, source = _part(run, data, split)
-    return evaluate_part(run, part, name, source, scales=scales, flip=flip, crop=crop)
+    trained.window(crop)  # refused before images are looked for
+    part, name, source = _part(trained, data, split)
+    return evaluate_part(trained, part, name, source, scales=scales, flip=flip, crop=crop)
 
 
 def evaluate_part(
-    run: Run,
+    trained: TrainedDense,
     part: Annotated,
     name: str,
     data: str,
@@ -54,25 +47,26 @@ def evaluate_part(
     flip: bool = False,
     crop: int | None = None,
 ) -> Any:
-    """Evaluate a run's model on annotated images of its classes."""
-    options: dict[str, Any] = {"data": data, "split": name, "classes": run.classes, "scales": scales, "flip": flip}
-    if run.task == "segment":
-        window = None if crop is None else (crop, crop)
-        return evaluate_segmentation(model_of(run), part, run.preprocessing, crop=window, **options)
-    return evaluate_detection(model_of(run), part, run.preprocessing, **options)
+    """Evaluate a detector or segmenter on annotated images of its classes."""
+    options: dict[str, Any] = {"data": data, "split": name, "classes": trained.classes, "scales": scales, "flip": flip}
+    if trained.task == "segment":
+        window = trained.window(crop)
+        return evaluate_segmentation(trained.model, part, trained.preprocessing, crop=window, **options)
+    return evaluate_detection(trained.model, part, trained.preprocessing, **options)
 
 
-def _part(run: Run, data: str | None, split: str | None) -> tuple[Annotated, str, str]:
+def _part(trained: TrainedDense, data: str | None, split: str | None) -> tuple[Annotated, str, str]:
     if split not in (None, "train", "val", "test"):
         raise UserError(f"split {split!r} is unknown; valid are train, val and test")
-    config, stored = run.path / "config.yaml", run.path / "split.json"
+    folder = trained.folder
+    config, stored = folder / "config.yaml", folder / "split.json"
     if data is None and not (config.exists() and stored.exists()):
-        raise UserError(f"{run.path} does not say which images it was trained on; give some with --data FOLDER")
+        raise UserError(f"{folder} does not say which images it was trained on; give some with --data FOLDER")
     if data is not None:
-        part, name = open_annotated_part(data, run.task, split)
+        part, name = open_annotated_part(data, trained.task, split)
         return part, name, data
-    settings = stored_settings(run.path)
-    splits = open_annotated(settings.data, run.task, settings.seed, settings.on_bad_image)
+    settings = stored_settings(folder)
+    splits = open_annotated(settings.data, trained.task, settings.seed, settings.on_bad_image)
     splits.refuse_changed(settings.data, read_json(stored))
     parts = splits.parts()
     name = split or ("test" if "test" in parts else "val")
@@ -89,8 +83,8 @@ def write_held_out(part: Annotated, folder: Path, most: int = 24) -> None:
         part.picture(i).save(path)
 
 
-def predict_run(
-    run: Run | str | os.PathLike[str],
+def predict_images(
+    source: Source,
     inputs: Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
@@ -101,26 +95,21 @@ def predict_run(
 ) -> DensePredictions:
     """Find objects on images, or label their pixels: see `muntin.tasks.dense_prediction.predict_dense`.
 
-    run: one of detection or segmentation, its folder or its weights. crop: side of a window that slides over the image,
-    in segmentation.
+    source: a run of detection or segmentation, its folder, its weights, or a file exported of it. crop: side of a
+    window that slides over the image, in segmentation.
     """
-    run = run if isinstance(run, Run) else Run.open(run)
-    views: dict[str, Any] = {"scales": scales, "flip": flip}
-    if crop is not None:
-        _refuse_window(run)
-        views["crop"] = (crop, crop)
+    trained = open_any(source)
+    if not isinstance(trained, TrainedDense):
+        raise UserError(f"{trained.path} is a classifier; call muntin.tasks.predict(run, images)")
+    window = trained.window(crop)
+    views: dict[str, Any] = {"scales": scales, "flip": flip} | ({} if window is None else {"crop": window})
     return predict_dense(
-        model_of(run),
-        run.classes,
-        run.preprocessing,
+        trained.model,
+        trained.classes,
+        trained.preprocessing,
         inputs,
         out,
         threshold=threshold,
-        palette=run.palette,
+        palette=trained.palette,
         **views,
     )
-
-
-def _refuse_window(run: Run) -> None:
-    if run.task != "segment":
-        raise UserError(f"{run.path} finds objects; a sliding window (--crop) is for segmentation")

@@ -29,7 +29,7 @@ from muntin.tasks.base import freeze, frozen
 from muntin.tasks.callbacks import Saver, duration
 from muntin.tasks.dense import Dense
 from muntin.tasks.dense_prediction import write_samples
-from muntin.tasks.dense_runs import evaluate_part, model_of, write_held_out
+from muntin.tasks.dense_runs import evaluate_part, write_held_out
 from muntin.tasks.detection import Detection
 from muntin.tasks.fitting import Fitted, threads, train_task
 from muntin.tasks.ranks import Ranks
@@ -47,6 +47,7 @@ from muntin.tasks.recording import (
 from muntin.tasks.resuming import Start, refuse_other_groups
 from muntin.tasks.segmentation import Segmentation, class_weights
 from muntin.tasks.settings import Settings
+from muntin.tasks.trained_dense import of_run
 
 SIZES = {"detect": 800, "instance": 800, "segment": 512}  # shorter side, where the settings name none
 LONGER = {"detect": 1333 / 800, "instance": 1333 / 800, "segment": 4.0}  # longest over shorter side, likewise
@@ -258,8 +259,9 @@ def _finish(
     run = Run.open(folder)
     part, name = (splits.test, "test") if splits.test is not None else (splits.val, "val")
     write_held_out(part, folder / "held_out")
-    write_samples(model_of(run), part, preprocessing, folder / "pictures")
-    found = evaluate_part(run, part, name, settings.data)
+    trained = of_run(run)
+    write_samples(trained.model, part, preprocessing, folder / "pictures")
+    found = evaluate_part(trained, part, name, settings.data)
     write_json(folder / "evaluation.json", found.json())
     metrics = described(settings, fitted, model, run)
     metrics |= {"head": settings.head, "task": settings.task, "split": name, f"val_{metric}": best[metric]}

@@ -24,7 +24,8 @@ from muntin.progress import progress
 from muntin.run import Run, atomic_write, read_json
 from muntin.tasks.multi_label_evaluation import THRESHOLD, MultiLabelEvaluation, summarise
 from muntin.tasks.recipes import read_config
-from muntin.tasks.trained import Trained, dense_run, on_device, open_trained, refuse_views
+from muntin.tasks.trained import Source, Trained, on_device, open_any, open_trained, refuse_views
+from muntin.tasks.trained_dense import TrainedDense
 
 BINS = 15  # of the expected calibration error (Guo et al., arXiv 1706.04599)
 TOP5_FROM = 10  # classes from which top-5 says anything
@@ -169,7 +170,7 @@ def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
 
 
 def evaluate(
-    run: Run | str | os.PathLike[str],
+    run: Source,
     data: str | None = None,
     *,
     split: str | None = None,
@@ -179,10 +180,10 @@ def evaluate(
     **views: Any,
 ) -> Any:
     """Evaluate a run, its weights, an exported file in its own runtime, or a foreign checkpoint (with `model`, the
-    name of what it holds). A run of detection or segmentation goes to `muntin.tasks.dense_runs.evaluate_run`, which
-    says what `views` there are.
+    name of what it holds). Detectors and segmenters go to `muntin.tasks.dense_runs.evaluate_dense`, which says what
+    `views` there are.
 
-    Returns an `Evaluation` or a `MultiLabelEvaluation`, or what `evaluate_run` does.
+    Returns an `Evaluation` or a `MultiLabelEvaluation`, or what `evaluate_dense` does.
 
     data: "digits", a folder (FOLDER/CLASS/*, or FOLDER/{test,val}/CLASS/* by `split`), or None for the run's own
     data, whose test split is taken, or val where there is no test split.
@@ -192,16 +193,18 @@ def evaluate(
     """
     if split not in (None, "train", "val", "test"):
         raise UserError(f"split {split!r} is unknown; valid are train, val and test")
-    if model is None and (dense := dense_run(run)):
-        from muntin.tasks.dense_runs import evaluate_run
-
-        return evaluate_run(dense, data, split=split, **views)
-    refuse_views(run, views)
     if model is not None:
+        path = Path(os.fspath(run))  # type: ignore[arg-type]
+        refuse_views(path, views)
         images, where, shown = _foreign_images(data, split)
-        network, transform = _foreign(Path(os.fspath(run)), model, images.classes, size)  # type: ignore[arg-type]
+        network, transform = _foreign(path, model, images.classes, size)
         return evaluate_images(network, images, transform, where, shown, batch_size)
-    opened = open_trained(run)
+    opened = open_any(run)
+    if isinstance(opened, TrainedDense):
+        from muntin.tasks.dense_runs import evaluate_dense
+
+        return evaluate_dense(opened, data, split=split, **views)
+    refuse_views(opened.path, views)
     own = _own_data(opened.folder)
     if data is None or (data == own and data == "digits"):
         images, where, shown = _own_images(opened.folder, own, split, opened.whole)
@@ -330,7 +333,7 @@ def find_images(inputs: Iterable[str | os.PathLike[str]]) -> list[Path]:
 
 
 def predict(
-    run: Run | str | os.PathLike[str],
+    run: Source,
     inputs: Iterable[str | os.PathLike[str]],
     *,
     top: int | None = None,
@@ -343,11 +346,6 @@ def predict(
     top: classes of an image, 5 by default. threshold: of a multi-label run, whose rows hold every class with at least
     this probability (0.5 by default), `top` of them at most where that is given.
     """
-    if dense := dense_run(run):
-        raise UserError(
-            f"{dense.path} is a run of task={dense.task}, whose predictions are files: call "
-            "muntin.tasks.predict_dense(run, images, out)"
-        )
     opened = open_trained(run)
     if not opened.classes:
         raise UserError(f"{opened.path} does not name its classes; export it from a run, or with classes=...")

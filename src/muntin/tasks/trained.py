@@ -1,4 +1,4 @@
-"""A trained classifier, whatever holds it: a run's folder, its weights, or an exported file.
+"""What was trained, whatever holds it: a run's folder, its weights, or an exported file. A classifier of these.
 
 B batch, H W image, K classes
 """
@@ -16,8 +16,9 @@ from muntin.data.decode import Picture
 from muntin.data.transforms import Evaluate
 from muntin.errors import UserError
 from muntin.run import PREPROCESSING, Run
-from muntin.runtime.engines import Engine, load
+from muntin.runtime.engines import Engine, in_batches, load
 from muntin.runtime.targets import TARGETS
+from muntin.tasks.trained_dense import TrainedDense, of_file, of_run
 
 
 @dataclass(frozen=True)
@@ -44,35 +45,44 @@ class Trained:
         return logits.sigmoid() if self.multi_label else logits.softmax(1)
 
 
-def open_trained(source: Run | str | os.PathLike[str]) -> Trained:
-    """Open a run, its folder, its weights, or a file that `muntin export` wrote, in that file's own runtime.
+Source = Trained | TrainedDense | Run | str | os.PathLike[str]
+"""What a user may name, or a part of the library has opened already."""
 
-    Raises UserError where it is missing, damaged, no classifier, or does not say how images are prepared for it.
+
+def open_any(source: Source) -> Trained | TrainedDense:
+    """Open a run, its folder, its weights, or a file that `muntin export` wrote, in that file's own runtime. What is
+    open already is returned as it is.
+
+    Raises UserError where it is missing, damaged, or does not say how images are prepared for it.
     """
+    if isinstance(source, Trained | TrainedDense):
+        return source
     if not isinstance(source, Run) and Path(source).suffix in TARGETS:
-        return _exported(Path(source))
+        engine = load(source)
+        return of_file(engine) if "task" in engine.metadata else _exported(engine)
     run = source if isinstance(source, Run) else Run.open(source)
+    if run.task != "classify":
+        return of_run(run)
     whole = run.preprocessing["resize"] is None
     logits = on_device(run.model())
     return Trained(run.weights, run.path, run.classes, run.transform(), logits, whole, run.multi_label)
 
 
-def dense_run(source: Run | str | os.PathLike[str]) -> Run | None:
-    """The run that this is, or whose weights these are, where it is one of detection or segmentation."""
-    if not isinstance(source, Run):
-        path = Path(source)
-        weights = path / "model.safetensors" if path.is_dir() else path
-        if weights.suffix != ".safetensors" or not weights.exists():
-            return None
-        source = Run.open(path)
-    return source if source.task != "classify" else None
+def open_trained(source: Source) -> Trained:
+    """`open_any` for classifiers alone; UserError for a detector or segmenter, and a file that is a backbone's."""
+    opened = open_any(source)
+    if isinstance(opened, TrainedDense):
+        raise UserError(
+            f"{opened.path} is of task={opened.task} and no classifier; its predictions are files: muntin predict "
+            f"{opened.path} IMAGES --out FOLDER, or muntin.tasks.predict_dense"
+        )
+    return opened
 
 
-def refuse_views(source: Run | str | os.PathLike[str], views: Mapping[str, Any]) -> None:
+def refuse_views(path: str | os.PathLike[str], views: Mapping[str, Any]) -> None:
     """Raises `UserError` where a classifier is asked for the views of detection and segmentation."""
     if views:
-        name = source.path if isinstance(source, Run) else source
-        raise UserError(f"{name} classifies whole images; {', '.join(views)} are for detection and segmentation")
+        raise UserError(f"{path} classifies whole images; {', '.join(views)} are for detection and segmentation")
 
 
 def on_device(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -87,8 +97,8 @@ def on_device(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return logits
 
 
-def _exported(path: Path) -> Trained:
-    engine = load(path)
+def _exported(engine: Engine) -> Trained:
+    path = engine.path
     known = {key: engine.preprocessing[key] for key in PREPROCESSING if key in engine.preprocessing}
     if len(known) < len(PREPROCESSING):
         raise UserError(
@@ -109,11 +119,11 @@ def _exported(path: Path) -> Trained:
             return torch.from_numpy(transform.pixels(image))  # H W 3, uint8
 
     whole = known["resize"] is None
-    return Trained(path, path.parent, engine.classes, prepare, _in_batches(engine), whole, engine.multi_label)
+    return Trained(path, path.parent, engine.classes, prepare, _logits(engine), whole, engine.multi_label)
 
 
-def _in_batches(engine: Engine) -> Callable[[Tensor], Tensor]:
-    """The engine for any number of images: a fixed batch is filled up with the last image."""
+def _logits(engine: Engine) -> Callable[[Tensor], Tensor]:
+    """The engine for any number of images."""
 
     def call(images: Tensor) -> Tensor:
         found: Any = engine(images)
@@ -121,14 +131,4 @@ def _in_batches(engine: Engine) -> Callable[[Tensor], Tensor]:
             raise UserError(f"{engine.path} returns {len(found)} maps and no logits: it is a backbone, no classifier")
         return found.float().cpu()
 
-    def logits(images: Tensor) -> Tensor:
-        if engine.fixed is None:
-            return call(images)
-        size = engine.fixed[0]
-        parts = []
-        for part in images.split(size):
-            filled = torch.cat([part, part[-1:].expand(size - len(part), *part.shape[1:])])
-            parts.append(call(filled)[: len(part)])
-        return torch.cat(parts)
-
-    return logits
+    return lambda images: in_batches(call, images, engine.fixed and engine.fixed[0])
