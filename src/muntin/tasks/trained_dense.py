@@ -47,7 +47,7 @@ class TrainedDense:
             return None if crop is None else (crop, crop)
         if crop is not None and crop > min(fixed[1:]):
             raise UserError(
-                f"{self.path} was exported for {fixed[1]}x{fixed[2]} alone, which is the window that slides over larger "
+                f"{self.path} was exported for {fixed[1]}x{fixed[2]} alone, the window that slides over larger "
                 f"images; leave --crop {crop} out, or export it again without --fixed"
             )
         return (fixed[1], fixed[2]) if crop is None else (crop, crop)
