@@ -87,6 +87,8 @@ def refusal(target: Target, engine: str, precision: str, device: torch.device) -
         return f"the file is in {has}"
     if engine == "optimize" and target.peer:
         return "muntin.optimize is for Muntin's own models"
+    if engine == "compile" and target.detector:
+        return "a detector's steps hang on what it finds, where torch.compile breaks its graph; see optimize and onnx"
     if engine == "onnx" and precision == "bfloat16":
         return "ONNX Runtime's CPU has no bfloat16 convolution; see engine openvino"
     if engine in SUFFIXES and device.type != "cpu":

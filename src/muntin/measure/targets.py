@@ -52,6 +52,12 @@ class Target:
     def peer(self) -> bool:
         return self.kind in LIBRARIES.values()
 
+    @property
+    def detector(self) -> bool:
+        """Whether it finds as many objects as there are, so that its outputs have no shape of their own."""
+        task = HEADS[self.name[0]] if self.kind == "dense" else getattr(self.name, "task", "")
+        return task in ("detect", "instance")
+
 
 def pair(size: Any) -> Size:
     """A side, or (height, width), as (height, width)."""
