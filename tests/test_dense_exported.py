@@ -14,6 +14,7 @@ import muntin
 from muntin.cli import main
 from muntin.data.device import Prepare
 from muntin.errors import UserError
+from muntin.measure import bench
 from muntin.run import Run, save_model
 from muntin.runtime import Engine, dense_engine, load, sources
 from muntin.runtime.targets import Opened
@@ -205,3 +206,42 @@ def test_a_classifier_is_sent_elsewhere(tmp_path: Path) -> None:
     save_model(tmp_path / "model.safetensors", model, classes=CLASSES, preprocessing=preprocessing)
     with pytest.raises(UserError, match="is a classifier; call muntin.tasks.predict"):
         predict_dense(tmp_path, [tmp_path], tmp_path / "out")
+
+
+def test_a_bench_measures_what_an_engine_takes(place: Path, tmp_path: Path) -> None:
+    folder = saved("retinanet", tmp_path / "run")
+    quick: dict[str, Any] = {"size": 48, "rounds": 2, "seconds": 0.01, "progress": False}
+    report = bench(str(folder), [1, 2], engine=["eager", "compile"], **quick)
+    assert [(row.engine, row.batch) for row in report.rows] == [("eager", 1), ("eager", 2)]
+    (told,) = report.skipped
+    assert "(compile): a detector's steps hang on what it finds" in told
+    assert json.loads((folder / "bench.json").read_text())["rows"]
+    file = bench([str(place / "retinanet/one.xml")], [1, 2], **quick)
+    assert [(row.engine, row.batch, row.height) for row in file.rows] == [("openvino", 1, 48)]
+    assert "is a detector for one image at a time and got 2" in file.skipped[0]
+    with pytest.raises(UserError, match="nothing was measured: .*compile.*see optimize and onnx"):
+        bench("retinanet:efficientvit_m0", engine="compile", **quick)
+
+
+def test_a_head_and_a_model_are_exported_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="is a model's name, without weights: give --weights FILE"):
+        sources.open_source("semantic_fpn:efficientvit_m0", sources.Weights())
+    source = sources.open_source("semantic_fpn:efficientvit_m0", sources.Weights(random=True), (64, 96))
+    assert source.stem == "semantic_fpn-efficientvit_m0" and source.model.num_classes == 150
+    assert source.preprocessing["fit"] == {"shorter": 64, "longer": 256}
+    torch.save(source.model.state_dict(), tmp_path / "whole.pth")
+    loaded = sources.open_source("semantic_fpn:efficientvit_m0", sources.Weights(str(tmp_path / "whole.pth")))
+    for name, tensor in source.model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], tensor), name
+    backbone = {k: v for k, v in source.model.state_dict().items() if k.startswith("backbone")}
+    torch.save(backbone, tmp_path / "backbone.pth")
+
+    def refused(told: str, *words: str) -> None:
+        assert main(["export", *words]) == 2
+        assert told in capsys.readouterr().err
+
+    refused("would stay random", "semantic_fpn:efficientvit_m0", "--weights", str(tmp_path / "backbone.pth"))
+    refused("published weights of swin_t are a classifier's", "mask_rcnn:swin_t", "--pretrained")
+    refused("did you mean 'mask_rcnn'", "mask_rcn:swin_t", "--random-weights")
+    refused("did you mean", "mask_rcnn:swin_tt", "--random-weights")
+    refused("exported whole: leave --backbone out", "mask_rcnn:swin_t", "--random-weights", "--backbone")

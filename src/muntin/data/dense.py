@@ -23,6 +23,7 @@ from muntin.errors import UserError
 
 FILL = (124, 116, 104)  # ImageNet's mean colour, so that padding is nearly zero once it is normalised
 STRIDE = 32  # sides of a batch of detection are multiples of it
+LONGER = {"detect": 1333 / 800, "instance": 1333 / 800, "segment": 4.0}  # longest over shorter side, by task
 LEAST = 1.0  # side of a box in pixels, below which there is nothing left to learn from
 
 Target = dict[str, Tensor]

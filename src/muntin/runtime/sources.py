@@ -48,7 +48,8 @@ def open_source(
     backbone: bool = False,
     out_indices: tuple[int, ...] | None = None,
 ) -> Source:
-    """A run's folder, a model.safetensors or a model's name, as a classifier or a backbone.
+    """A run's folder, a model.safetensors or a model's name, as a classifier or a backbone; HEAD:MODEL as a detector or
+    segmenter.
 
     size: (height, width) of the input, where it is another than the run's or the weights' own.
     Raises UserError where there is nothing of this name, and for a name without weights.
@@ -58,6 +59,11 @@ def open_source(
     path = Path(source)
     if path.exists() or path.suffix == ".safetensors" or len(path.parts) > 1:
         return _of_run(path, weights, size, backbone, out_indices)
+    head, colon, name = str(source).partition(":")
+    if colon:
+        if backbone:
+            raise UserError(f"{source} is exported whole: leave --backbone out, or name {name} alone")
+        return _of_head(head, name, weights, size)
     return _of_name(str(source), weights, size, backbone, out_indices)
 
 
@@ -142,7 +148,44 @@ def _of_name(
     return Source(model.eval(), None, preprocessing, Path(), f"{name}-backbone" if backbone else name)
 
 
-def _load(model: nn.Module, file: str) -> None:
+def _of_head(head: str, name: str, weights: Weights, size: tuple[int, int] | None) -> Source:
+    import muntin
+    from muntin.data.dense import LONGER
+    from muntin.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+    from muntin.measure.targets import DENSE
+    from muntin.weights.download import resolve
+
+    with torch.device("meta"):
+        model = muntin.create_dense(head, name, 1)  # a wrong name is said first
+    if not (weights.given or weights.random):
+        raise UserError(
+            f"{head}:{name} is a model's name, without weights: give --weights FILE, export a run, or give "
+            "--random-weights if only the graph matters"
+        )
+    file = resolve(name, weights.given) if weights.given else None
+    if file is not None and not isinstance(file, str):
+        raise UserError(
+            f"published weights of {name} are a classifier's, so that {head} would stay random; export a run"
+        )
+    classes, usual = DENSE[model.task]
+    model = muntin.create_dense(head, name, classes)
+    if file:
+        _load(model, file)
+    height, width = size or usual
+    shorter = min(height, width)
+    preprocessing = {
+        "size": [height, width],
+        "resize": None,
+        "fit": {"shorter": shorter, "longer": round(shorter * LONGER[model.task])},
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+        "interpolation": "bilinear",
+        "channels": "RGB",
+    }
+    return Source(model.eval(), None, preprocessing, Path(), f"{head}-{name}")
+
+
+def _load(model: Any, file: str) -> None:
     """A head that the file does not fill would stay random: refuse it."""
     import muntin
     from muntin.weights.download import local_file
@@ -154,6 +197,6 @@ def _load(model: nn.Module, file: str) -> None:
         report = muntin.load_checkpoint(model, path)
     if report.replaced:
         raise UserError(
-            f"{file} has another last layer than {getattr(model, 'name', 'the model')} with its 1000 classes, which "
+            f"{file} has another last layer than {model.name} with its {model.num_classes} classes, or none, which "
             "would stay random; export a run, or call muntin.export with a model of its number of classes"
         )

@@ -16,7 +16,14 @@ import muntin
 from muntin.data.annotated import AnnotatedSplits, open_annotated
 from muntin.data.annotated_loading import AnnotatedEvaluationSet, AnnotatedTrainingSet, together
 from muntin.data.check import BadFiles
-from muntin.data.dense import DetectionAugment, SegmentationAugment, collate_detection, collate_segmentation, fit
+from muntin.data.dense import (
+    LONGER,
+    DetectionAugment,
+    SegmentationAugment,
+    collate_detection,
+    collate_segmentation,
+    fit,
+)
 from muntin.data.device import Prepare
 from muntin.data.loading import EpochBatches, evaluation_loader, shared_batch, training_loader
 from muntin.data.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -50,7 +57,6 @@ from muntin.tasks.settings import Settings
 from muntin.tasks.trained_dense import of_run
 
 SIZES = {"detect": 800, "instance": 800, "segment": 512}  # shorter side, where the settings name none
-LONGER = {"detect": 1333 / 800, "instance": 1333 / 800, "segment": 4.0}  # longest over shorter side, likewise
 SCALE = 0.5  # of segmentation's images, at least, where the settings name no smallest side; twice as large at most
 CROPPED = 0.5  # of the images, with `crop`
 USUAL = {"detect": "retinanet", "instance": "mask_rcnn", "segment": "upernet"}  # heads
