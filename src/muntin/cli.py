@@ -461,9 +461,7 @@ def _predict_batches(args: Any) -> int:
 
 
 def _describe_export(parser: Any) -> None:
-    parser.add_argument(
-        "source", help="a run's folder, its model.safetensors, or a name with weights: MODEL, HEAD:MODEL"
-    )
+    parser.add_argument("source", help="a run's folder or model.safetensors; with weights also MODEL or HEAD:MODEL")
     parser.add_argument(
         "--to",
         nargs="+",
@@ -515,11 +513,7 @@ def _export(args: Any) -> int:
 
 def _describe_bench(parser: Any) -> None:
     add = parser.add_argument
-    add(
-        "targets",
-        nargs="*",
-        help="model names, HEAD:MODEL, run folders, timm:, torchvision:, hf:NAME, .onnx, .xml, .pt2",
-    )
+    add("targets", nargs="*", help="model names, HEAD:MODEL, run folders, timm:, torchvision: or hf:NAME, files")
     add("--engine", nargs="+", type=str, help="eager (default), optimize, compile, onnx, openvino, pt2")
     add("--precision", nargs="+", type=str, help="fp32, bf16 or fp16, or several (default: fp32)")
     add("--batch", nargs="+", type=str, help="batch sizes, as in 1,8 (default: 1,8; on a GPU 1,64)")

@@ -164,9 +164,7 @@ def _of_head(head: str, name: str, weights: Weights, size: tuple[int, int] | Non
         )
     file = resolve(name, weights.given) if weights.given else None
     if file is not None and not isinstance(file, str):
-        raise UserError(
-            f"published weights of {name} are a classifier's, so that {head} would stay random; export a run"
-        )
+        raise UserError(f"published weights of {name} are a classifier's: {head} would stay random; export a run")
     classes, usual = DENSE[model.task]
     model = muntin.create_dense(head, name, classes)
     if file:
