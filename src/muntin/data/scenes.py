@@ -32,10 +32,10 @@ except ImportError:  # not on Windows
 
 VERSION = 2  # of what is drawn; another number is another folder
 SEED = 0
-COUNTS = {"train": 1500, "val": 100, "test": 150}
+COUNTS = {"train": 1000, "val": 100, "test": 150}
 SIDE = 128  # of a scene, in pixels
-HEIGHTS = (20, 52)  # of a digit
-DIGITS = (4, 12)  # of a scene
+HEIGHTS = (24, 60)  # of a digit
+DIGITS = (6, 14)  # of a scene
 OVERLAP = 0.1  # of the smaller of two boxes, at most
 ATTEMPTS = 40  # to find a place for a digit, or a colour
 CONTRAST = 70  # least difference in brightness, of 255, between a digit and what is behind it
