@@ -28,7 +28,7 @@ SMALL: dict[str, dict[str, Any]] = {
         **{"score_threshold": 0.0, "detections": 20},
     },
     "upernet": {"channels": 16, "auxiliary": 16},
-    "semantic_fpn": {"channels": 16, "width": 16, "auxiliary_weight": 0.5},
+    "semantic_fpn": {"channels": 16, "width": 16, "auxiliary_weight": 0.5, "subpixels": 2},
 }
 DETECTORS = [head for head, task in HEADS.items() if task != "segment"]
 SEGMENTERS = [head for head, task in HEADS.items() if task == "segment"]
@@ -103,6 +103,17 @@ def test_stages_are_taught_by_the_pixel_in_the_middle_of_a_token() -> None:
     assert len(muntin.optimize(model.eval()).auxiliary) == 0
 
 
+def test_subpixels_are_told_apart_within_a_position() -> None:
+    """Channel k * 4 + 2 * row + column of the classifier is class k at that row and column of the position's square."""
+    model = create("semantic_fpn").eval()
+    with torch.no_grad():
+        model.classes.weight.zero_()
+        model.classes.bias.copy_(torch.arange(16.0))
+        logits = model.logits(model.backbone(torch.randn(1, 3, 64, 96)))
+    squares = torch.arange(16.0).view(4, 2, 2)
+    assert torch.equal(logits, squares.repeat(1, 16, 24)[None])
+
+
 def test_importing_muntin_leaves_torchvision_alone() -> None:
     code = "import sys, muntin, muntin.heads; print('torchvision' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -131,6 +142,8 @@ def test_wrong_names_and_values_are_refused() -> None:
         (("cascade_mask_rcnn", "swin_t", 3), {"head_config": {"ious": (0.5,)}}, "every stage"),
         (("cascade_mask_rcnn", "swin_t", 3), {"head_config": {"box_loss": "l2"}}, "giou"),
         (("retinanet", "swin_t", 3), {"head_config": {"coarser": "up"}}, "'pool'"),
+        (("semantic_fpn", "swin_t", 3), {"head_config": {"subpixels": 0}}, "whole numbers from 1"),
+        (("semantic_fpn", "swin_t", 3), {"head_config": {"finest": 3}}, "a power of 2"),
     ]:
         with torch.device("meta"), pytest.raises(UserError, match=told):
             muntin.create_dense(*arguments, **options)
