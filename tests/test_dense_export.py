@@ -38,7 +38,7 @@ SMALL: dict[str, dict[str, Any]] = {
         **{"box_channels": 8, "box_convs": 1},
     },
     "upernet": {"auxiliary": 8},
-    "semantic_fpn": {"width": 8, "subpixels": 2},
+    "semantic_fpn": {"width": 8},
 }
 
 

@@ -35,7 +35,7 @@ PREPROCESSING: dict[str, Any] = {
 BACKBONE: dict[str, Any] = {"dim": 8, "depths": (1,), "heads": (1,), "window": 4}  # tracing takes long by stage
 HEADS: dict[str, dict[str, Any]] = {
     "retinanet": {"strides": (4, 8), "channels": 8, "anchor_octave": 2, "score_threshold": 0.005, "detections": 9},
-    "semantic_fpn": {"channels": 8, "width": 8},
+    "semantic_fpn": {"channels": 8, "width": 8, "subpixels": 2},
 }
 FILES = {
     "retinanet": {"one.xml": {"fixed": (1, 48, 48)}},

@@ -101,7 +101,7 @@ def test_evaluation_of_a_run_gives_the_recorded_result(run: Run) -> None:
 def test_training_learns(scenes: Path, tmp_path: Path) -> None:
     for task in ("instance", "segment"):
         folder = tmp_path / task
-        train(folder, report=silent, **told(scenes, task, epochs=6, lr=3e-3, warmup_steps=2, ema_decay=0.0))
+        train(folder, report=silent, **told(scenes, task, epochs=6, lr=1e-2, warmup_steps=2, ema_decay=0.0))
         rows = [line.split(",") for line in (folder / "history.csv").read_text().splitlines()]
         losses = [float(row[rows[0].index("train_loss")]) for row in rows[1:]]
         assert losses[-1] < 0.9 * losses[0]
