@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as F
 
 from muntin.data.annotated import IGNORE
 from muntin.data.augment import Seed
-from muntin.data.transforms import to_bytes
+from muntin.data.transforms import IMAGENET_MEAN, IMAGENET_STD, to_bytes
 from muntin.errors import UserError
 
 FILL = (124, 116, 104)  # ImageNet's mean colour, so that padding is nearly zero once it is normalised
@@ -27,6 +27,22 @@ LONGER = {"detect": 1333 / 800, "instance": 1333 / 800, "segment": 4.0}  # longe
 LEAST = 1.0  # side of a box in pixels, below which there is nothing left to learn from
 
 Target = dict[str, Tensor]
+
+
+def dense_preprocessing(size: tuple[int, int], shorter: int, longer: int | None) -> dict[str, Any]:
+    """How an image becomes a detector's or segmenter's input, as runs and exported files keep it.
+
+    size: (height, width) that a measurement takes. shorter, longer: as in `fit`.
+    """
+    return {
+        "size": list(size),
+        "resize": None,
+        "fit": {"shorter": shorter, "longer": longer},
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+        "interpolation": "bilinear",
+        "channels": "RGB",
+    }
 
 
 def fitted(size: tuple[int, int], shorter: float, longer: float | None) -> tuple[int, int]:

@@ -150,8 +150,7 @@ def _of_name(
 
 def _of_head(head: str, name: str, weights: Weights, size: tuple[int, int] | None) -> Source:
     import muntin
-    from muntin.data.dense import LONGER
-    from muntin.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+    from muntin.data.dense import LONGER, dense_preprocessing
     from muntin.measure.targets import DENSE
     from muntin.weights.download import resolve
 
@@ -171,15 +170,7 @@ def _of_head(head: str, name: str, weights: Weights, size: tuple[int, int] | Non
         _load(model, file)
     height, width = size or usual
     shorter = min(height, width)
-    preprocessing = {
-        "size": [height, width],
-        "resize": None,
-        "fit": {"shorter": shorter, "longer": round(shorter * LONGER[model.task])},
-        "mean": list(IMAGENET_MEAN),
-        "std": list(IMAGENET_STD),
-        "interpolation": "bilinear",
-        "channels": "RGB",
-    }
+    preprocessing = dense_preprocessing((height, width), shorter, round(shorter * LONGER[model.task]))
     return Source(model.eval(), None, preprocessing, Path(), f"{head}-{name}")
 
 

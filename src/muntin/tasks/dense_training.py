@@ -22,11 +22,11 @@ from muntin.data.dense import (
     SegmentationAugment,
     collate_detection,
     collate_segmentation,
+    dense_preprocessing,
     fit,
 )
 from muntin.data.device import Prepare
 from muntin.data.loading import EpochBatches, evaluation_loader, shared_batch, training_loader
-from muntin.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from muntin.errors import UserError
 from muntin.heads import HEADS
 from muntin.models import published
@@ -162,15 +162,8 @@ def build(settings: Settings, num_classes: int, meta: bool = False) -> Any:
 
 def preprocessing_of(settings: Settings) -> dict[str, Any]:
     """How an image becomes the model's input. `size` is what a measurement takes."""
-    return {
-        "size": [settings.size, settings.size],
-        "resize": None,
-        "fit": {"shorter": settings.size, "longer": settings.longer},
-        "mean": list(IMAGENET_MEAN),
-        "std": list(IMAGENET_STD),
-        "interpolation": "bilinear",
-        "channels": "RGB",
-    }
+    assert settings.size is not None
+    return dense_preprocessing((settings.size, settings.size), settings.size, settings.longer)
 
 
 def _augmentation(settings: Settings) -> Any:
